@@ -1,0 +1,87 @@
+"""``select``: the exact k largest or smallest ESI values over a whole model.
+
+Bytes moved: every accumulator once, plus a few bytes per selected element.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from safekern.ops.registry import define
+
+# |x| * sigma as its 31 bits: non-negative floats order as their bits do.
+_KEY_MASK = 0x7FFFFFFF
+_INFINITY_KEY = 0x7F800000
+
+
+def reference(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> list[Tensor]:
+    """Ranks the fp32 values ``|grads[t]| * sigma[t]`` over all tensors together; ties go to the earlier element.
+
+    Args:
+        grads: contiguous fp32 tensors on one device.
+        sigma: fp32 [len(grads)].
+        k: how many elements to select, from 1 to the number of elements.
+        largest: select the largest; else the smallest, where ties go to the earlier element too.
+
+    Returns:
+        For every tensor the ascending flat positions of its selected elements, int32, or int64 for a tensor whose
+        positions do not fit.
+
+    Raises:
+        RuntimeError: a value is NaN, or k is out of range.
+    """
+    numel = sum(grad.numel() for grad in grads)
+    if not 1 <= k <= numel:
+        raise RuntimeError(f"safekern: cannot select {k} of {numel} elements")
+
+    def keys(t: int) -> Tensor:
+        key = (grads[t].abs() * sigma[t]).view(-1).view(torch.int32) & _KEY_MASK
+        if bool((key > _INFINITY_KEY).any()):
+            raise RuntimeError("safekern: a score is NaN")
+        return key if largest else _KEY_MASK - key
+
+    cutoff, ties = _find_cutoff(keys, len(grads), k)
+    outputs = []
+    for t, grad in enumerate(grads):
+        key = keys(t)
+        tied = torch.nonzero(key == cutoff).view(-1)[:ties]
+        ties -= tied.numel()
+        chosen = key > cutoff
+        chosen[tied] = True
+        dtype = torch.int32 if grad.numel() <= torch.iinfo(torch.int32).max else torch.int64
+        outputs.append(torch.nonzero(chosen).view(-1).to(dtype))
+    return outputs
+
+
+def _find_cutoff(keys: Callable[[int], Tensor], count: int, k: int) -> tuple[int, int]:
+    """The k-th largest key and how many elements equal to it are selected, from a histogram per 16-bit digit."""
+    prefix, rank = 0, k
+    for shift, bins in ((16, 1 << 15), (0, 1 << 16)):
+        counts = torch.zeros(bins, dtype=torch.int64)
+        for t in range(count):
+            key = keys(t)
+            if shift == 0:
+                key = key[(key >> 16) == prefix]
+            counts += torch.bincount(key >> shift & (bins - 1), minlength=bins).cpu()
+        reached = counts.flip(0).cumsum(0)
+        above = int(torch.searchsorted(reached, rank))
+        rank -= int(reached[above - 1]) if above else 0
+        prefix = prefix << 16 | (bins - 1 - above)
+    return prefix, rank
+
+
+def fake(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> list[Tensor]:
+    context = torch.library.get_ctx()
+    dtypes = [torch.int32 if grad.numel() <= torch.iinfo(torch.int32).max else torch.int64 for grad in grads]
+    return [
+        torch.empty(context.new_dynamic_size(), dtype=dtype, device=grad.device)
+        for grad, dtype in zip(grads, dtypes, strict=True)
+    ]
+
+
+select = define(
+    "select(Tensor[] grads, Tensor sigma, int k, bool largest) -> Tensor[]",
+    reference=reference,
+    fake=fake,
+)

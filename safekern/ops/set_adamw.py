@@ -1,0 +1,88 @@
+"""``set_adamw_``: AdamW on the selected weights of a model, in place.
+
+Bytes moved: the cache lines of the parameter that hold a selected element, twice, and 28 to 32 bytes of indices,
+gradient and state per selected element.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from safekern.ops.registry import define
+
+
+def reference(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    step_sizes: Sequence[float],
+    bias_correction2_sqrts: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """One AdamW step in the order of operations of ``torch.optim.AdamW``, on ``params[t].flatten()[indices[t]]`` only.
+
+    Args:
+        params: contiguous floating-point tensors, updated at the indices.
+        grads: fp32 [k_t], the gradients at the indices.
+        indices: int32 or int64 [k_t], flat positions without repetition.
+        exp_avgs, exp_avg_sqs: fp32 [k_t], updated.
+        masters: fp32 [k_t], updated; or empty for a parameter without. A master that no longer rounds to its weight is
+            stale (the weight was loaded or edited from outside): the weight's value replaces it before the step.
+        step_sizes: ``lr / (1 - beta1 ** step)`` per parameter.
+        bias_correction2_sqrts: ``sqrt(1 - beta2 ** step)`` per parameter.
+        beta1, beta2, eps: as in AdamW.
+        decay: ``1 - lr * weight_decay``.
+    """
+    for t, (param, grad, index) in enumerate(zip(params, grads, indices, strict=True)):
+        flat, index = param.view(-1), index.long()
+        current = flat[index]
+        value = current.to(torch.promote_types(param.dtype, torch.float32))
+        if masters[t].numel():
+            value = torch.where(_same_bits(masters[t].to(param.dtype), current), masters[t], value)
+        exp_avg, exp_avg_sq = exp_avgs[t], exp_avg_sqs[t]
+        # Not lerp_ and addcmul_, which may fuse a multiply-add: every operation here rounds once, as in the kernels.
+        exp_avg.add_((grad - exp_avg).mul_(1 - beta1))
+        exp_avg_sq.mul_(beta2).add_((grad * (1 - beta2)).mul_(grad))
+        denom = exp_avg_sq.sqrt().div_(bias_correction2_sqrts[t]).add_(eps)
+        value = value * decay - (exp_avg * step_sizes[t]).div_(denom)
+        if masters[t].numel():
+            masters[t].copy_(value)
+        flat[index] = value.to(param.dtype)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> Tensor:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.view(integer) == b.view(integer)
+
+
+def fake(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    step_sizes: Sequence[float],
+    bias_correction2_sqrts: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    return None
+
+
+set_adamw_ = define(
+    "set_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, float[] step_sizes, float[] bias_correction2_sqrts, "
+    "float beta1, float beta2, float eps, float decay) -> ()",
+    reference=reference,
+    fake=fake,
+)
