@@ -1,0 +1,51 @@
+"""safekern: find and edit the safety-critical 1% of a language model's weights.
+
+>>> scores = safekern.score(model, loader, safekern.objectives.refusal)     # doctest: +SKIP
+>>> mask = scores.top(0.01)                                                 # doctest: +SKIP
+>>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)        # doctest: +SKIP
+"""
+
+from safekern import objectives
+from safekern._version import __version__
+from safekern.errors import (
+    BackendError,
+    FileAccessError,
+    FileFormatError,
+    InvalidArgumentError,
+    JudgeError,
+    MaskMismatchError,
+    MissingDependencyError,
+    NonFiniteError,
+    SafekernError,
+    ScoringError,
+    StepError,
+    UnknownNameError,
+)
+from safekern.evaluation import attack_success_rate, refusal_rate
+from safekern.mask import Mask
+from safekern.optim import SETAdamW
+from safekern.scores import Scores
+from safekern.scoring import score
+
+__all__ = [
+    "BackendError",
+    "FileAccessError",
+    "FileFormatError",
+    "InvalidArgumentError",
+    "JudgeError",
+    "Mask",
+    "MaskMismatchError",
+    "MissingDependencyError",
+    "NonFiniteError",
+    "SETAdamW",
+    "SafekernError",
+    "Scores",
+    "ScoringError",
+    "StepError",
+    "UnknownNameError",
+    "__version__",
+    "attack_success_rate",
+    "objectives",
+    "refusal_rate",
+    "score",
+]

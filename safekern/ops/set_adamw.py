@@ -32,12 +32,15 @@ def reference(
         params: contiguous floating-point tensors, updated at the indices.
         grads: fp32 [k_t], the gradients at the indices.
         indices: int32 or int64 [k_t], flat positions without repetition.
-        exp_avgs, exp_avg_sqs: fp32 [k_t], updated.
+        exp_avgs: fp32 [k_t], updated.
+        exp_avg_sqs: fp32 [k_t], updated.
         masters: fp32 [k_t], updated; or empty for a parameter without. A master that no longer rounds to its weight is
             stale (the weight was loaded or edited from outside): the weight's value replaces it before the step.
         step_sizes: ``lr / (1 - beta1 ** step)`` per parameter.
         bias_correction2_sqrts: ``sqrt(1 - beta2 ** step)`` per parameter.
-        beta1, beta2, eps: as in AdamW.
+        beta1: decay rate of the first moment.
+        beta2: decay rate of the second moment.
+        eps: added to the denominator.
         decay: ``1 - lr * weight_decay``.
     """
     for t, (param, grad, index) in enumerate(zip(params, grads, indices, strict=True)):
@@ -50,7 +53,8 @@ def reference(
         # Not lerp_ and addcmul_, which may fuse a multiply-add: every operation here rounds once, as in the kernels.
         exp_avg.add_((grad - exp_avg).mul_(1 - beta1))
         exp_avg_sq.mul_(beta2).add_((grad * (1 - beta2)).mul_(grad))
-        denom = exp_avg_sq.sqrt().div_(bias_correction2_sqrts[t]).add_(eps)
+        # A root taken in fp64 and rounded is the correctly rounded one; torch's own fp32 root on the CPU is not always.
+        denom = exp_avg_sq.double().sqrt().float().div_(bias_correction2_sqrts[t]).add_(eps)
         value = value * decay - (exp_avg * step_sizes[t]).div_(denom)
         if masters[t].numel():
             masters[t].copy_(value)

@@ -1,0 +1,88 @@
+"""Which parameters of a model are scored."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from safekern.errors import InvalidArgumentError
+
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def eligible_parameters(
+    model: nn.Module, select: Callable[[str, nn.Parameter], bool] | None = None
+) -> dict[str, nn.Parameter]:
+    """The parameters to score, in the model's order.
+
+    Without ``select``: floating point, at least 2-D, frozen ones too, except embeddings (and a head tied to one),
+    biases, norms, mixture-of-experts routers and adapter matrices. A tied parameter appears once, under its first name.
+
+    Args:
+        model: any module.
+        select: ``select(name, param) -> bool`` replaces the default choice.
+
+    Raises:
+        InvalidArgumentError: nothing is chosen, or a chosen parameter cannot be scored.
+    """
+    if select is None:
+        excluded = {id(param) for param in _excluded(model)}
+        chosen = {
+            name: param
+            for name, param in model.named_parameters()
+            if param.is_floating_point() and param.ndim >= 2 and param.numel() and id(param) not in excluded
+        }
+    else:
+        chosen = {name: param for name, param in model.named_parameters() if select(name, param)}
+    if not chosen:
+        raise InvalidArgumentError(
+            "no parameter of the model is eligible for scoring: choose some with select=lambda name, param: ..."
+        )
+    for name, param in chosen.items():
+        check_plain(name, param)
+    return chosen
+
+
+def check_plain(name: str, param: Tensor) -> None:
+    """Refuses parameters whose memory the kernels cannot address."""
+    if param.is_meta:
+        raise InvalidArgumentError(
+            f"parameter {name} is on the meta device (offloaded or not loaded yet), so no gradient will reach it: "
+            "load the model's weights onto a real device first"
+        )
+    if param.dtype not in SUPPORTED_DTYPES:
+        raise InvalidArgumentError(
+            f"parameter {name} has dtype {param.dtype}; bfloat16, float16, float32 and float64 are supported: leave it "
+            "out, or load the model unquantised"
+        )
+    if is_traceable_wrapper_subclass(param):
+        raise InvalidArgumentError(
+            f"parameter {name} is a {type(param).__name__}, not a plain tensor: sharded and quantised parameters are "
+            "not supported yet"
+        )
+
+
+def _excluded(model: nn.Module) -> Iterator[nn.Parameter]:
+    for prefix, module in model.named_modules():
+        # PEFT layers say themselves which of their attributes are adapters.
+        for attribute in getattr(module, "adapter_layer_names", ()):
+            adapter = getattr(module, attribute, None)
+            if isinstance(adapter, nn.Module):
+                yield from adapter.parameters()
+        if isinstance(module, _EMBEDDINGS) or "Norm" in type(module).__name__ or _is_router(model, prefix, module):
+            yield from module.parameters()
+            continue
+        for leaf, param in module.named_parameters(recurse=False):
+            if leaf.endswith("bias") or leaf.startswith("lora_") or "embed" in leaf:
+                yield param
+
+
+def _is_router(model: nn.Module, prefix: str, module: nn.Module) -> bool:
+    """`mlp.gate` beside `mlp.experts` routes, `mlp.gate_proj` does not; nor does a `gate` in a dense block."""
+    parent, _, leaf = prefix.rpartition(".")
+    if leaf == "gate":
+        return "Router" in type(module).__name__ or hasattr(model.get_submodule(parent), "experts")
+    return leaf in ("router", "shared_expert_gate") or type(module).__name__.endswith("Router")

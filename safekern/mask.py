@@ -1,0 +1,705 @@
+"""The mask: which weights of a model are selected, as sorted indices per parameter."""
+
+import builtins
+import copy
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from safekern import files, names
+from safekern.errors import (
+    FileFormatError,
+    InvalidArgumentError,
+    MaskMismatchError,
+    MissingDependencyError,
+    UnknownNameError,
+)
+from safekern.files import StrPath
+
+Shape = Sequence[int]
+_Default = TypeVar("_Default")
+
+_KIND, _VERSION = "mask", 1
+# In a mask file this code moves on without an index; every other code moves on and ends at one.
+_SKIP = 65535
+_SHOWN = 10
+
+
+class Mask(Mapping[str, Tensor]):
+    """A selection of single weights across the parameters of a model.
+
+    Reads like a mapping from parameter names to sorted int64 indices into the flattened (row-major) parameter, over
+    the parameters with at least one selected weight. A mask never changes: what it hands out are copies.
+
+    Made by :meth:`from_indices`, :meth:`from_bool`, :meth:`load`, the ranking methods of the scores, and ``&``, ``|``
+    and ``-`` between masks. ``==`` compares indices and shapes, not :attr:`meta`.
+
+    Example:
+        >>> from safekern.mask import Mask
+        >>> mask = Mask.from_indices({"w": [5, 0]}, {"w": (2, 3), "bias": (2,)})
+        >>> mask["w"], mask.numel, mask.density
+        (tensor([0, 5]), 2, 0.25)
+    """
+
+    def __init__(
+        self, indices: dict[str, Tensor], shapes: dict[str, torch.Size], model_numel: int, meta: dict[str, Any]
+    ) -> None:
+        """Takes over data that was checked before; use :meth:`from_indices` for anything else."""
+        self._indices = indices
+        self._shapes = shapes
+        self._model_numel = model_numel
+        self._meta = meta
+
+    @classmethod
+    def from_indices(
+        cls,
+        indices: Mapping[str, Tensor | Sequence[int] | NDArray[Any]],
+        shapes: Mapping[str, Shape],
+        *,
+        model_numel: int | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> "Mask":
+        """Makes a mask from flat indices.
+
+        Args:
+            indices: For each parameter, 1-D integers into its flattened (row-major) values, in any order, on any
+                device. Parameters without any are left out of the mask.
+            shapes: The shape of at least every parameter in ``indices``.
+            model_numel: How many weights the whole model has; by default those of all ``shapes`` together.
+            meta: Where the mask comes from, as JSON can hold it.
+
+        Raises:
+            InvalidArgumentError: If indices are not integers, repeat or lie outside the shape, if a shape is missing
+                or ``model_numel`` is too small.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> Mask.from_indices({"w": [3, 1]}, {"w": (2, 2)})
+            Mask(2 of 4 weights, 50%, in 1 parameter)
+        """
+        sizes = {name: _size(name, shape) for name, shape in shapes.items()}
+        missing = [name for name in indices if name not in sizes]
+        if missing:
+            raise InvalidArgumentError(f"No shape is given for {_enumerate(missing)}; add it to shapes.")
+        stored = {name: _check_indices(name, values, sizes[name]) for name, values in indices.items()}
+        stored = {name: values for name, values in stored.items() if values.numel()}
+        masked = {name: sizes[name] for name in stored}
+        known = sum(map(_numel, sizes.values()))
+        least = sum(map(_numel, masked.values()))
+        if model_numel is not None and model_numel < least:
+            raise InvalidArgumentError(
+                f"model_numel is {model_numel:,}, but the masked parameters alone have {least:,} weights."
+            )
+        return cls(
+            stored, masked, known if model_numel is None else int(model_numel), json.loads(files.dump_json(meta or {}))
+        )
+
+    @classmethod
+    def from_bool(cls, masks: Mapping[str, Tensor], *, meta: Mapping[str, Any] | None = None) -> "Mask":
+        """Makes a mask from boolean tensors.
+
+        Args:
+            masks: For each parameter a bool tensor of its shape, on any device, True where selected. Together they
+                count as the whole model for :attr:`density`.
+            meta: Where the mask comes from, as JSON can hold it.
+
+        Raises:
+            InvalidArgumentError: If a tensor is not boolean.
+
+        Example:
+            >>> import torch
+            >>> from safekern.mask import Mask
+            >>> Mask.from_bool({"w": torch.tensor([[True, False], [False, True]])})["w"]
+            tensor([0, 3])
+        """
+        for name, tensor in masks.items():
+            if tensor.dtype != torch.bool:
+                raise InvalidArgumentError(
+                    f"{name!r}: a bool tensor is needed, got {tensor.dtype}; for indices there is Mask.from_indices."
+                )
+        # On the CPU, because CUDA's nonzero stops at 2^31 elements.
+        indices = {name: tensor.detach().cpu().reshape(-1).nonzero().view(-1) for name, tensor in masks.items()}
+        return cls.from_indices(indices, {name: tensor.shape for name, tensor in masks.items()}, meta=meta)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.compact(name).to(torch.int64, copy=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __contains__(self, name: object) -> builtins.bool:
+        return name in self._indices
+
+    @overload
+    def get(self, name: str, /) -> Tensor | None: ...
+    @overload
+    def get(self, name: str, /, default: Tensor | _Default) -> Tensor | _Default: ...
+    def get(self, name: str, /, default: Any = None) -> Any:
+        """The indices of one parameter, or ``default`` where none is selected."""
+        return self[name] if name in self._indices else default
+
+    def compact(self, name: str) -> Tensor:
+        """The sorted indices as they are stored, without a copy: not to be written to.
+
+        Args:
+            name: A parameter's name.
+
+        Returns:
+            1-D, on the CPU; int32, or int64 where the parameter has 2^31 elements or more.
+
+        Raises:
+            UnknownNameError: If nothing of that parameter is selected.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> Mask.from_indices({"w": [1, 2]}, {"w": (4,)}).compact("w")
+            tensor([1, 2], dtype=torch.int32)
+        """
+        try:
+            return self._indices[name]
+        except KeyError:
+            raise UnknownNameError(
+                f"{name!r} is not in this mask, which selects weights in {_count(len(self), 'parameter')}."
+                f"{_suggestion(name, self._indices)} list(mask) gives the names."
+            ) from None
+
+    def bool(self, name: str) -> Tensor:
+        """One parameter's selection as a dense tensor.
+
+        Args:
+            name: A parameter's name.
+
+        Returns:
+            A bool tensor of the parameter's shape on the CPU, True where selected.
+
+        Raises:
+            UnknownNameError: If nothing of that parameter is selected.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> Mask.from_indices({"w": [1]}, {"w": (1, 2)}).bool("w")
+            tensor([[False,  True]])
+        """
+        indices = self.compact(name)
+        dense = torch.zeros(_numel(self._shapes[name]), dtype=torch.bool)
+        dense.numpy()[indices.numpy()] = True
+        return dense.view(self._shapes[name])
+
+    @cached_property
+    def numel(self) -> int:
+        """How many weights are selected."""
+        return sum(indices.numel() for indices in self._indices.values())
+
+    @property
+    def model_numel(self) -> int:
+        """How many weights the whole model has."""
+        return self._model_numel
+
+    @property
+    def density(self) -> float:
+        """The share of the whole model's weights that is selected."""
+        return self.numel / self._model_numel if self._model_numel else 0.0
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shapes of the masked parameters."""
+        return dict(self._shapes)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Where the mask comes from, such as ratio, reduction, objective, batches and versions."""
+        return copy.deepcopy(self._meta)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of names, shapes and indices: equal exactly where masks are equal."""
+        digest = hashlib.sha256()
+        for name in sorted(self._indices):
+            indices = self._indices[name]
+            digest.update(json.dumps([name, list(self._shapes[name]), indices.numel()]).encode())
+            digest.update(indices.numpy().data)
+        return digest.hexdigest()
+
+    def resolve(self, named: Mapping[str, torch.Size | Tensor]) -> dict[str, str]:
+        """Finds every masked parameter among the given ones.
+
+        Args:
+            named: Parameters, or their shapes, by name. Names may be wrapped by DDP, ``torch.compile`` or PEFT.
+
+        Returns:
+            For each name in the mask, the given name it stands for.
+
+        Raises:
+            MaskMismatchError: If the mask selects nothing, or a parameter is missing, ambiguous or of another shape.
+
+        Example:
+            >>> import torch
+            >>> from safekern.mask import Mask
+            >>> Mask.from_indices({"w": [1]}, {"w": (4,)}).resolve({"module.w": torch.zeros(4)})
+            {'w': 'module.w'}
+        """
+        if not self._indices:
+            raise MaskMismatchError("The mask selects nothing, so using it would have no effect; make another.")
+        found = names.resolve(self._indices, named)
+        given = {name: _shape_of(named[match]) for name, match in found.items()}
+        wrong = [name for name, shape in self._shapes.items() if given.get(name) != shape]
+        if not wrong:
+            return found
+
+        lines = [f"The mask does not fit: {len(wrong):,} of its {_count(len(self), 'parameter')}."]
+        for name in wrong[:_SHOWN]:
+            if name in found:
+                alias = "" if found[name] == name else f" (here {found[name]})"
+                lines.append(f"  {name}{alias}: shape {_text(given[name])}, in the mask {_text(self._shapes[name])}")
+            else:
+                lines.append(f"  {name}: missing.{_suggestion(name, named)}")
+        if len(wrong) > _SHOWN:
+            lines.append(f"  and {len(wrong) - _SHOWN:,} more: {', '.join(wrong[_SHOWN:])}")
+        lines.append("Use a mask made for this model, or load the model the mask was made for.")
+        raise MaskMismatchError("\n".join(lines))
+
+    def check(self, model: nn.Module) -> None:
+        """Makes sure that the mask fits a model.
+
+        Args:
+            model: The model; it may be wrapped by DDP, ``torch.compile`` or PEFT, and tied weights count under each
+                of their names.
+
+        Raises:
+            MaskMismatchError: If the mask selects nothing, or a parameter is missing, ambiguous or of another shape;
+                the message names all of them.
+
+        Example:
+            >>> import torch
+            >>> from safekern.mask import Mask
+            >>> Mask.from_indices({"weight": [0, 7]}, {"weight": (2, 4)}).check(torch.nn.Linear(4, 2))
+        """
+        self.resolve(dict(model.named_parameters(remove_duplicate=False)))
+
+    def __and__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        self._check_shapes(other)
+        common = {
+            name: indices[_contains(other._indices[name], indices)]
+            for name, indices in self._indices.items()
+            if name in other
+        }
+        return self._combined(other, "&", common)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        self._check_shapes(other)
+        both = dict(self._indices)
+        for name, indices in other._indices.items():
+            mine = self._indices.get(name)
+            both[name] = indices if mine is None else _union(mine, indices)
+        return self._combined(other, "|", both)
+
+    def __sub__(self, other: "Mask") -> "Mask":
+        if not isinstance(other, Mask):
+            return NotImplemented
+        self._check_shapes(other)
+        rest = {
+            name: indices[~_contains(other._indices[name], indices)] if name in other else indices
+            for name, indices in self._indices.items()
+        }
+        return self._combined(other, "-", rest)
+
+    def __eq__(self, other: object) -> builtins.bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return self._shapes == other._shapes and all(
+            torch.equal(indices, other._indices[name]) for name, indices in self._indices.items()
+        )
+
+    # Comparing is by content, which is too much to hash for a dictionary key; `fingerprint` serves as one.
+    __hash__ = None  # type: ignore[assignment]
+
+    def jaccard(self, other: "Mask") -> float:
+        """The share of the weights selected by either mask that both select.
+
+        Args:
+            other: A mask over the same model.
+
+        Returns:
+            Between 0 and 1; 1 for two empty masks.
+
+        Raises:
+            MaskMismatchError: If a parameter has another shape in the other mask.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> shapes = {"w": (4,)}
+            >>> Mask.from_indices({"w": [0, 1]}, shapes).jaccard(Mask.from_indices({"w": [1]}, shapes))
+            0.5
+        """
+        self._check_shapes(other)
+        common = sum(
+            int(_contains(other._indices[name], indices).sum())
+            for name, indices in self._indices.items()
+            if name in other
+        )
+        either = self.numel + other.numel - common
+        return common / either if either else 1.0
+
+    def summary(self) -> "Summary":
+        """Counts the selected weights per layer and component.
+
+        A mask only knows the shapes of parameters with at least one selected weight. So a cell's ``numel`` leaves out
+        parameters that nothing was selected in, and a cell in which nothing was selected has no row.
+
+        Returns:
+            One row per layer and component; printing it gives a table.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> mask = Mask.from_indices({"layers.0.q_proj.weight": [0, 3]}, {"layers.0.q_proj.weight": (2, 4)})
+            >>> mask.summary()[0].component, mask.summary()[0].density
+            ('q_proj', 0.25)
+        """
+        cells: dict[tuple[int | None, str], list[int]] = {}
+        for name, indices in self._indices.items():
+            cell = cells.setdefault((names.layer(name), names.component(name)), [0, 0])
+            cell[0] += indices.numel()
+            cell[1] += _numel(self._shapes[name])
+        rows = [
+            SummaryRow(
+                layer=layer,
+                component=component,
+                selected=selected,
+                numel=numel,
+                share=selected / self.numel,
+                density=selected / numel,
+                enrichment=selected / numel / self.density,
+            )
+            for (layer, component), (selected, numel) in cells.items()
+        ]
+        rows.sort(key=lambda row: (row.layer is None, row.layer or 0, _component_order(row.component)))
+        return Summary(rows)
+
+    def plot(self, path: StrPath) -> None:
+        """Draws the density of each component in each layer as a heat map.
+
+        Args:
+            path: The image to write; its suffix chooses the format (``.png``, ``.svg``, ``.pdf``; without one, PNG).
+
+        Raises:
+            InvalidArgumentError: If the mask selects nothing, or the suffix is not an image format.
+            FileAccessError: If the path cannot be written.
+            MissingDependencyError: If matplotlib is not installed.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> from safekern.mask import Mask
+            >>> mask = Mask.from_indices({"layers.0.q_proj.weight": [0, 3]}, {"layers.0.q_proj.weight": (2, 4)})
+            >>> mask.plot(pathlib.Path(tempfile.mkdtemp(), "mask.png"))
+        """
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import PercentFormatter
+        except ImportError as error:
+            raise MissingDependencyError('Plotting needs matplotlib: pip install "safekern[plot]".') from error
+        if not self._indices:
+            raise InvalidArgumentError("The mask selects nothing, so there is nothing to plot.")
+        figure = Figure(layout="constrained")
+        suffix = Path(path).suffix[1:].lower() or "png"
+        if suffix not in figure.canvas.get_supported_filetypes():
+            raise InvalidArgumentError(f"{path}: matplotlib has no image format {suffix!r}; use .png, .svg or .pdf.")
+
+        summary = self.summary()
+        numbers = sorted({row.layer for row in summary if row.layer is not None})
+        has_rest = any(row.layer is None for row in summary)
+        components = sorted(dict.fromkeys(row.component for row in summary), key=_component_order)
+        columns: list[int | None] = [*numbers, *([None] if has_rest else [])]
+        grid = np.full((len(components), len(columns)), np.nan)
+        for row in summary:
+            grid[components.index(row.component), columns.index(row.layer)] = 100 * row.density
+
+        figure.set_size_inches(min(max(6.0, 0.24 * len(columns) + 2.6), 14.0), max(2.6, 0.34 * len(components) + 1.3))
+        axes = figure.add_subplot(facecolor="#e8e8e8")
+        mesh = axes.pcolormesh(grid, cmap="viridis", vmin=0, edgecolors="white", linewidth=0.6)
+        step = math.ceil(len(numbers) / 40) or 1
+        ticks = list(range(0, len(numbers), step))
+        labels = [str(numbers[tick]) for tick in ticks]
+        if has_rest:
+            ticks.append(len(numbers))
+            labels.append("none")
+        axes.set_xticks([tick + 0.5 for tick in ticks], labels, fontsize=8)
+        axes.set_yticks([tick + 0.5 for tick in range(len(components))], components, fontsize=9)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.invert_yaxis()
+        axes.set_xlabel("layer (grey: nothing selected)")
+        axes.set_title(
+            f"Selected weights: {self.numel:,} of {self.model_numel:,} ({_percent(self.density)})", fontsize=10
+        )
+        bar = figure.colorbar(mesh, ax=axes, pad=0.02, format=PercentFormatter(decimals=None))
+        bar.set_label("selected share of the cell", fontsize=9)
+        bar.outline.set_visible(False)
+        with files.replacing(path) as file:
+            figure.savefig(file, format=suffix, dpi=150)
+
+    def save(self, path: StrPath) -> None:
+        """Writes the mask to a file of about two bytes per selected weight.
+
+        The file is a safetensors file with a format version and a checksum. It takes its place only once complete.
+
+        Args:
+            path: The file to write or replace, by habit ``*.safetensors``.
+
+        Raises:
+            FileAccessError: If the path cannot be written.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> from safekern.mask import Mask
+            >>> path = pathlib.Path(tempfile.mkdtemp(), "mask.safetensors")
+            >>> mask = Mask.from_indices({"w": [5]}, {"w": (2, 3)})
+            >>> mask.save(path)
+            >>> Mask.load(path) == mask
+            True
+        """
+        codes = {name: _encode(indices) for name, indices in self._indices.items()}
+        shapes = {name: list(shape) for name, shape in self._shapes.items()}
+        meta = {"model_numel": self._model_numel, "shapes": shapes, "meta": self._meta}
+        files.write(path, _KIND, _VERSION, codes, meta)
+
+    @classmethod
+    def load(cls, path: StrPath) -> "Mask":
+        """Reads a mask that :meth:`save` wrote, and checks all of it.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileAccessError: If the file is missing or cannot be read.
+            FileFormatError: If it is damaged, newer than this version of safekern, or not a mask.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> from safekern.mask import Mask
+            >>> path = pathlib.Path(tempfile.mkdtemp(), "mask.safetensors")
+            >>> Mask.from_indices({"w": [5]}, {"w": (2, 3)}).save(path)
+            >>> Mask.load(path)["w"]
+            tensor([5])
+        """
+        codes, description = files.read(path, _KIND, _VERSION)
+        try:
+            return cls._from_codes(codes, description)
+        except InvalidArgumentError as error:
+            raise FileFormatError(f"{path}: not a valid mask: {error} Copy or create it again.") from error
+
+    @classmethod
+    def _from_codes(cls, codes: Mapping[str, Tensor], description: Mapping[str, Any]) -> "Mask":
+        shapes, model_numel, meta = (description.get(key) for key in ("shapes", "model_numel", "meta"))
+        if not isinstance(shapes, dict) or type(model_numel) is not int or not isinstance(meta, dict):
+            raise InvalidArgumentError("The shapes, the model's size or the meta are missing.")
+        if shapes.keys() != codes.keys():
+            raise InvalidArgumentError("The names of its shapes and of its indices differ.")
+        sizes = {name: _size(name, shape) for name, shape in shapes.items()}
+        if model_numel < sum(map(_numel, sizes.values())):
+            raise InvalidArgumentError("The model is smaller than the masked parameters.")
+        return cls({name: _decode(name, codes[name], size) for name, size in sizes.items()}, sizes, model_numel, meta)
+
+    def __repr__(self) -> str:
+        return (
+            f"Mask({self.numel:,} of {self.model_numel:,} weights, {_percent(self.density)}, "
+            f"in {_count(len(self), 'parameter')})"
+        )
+
+    def _check_shapes(self, other: "Mask") -> None:
+        for name, shape in self._shapes.items():
+            if other._shapes.get(name, shape) != shape:
+                raise MaskMismatchError(
+                    f"{name!r} has shape {_text(shape)} in one mask and {_text(other._shapes[name])} in the other; "
+                    f"combine masks of the same model."
+                )
+
+    def _combined(self, other: "Mask", operation: str, indices: dict[str, Tensor]) -> "Mask":
+        indices = {name: values for name, values in indices.items() if values.numel()}
+        shapes = self._shapes | other._shapes
+        shapes = {name: shapes[name] for name in indices}
+        # Masks over disjoint parts of a model may each know only their own part.
+        model_numel = max(self._model_numel, other._model_numel, sum(map(_numel, shapes.values())))
+        meta = {"operation": operation, "left": self.meta, "right": other.meta}
+        return Mask(indices, shapes, model_numel, meta)
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """What a mask selects of one component of one layer.
+
+    Attributes:
+        layer: The number of the layer; None outside the layers.
+        component: What the parameters are, such as ``"q_proj"``.
+        selected: How many weights are selected.
+        numel: How many weights the masked parameters of this cell have.
+        share: ``selected`` as a share of all selected weights.
+        density: ``selected`` as a share of ``numel``.
+        enrichment: ``density`` relative to the density over the whole model; above 1 where the mask concentrates.
+    """
+
+    layer: int | None
+    component: str
+    selected: int
+    numel: int
+    share: float
+    density: float
+    enrichment: float
+
+
+class Summary(tuple[SummaryRow, ...]):
+    """The rows of :meth:`Mask.summary`, by layer and component; printed as a table."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        header = ("layer", "component", "selected", "of", "density", "share", "enrichment")
+        table = [header]
+        for row in self:
+            table.append(
+                (
+                    "-" if row.layer is None else str(row.layer),
+                    row.component,
+                    f"{row.selected:,}",
+                    f"{row.numel:,}",
+                    f"{row.density:.2%}",
+                    f"{row.share:.2%}",
+                    f"{row.enrichment:.2f}x",
+                )
+            )
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if title == "component" else cell.rjust(width)
+                for cell, width, title in zip(line, widths, header, strict=True)
+            ).rstrip()
+            for line in table
+        )
+
+
+def _size(name: str, shape: Any) -> torch.Size:
+    if not isinstance(shape, Sequence) or not all(isinstance(dim, int) and dim >= 0 for dim in shape):
+        raise InvalidArgumentError(f"{name!r}: {shape!r} is not a shape; use a sequence of sizes.")
+    if math.prod(shape) >= 2**63 or any(dim >= 2**63 for dim in shape):
+        raise InvalidArgumentError(f"{name!r}: the shape {_text(shape)} is larger than a tensor can be.")
+    return torch.Size(shape)
+
+
+def _numel(shape: Iterable[int]) -> int:
+    return math.prod(shape)
+
+
+def _shape_of(value: torch.Size | Tensor) -> torch.Size:
+    return value.shape if isinstance(value, Tensor) else torch.Size(value)
+
+
+def _index_dtype(shape: torch.Size) -> torch.dtype:
+    return torch.int32 if _numel(shape) < 2**31 else torch.int64
+
+
+def _check_indices(name: str, values: Any, shape: torch.Size) -> Tensor:
+    """Sorted indices of the stored dtype that share no memory with what was given."""
+    try:
+        # Copied first, because torch warns of read-only arrays and refuses reversed ones.
+        given = torch.as_tensor(np.array(values) if isinstance(values, np.ndarray) else values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise InvalidArgumentError(f"{name!r}: the indices are not integers ({error}).") from error
+    if given.dim() != 1:
+        raise InvalidArgumentError(f"{name!r}: flat indices are needed (1-D), got shape {_text(given.shape)}.")
+    if not given.numel():
+        return torch.empty(0, dtype=_index_dtype(shape))
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        hint = "; for bool tensors there is Mask.from_bool" if given.dtype == torch.bool else ""
+        raise InvalidArgumentError(f"{name!r}: integer indices are needed, got {given.dtype}{hint}.")
+    indices = given.to(torch.int64)
+    low, high = (int(bound) for bound in torch.aminmax(indices))
+    if low < 0 or high >= _numel(shape):
+        wrong = low if low < 0 else high
+        raise InvalidArgumentError(f"{name!r}: index {wrong:,} is outside the shape {_text(shape)}.")
+    if not (indices[1:] > indices[:-1]).all():
+        indices = indices.sort().values
+        repeated = indices[1:][indices[1:] == indices[:-1]]
+        if repeated.numel():
+            raise InvalidArgumentError(f"{name!r}: index {int(repeated[0]):,} is given more than once.")
+    return indices.to(_index_dtype(shape), copy=True)
+
+
+def _contains(sorted_values: Tensor, values: Tensor) -> Tensor:
+    position = torch.searchsorted(sorted_values, values).clamp_(max=sorted_values.numel() - 1)
+    return sorted_values[position] == values
+
+
+def _union(left: Tensor, right: Tensor) -> Tensor:
+    return torch.cat([left, right[~_contains(left, right)]]).sort().values
+
+
+def _encode(indices: Tensor) -> Tensor:
+    """Turns sorted indices into the gaps between them, one uint16 each where the gap is below 65535."""
+    gaps = np.diff(indices.numpy(), prepend=indices.numpy().dtype.type(-1))
+    if int(gaps.max()) < _SKIP:
+        return torch.from_numpy(gaps.astype(np.uint16))
+    skips, rest = np.divmod(gaps.astype(np.int64), _SKIP)
+    ends = np.cumsum(skips + 1)
+    codes = np.full(int(ends[-1]), _SKIP, dtype=np.uint16)
+    codes[ends - 1] = rest
+    return torch.from_numpy(codes)
+
+
+def _decode(name: str, codes: Tensor, shape: torch.Size) -> Tensor:
+    """The inverse of :func:`_encode`, for codes of any origin."""
+    if codes.dtype != torch.uint16 or codes.dim() != 1 or not codes.numel():
+        raise InvalidArgumentError(f"{name!r}: its codes are not a list of 16-bit numbers.")
+    gaps = codes.numpy()
+    # Also shows that the sums below fit the dtype of the indices.
+    if int(gaps.sum(dtype=np.int64)) > _numel(shape):
+        raise InvalidArgumentError(f"{name!r}: an index is outside the shape {_text(shape)}.")
+    ends = gaps != _SKIP
+    positions = np.cumsum(gaps, dtype=np.int32 if _index_dtype(shape) == torch.int32 else np.int64)
+    indices = positions[ends] - 1
+    if not ends[-1] or indices[0] < 0 or not (indices[1:] > indices[:-1]).all():
+        raise InvalidArgumentError(f"{name!r}: its indices are not in order.")
+    return torch.from_numpy(indices)
+
+
+def _component_order(component: str) -> tuple[int, str]:
+    known = component in names.COMPONENTS
+    return (names.COMPONENTS.index(component) if known else len(names.COMPONENTS), component)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def _text(shape: Iterable[int]) -> str:
+    return str(tuple(shape))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _enumerate(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _SHOWN:,} more" if len(items) > _SHOWN else ""
+    return ", ".join(map(repr, items[:_SHOWN])) + more
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

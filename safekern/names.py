@@ -1,0 +1,142 @@
+"""Parameter names: seeing through wrappers, and sorting parameters into layers and components for reports."""
+
+from collections.abc import Iterable
+
+from safekern.errors import MaskMismatchError
+
+COMPONENTS = ("embed", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+"""The components that most models have, in the order in which reports show them."""
+
+_WRAPPERS = ("module", "_orig_mod", "base_layer")
+# Names that attention and MLP both use, or that say nothing at all, are shown with their parent's.
+_VAGUE = ("c_proj", "dense", "proj")
+
+
+def canonical(name: str) -> str:
+    """Strips what DDP, ``torch.compile`` and PEFT add to a parameter's name.
+
+    These are the components ``module``, ``_orig_mod`` and ``base_layer`` anywhere, and ``base_model.model.`` at the
+    start. The last component is the parameter's own name and always stays.
+
+    Args:
+        name: A name as ``named_parameters()`` gives it.
+
+    Example:
+        >>> from safekern.names import canonical
+        >>> canonical("module._orig_mod.base_model.model.layers.0.q_proj.base_layer.weight")
+        'layers.0.q_proj.weight'
+    """
+    *modules, own = name.split(".")
+    modules = [part for part in modules if part not in _WRAPPERS]
+    while modules[:2] == ["base_model", "model"]:
+        del modules[:2]
+    return ".".join([*modules, own])
+
+
+def resolve(wanted: Iterable[str], available: Iterable[str]) -> dict[str, str]:
+    """Finds each wanted name among the available ones.
+
+    An exact match wins; else the one available name that is equal up to wrappers.
+
+    Args:
+        wanted: Names to look for.
+        available: Names to look among.
+
+    Returns:
+        For each wanted name that was found, the available name.
+
+    Raises:
+        MaskMismatchError: If several available names fit, or one fits several wanted names.
+
+    Example:
+        >>> from safekern.names import resolve
+        >>> resolve(["a.weight", "b.weight"], ["module.a.weight", "c.weight"])
+        {'a.weight': 'module.a.weight'}
+    """
+    exact = dict.fromkeys(available)
+    unwrapped: dict[str, list[str]] = {}
+    for name in exact:
+        unwrapped.setdefault(canonical(name), []).append(name)
+
+    found: dict[str, str] = {}
+    claims: dict[str, str] = {}
+    for name in dict.fromkeys(wanted):
+        candidates = [name] if name in exact else unwrapped.get(canonical(name), [])
+        if len(candidates) > 1:
+            raise MaskMismatchError(
+                f"{name!r} is ambiguous: it may be {' or '.join(map(repr, candidates))}. Use the full name."
+            )
+        for candidate in candidates:
+            if candidate in claims:
+                raise MaskMismatchError(
+                    f"{claims[candidate]!r} and {name!r} both name the parameter {candidate!r}. Keep one of them."
+                )
+            claims[candidate] = name
+            found[name] = candidate
+    return found
+
+
+def layer(name: str) -> int | None:
+    """The number of the layer a parameter belongs to, or None outside the layers.
+
+    Args:
+        name: A parameter's name. Its first numeric component counts, unless it numbers an expert.
+
+    Example:
+        >>> from safekern.names import layer
+        >>> layer("model.layers.12.mlp.experts.7.w1.weight"), layer("lm_head.weight")
+        (12, None)
+    """
+    parts = canonical(name).split(".")
+    position = _layer_position(parts)
+    return None if position is None else int(parts[position])
+
+
+def component(name: str) -> str:
+    """What a parameter is inside its layer, under the same name in every layer.
+
+    Usually the module that holds it, such as ``q_proj``; for experts and shared experts, prefixed with ``experts.``
+    or ``shared_expert.``; for names like GPT-2's ``c_proj``, which attention and MLP share, prefixed with the parent.
+    Embeddings of every spelling are ``embed``, and GPT-NeoX's ``embed_out`` is ``lm_head``.
+
+    Args:
+        name: A parameter's name.
+
+    Example:
+        >>> from safekern.names import component
+        >>> component("model.layers.0.self_attn.q_proj.weight"), component("model.layers.0.mlp.experts.7.w1.weight")
+        ('q_proj', 'experts.w1')
+        >>> component("h.0.attn.c_proj.weight"), component("wte.weight")
+        ('attn.c_proj', 'embed')
+    """
+    parts = canonical(name).split(".")
+    position = _layer_position(parts)
+    if position is not None:
+        del parts[position]
+    if len(parts) > 1 and parts[-1] in ("weight", "bias"):
+        parts.pop()
+    for group in ("experts", "shared_expert", "shared_experts"):
+        if group in parts:
+            inner = [part for part in parts[parts.index(group) + 1 :] if not _is_number(part)]
+            return ".".join([group, *inner[-1:]])
+    last = parts[-1]
+    if last == "embed_out":
+        return "lm_head"
+    if last.startswith("embed") or last.endswith(("embedding", "embeddings")) or last in ("wte", "wpe"):
+        return "embed"
+    if last in _VAGUE or _is_number(last):
+        return ".".join(parts[-2:])
+    return last
+
+
+def _layer_position(parts: list[str]) -> int | None:
+    for position, part in enumerate(parts[:-1]):
+        if part == "experts":
+            break
+        if _is_number(part):
+            return position
+    return None
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdecimal()

@@ -1,0 +1,79 @@
+"""What the masked optimizers share: named parameter groups, and the selected weights of a parameter in memory."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from safekern.errors import InvalidArgumentError
+
+NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
+
+
+def named_groups(named_parameters: NamedParameters) -> list[dict[str, Any]]:
+    """Parameter groups in the form torch keeps names in: ``{"params": [(name, param), ...], ...}``.
+
+    Raises:
+        InvalidArgumentError: no parameters, or parameters without names.
+    """
+    entries = list(named_parameters)
+    groups = (
+        [{**entry, "params": list(entry.get("params", ()))} for entry in entries if isinstance(entry, Mapping)]
+        if entries and all(isinstance(entry, Mapping) for entry in entries)
+        else [{"params": entries}]
+    )
+    for group in groups:
+        if not group["params"] and len(groups) == 1:
+            raise InvalidArgumentError("the optimizer got no parameters: pass model.named_parameters()")
+        for entry in group["params"]:
+            if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str)):
+                raise InvalidArgumentError(
+                    "a mask refers to parameters by name: pass model.named_parameters(), or groups whose 'params' are "
+                    f"(name, parameter) pairs; got {type(entry).__name__}"
+                )
+    return groups
+
+
+def flat_view(param: Tensor) -> Tensor:
+    """The parameter's memory as one contiguous 1-D tensor that shares its storage.
+
+    For a contiguous parameter that is ``param.view(-1)``. Otherwise it spans from the first to the last element in
+    memory, and :func:`memory_indices` says where the elements lie in it.
+    """
+    if param.is_contiguous():
+        return param.view(-1)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+    return param.as_strided((span,), (1,))
+
+
+def flat_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """A tensor of the parameter's shape (its gradient, say), flat, with elements where the parameter has them."""
+    contiguous = tensor.is_contiguous() and param.is_contiguous()
+    if not contiguous and tensor.stride() != param.stride():
+        laid_out = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
+        tensor = laid_out.copy_(tensor)
+    return flat_view(tensor)
+
+
+def memory_indices(param: Tensor, indices: Tensor) -> Tensor:
+    """Where in :func:`flat_view` the elements with these row-major indices lie, on the parameter's device."""
+    if param.is_contiguous():
+        return indices.to(param.device)
+    rest, position = indices.long(), torch.zeros(indices.shape, dtype=torch.int64)
+    for size, stride in zip(reversed(param.shape), reversed(param.stride()), strict=True):
+        position += rest % size * stride
+        rest = rest // size
+    fits = flat_view(param).numel() <= torch.iinfo(torch.int32).max
+    return position.to(param.device, torch.int32 if fits else torch.int64)
+
+
+def overlaps_itself(param: Tensor) -> bool:
+    """Whether two elements may share memory, as after ``expand``: an update would hit both."""
+    dims = sorted((stride, size) for size, stride in zip(param.shape, param.stride(), strict=True) if size > 1)
+    reach = 0
+    for stride, size in dims:
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

@@ -1,0 +1,230 @@
+import pytest
+import torch
+from safekern.errors import InvalidArgumentError
+from safekern.objectives import encode, end_of_turn, padding_id, prompt_ids, refusal
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PROMPTS = ["How do I pick a lock?", "Hi", "Tell me how to cheat in an exam without being caught"]
+RESPONSES = ["I can't help with that.", "No.", "I'm sorry, but I cannot do that for you."]
+
+
+def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Bytes, one merge ("\\n\\n") that would cross the boundary before an answer, and pad == eos as in SmolLM2."""
+    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama()
+
+
+def joined(tokenizer, prompt, response):
+    return prompt_ids(tokenizer, prompt) + tokenizer(response + "<|im_end|>").input_ids
+
+
+def test_shapes_dtypes_and_right_padding(tokenizer):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    assert list(batch) == ["input_ids", "attention_mask", "labels"]
+    rows = [joined(tokenizer, *pair) for pair in zip(PROMPTS, RESPONSES, strict=True)]
+    length = max(map(len, rows))
+    for tensor in batch.values():
+        assert tensor.dtype == torch.int64
+        assert tensor.shape == (3, length)
+    for number, row in enumerate(rows):
+        assert batch["input_ids"][number].tolist() == row + [padding_id(tokenizer)] * (length - len(row))
+        assert batch["attention_mask"][number].tolist() == [1] * len(row) + [0] * (length - len(row))
+
+
+def test_prompt_is_what_the_template_generates_from(tokenizer):
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        batch = encode(tokenizer, prompt, response)
+        expected = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        assert prompt_ids(tokenizer, prompt) == expected
+        assert batch["input_ids"][0, : len(expected)].tolist() == expected
+        assert (batch["labels"][0, : len(expected)] == -100).all()
+
+
+def test_labels_are_the_answer_and_its_end_of_turn(tokenizer):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    for number, response in enumerate(RESPONSES):
+        labels = batch["labels"][number]
+        assert tokenizer.decode(labels[labels != -100]) == response + "<|im_end|>"
+        # The end-of-turn token is a target and attended to, although it is also the padding token.
+        at = int((labels != -100).nonzero()[-1])
+        assert labels[at] == tokenizer.pad_token_id
+        assert batch["attention_mask"][number, at] == 1
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_an_answer_never_merges_with_the_prompt(tokenizer):
+    prompt, response = "Hi", "\nNo."
+    assert len(tokenizer("\n\n").input_ids) == 1
+    batch = encode(tokenizer, prompt, response)
+    assert batch["input_ids"][0].tolist() == joined(tokenizer, prompt, response)
+
+
+def test_one_pair_equals_its_row_in_a_batch(tokenizer):
+    together = encode(tokenizer, PROMPTS, RESPONSES)
+    for number, pair in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        alone = encode(tokenizer, *pair)
+        for name, tensor in alone.items():
+            assert torch.equal(tensor[0], together[name][number, : tensor.shape[1]])
+
+
+def test_padding_side_and_pad_token_do_not_matter(tokenizer):
+    expected = encode(tokenizer, PROMPTS, RESPONSES)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = None
+    for name, tensor in encode(tokenizer, PROMPTS, RESPONSES).items():
+        assert torch.equal(tensor, expected[name])
+    assert tokenizer.padding_side == "left"
+
+
+def test_a_template_that_opens_a_reasoning_block():
+    # As in DeepSeek-R1: what the generation prompt opens is not part of a finished turn.
+    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    tokenizer = byte_tokenizer(template)
+    batch = encode(tokenizer, "Hi", "No.")
+    labels = batch["labels"][0]
+    assert tokenizer.decode(labels[labels != -100]) == "No.<|im_end|>"
+    assert tokenizer.decode(batch["input_ids"][0]).endswith("assistant\n<think>\nNo.<|im_end|>")
+
+
+def test_end_of_turn(tokenizer):
+    assert end_of_turn(tokenizer) == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "message"),
+    [
+        ("Hi", "", "response 0 is empty"),
+        (["Hi", "Ho"], ["No.", " \n"], "response 1 is empty"),
+        (["Hi", "Ho"], ["No."], "2 prompts but 1 responses"),
+        ("Hi", ["No."], "a str each or a sequence"),
+        ([], [], "no prompt"),
+        ([None], ["No."], "one is a NoneType"),
+    ],
+)
+def test_wrong_texts(tokenizer, prompt, response, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        encode(tokenizer, prompt, response)
+
+
+def test_no_chat_template():
+    with pytest.raises(InvalidArgumentError, match=r"no chat template: load .* or set tokenizer\.chat_template"):
+        encode(byte_tokenizer(None), "Hi", "No.")
+
+
+def test_refusal_equals_the_models_own_loss(tokenizer, model):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    loss = refusal(model, batch)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, model(**batch).loss, rtol=1e-6, atol=0)
+
+
+def test_refusal_has_the_gradients_of_the_models_own_loss(tokenizer, model):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(refusal(model, batch), parameters)
+    theirs = torch.autograd.grad(model(**batch).loss, parameters)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_refusal_is_the_mean_over_all_answer_tokens(tokenizer, model):
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for pair in zip(PROMPTS, RESPONSES, strict=True):
+            batch = encode(tokenizer, *pair)
+            count = int((batch["labels"] != -100).sum())
+            total += refusal(model, batch).item() * count
+            tokens += count
+        together = refusal(model, encode(tokenizer, PROMPTS, RESPONSES)).item()
+    assert together == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_refusal_in_bf16_upcasts_the_labelled_logits_only(tokenizer):
+    model = tiny_llama().to(torch.bfloat16)
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    upcast = []
+
+    class Recorder(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.float and args[0].shape[-1:] == (259,):
+                upcast.append(args[0].shape)
+            return result
+
+    with Recorder():
+        loss = refusal(model, batch)
+    assert upcast == [(int((batch["labels"] != -100).sum()), 259)]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, model(**batch).loss.float(), rtol=1e-5, atol=0)
+
+
+def test_refusal_keeps_no_cache(tokenizer, model):
+    outputs = []
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        refusal(model, encode(tokenizer, "Hi", "No."))
+    finally:
+        handle.remove()
+    assert outputs[0].past_key_values is None
+    assert outputs[0].loss is None
+
+
+def test_refusal_on_another_architecture(tokenizer):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2)).eval()
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    torch.testing.assert_close(refusal(model, batch), model(**batch).loss, rtol=1e-6, atol=0)
+
+
+def test_refusal_without_a_labelled_token(tokenizer, model):
+    batch = encode(tokenizer, "Hi", "No.")
+    with pytest.raises(InvalidArgumentError, match="no token of the batch is labelled"):
+        refusal(model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
+    with pytest.raises(InvalidArgumentError, match="no 'labels'"):
+        refusal(model, {"input_ids": batch["input_ids"]})
+    # The first position has no predecessor that could predict it.
+    first = torch.full_like(batch["labels"], -100)
+    first[:, 0] = 5
+    with pytest.raises(InvalidArgumentError, match="no token of the batch is labelled"):
+        refusal(model, {**batch, "labels": first})

@@ -1,0 +1,475 @@
+"""Every op: its plain-torch reference and its compiled kernel, in one process, against independent oracles."""
+
+import importlib
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from safekern import ops
+
+BACKENDS = ("torch", "cpu")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SHAPES = ((), (0,), (1,), (7,), (513, 129), (2**16,), (3, 2**15 + 1))
+DENORMAL = 1e-41
+SENTINEL = 12345.0
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def kernel(name, backend):
+    """The op on a backend: the dispatcher's choice is the compiled kernel where there is one."""
+    if backend == "torch":
+        return importlib.import_module(f"safekern.ops.{name.rstrip('_')}").reference
+    if ops.BACKEND != "cpu":
+        pytest.skip("the compiled CPU kernels are not installed")
+    return getattr(ops, name)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().view(integer)
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype
+    assert torch.equal(bits(a), bits(b))
+
+
+def between_sentinels(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A contiguous copy that starts at an odd offset inside a larger buffer of sentinels; also that buffer."""
+    buffer = torch.full((values.numel() + 2 * 11,), SENTINEL, dtype=values.dtype)
+    view = buffer[11 : 11 + values.numel()].view(values.shape)
+    view.copy_(values)
+    return view, buffer
+
+
+def assert_sentinels(buffer: Tensor) -> None:
+    assert (buffer[:11] == SENTINEL).all() and (buffer[-11:] == SENTINEL).all()
+
+
+def no_flags(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.bool)
+
+
+# accumulate_
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_accumulate_adds_in_fp32(backend, dtype, absolute):
+    torch.manual_seed(0)
+    accs, buffers, grads, expected = [], [], [], []
+    for shape in SHAPES:
+        acc, buffer = between_sentinels(torch.randn(shape))
+        grad, _ = between_sentinels(torch.randn(shape).to(dtype))
+        if grad.numel() > 6:
+            grad.view(-1)[:5] = torch.tensor([0.0, -0.0, DENORMAL, -DENORMAL, -1e-3]).to(dtype)
+            acc.view(-1)[:5] = torch.tensor([-0.0, -0.0, DENORMAL, 0.0, 1e-3])
+        accs.append(acc)
+        buffers.append(buffer)
+        grads.append(grad)
+        expected.append(acc + (grad.float().abs() if absolute else grad.float()))
+    flags = no_flags(len(accs))
+    kernel("accumulate_", backend)(accs, grads, flags, absolute)
+    for acc, buffer, want in zip(accs, buffers, expected, strict=True):
+        assert_same_bits(acc, want)
+        assert_sentinels(buffer)
+    assert not flags.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("start", "grad", "bad"),
+    [
+        (0.0, torch.tensor([float("nan")]), True),
+        (0.0, torch.tensor([float("-inf")]).bfloat16(), True),
+        (0.0, torch.tensor([float("inf")]).half(), True),
+        (0.0, torch.tensor([1e300], dtype=torch.float64), True),
+        (3e38, torch.tensor([3e38]), True),
+        (0.0, torch.tensor([3e38]), False),
+    ],
+)
+def test_accumulate_flags_what_is_not_finite(backend, start, grad, bad):
+    accs = [torch.zeros(70_001), torch.full((70_001,), start), torch.zeros(3)]
+    grads = [torch.ones(70_001), torch.zeros(70_001, dtype=grad.dtype), torch.ones(3)]
+    grads[1][66_000] = grad.item()
+    flags = torch.tensor([False, False, True])
+    kernel("accumulate_", backend)(accs, grads, flags, False)
+    assert flags.tolist() == [False, bad, True]
+
+
+@pytest.mark.usefixtures("threads")
+def test_accumulate_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    grad = torch.randn(300_001).bfloat16()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        acc = torch.ones(300_001)
+        ops.accumulate_([acc], [grad], no_flags(1), True)
+        results.append(acc)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+# sigma
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sigma_is_the_unbiased_standard_deviation(backend, dtype):
+    torch.manual_seed(0)
+    params = [torch.randn(shape).mul(0.02).to(dtype) for shape in SHAPES]
+    sigma = kernel("sigma", backend)(params)
+    assert sigma.dtype == torch.float32
+    for param, got in zip(params, sigma, strict=True):
+        want = param.double().std().float() if param.numel() > 1 else torch.tensor(0.0)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sigma_survives_outliers_offsets_and_extremes(backend):
+    torch.manual_seed(0)
+    outlier = torch.randn(10_000) * 0.01
+    outlier[0] = 1e6
+    params = [
+        outlier,
+        torch.randn(10_000) * 0.01 + 1e4,
+        torch.full((9_999,), 3.0),
+        torch.randn(10_000) * 1e-30,
+        torch.randn(10_000) * 1e37,
+        torch.tensor([1.0, 2.0]),
+        torch.randn(4097, dtype=torch.float64) * 1e-12 + 1,
+    ]
+    want = torch.stack([param.double().std().float() for param in params])
+    torch.testing.assert_close(kernel("sigma", backend)(params), want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sigma_of_nonfinite_weights_is_nonfinite(backend):
+    sigma = kernel("sigma", backend)([torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("inf"), 2.0])])
+    assert not sigma.isfinite().any()
+    assert kernel("sigma", backend)([]).shape == (0,)
+
+
+@pytest.mark.usefixtures("threads")
+def test_sigma_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    params = [torch.randn(100_003), torch.randn(5)]
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(ops.sigma(params))
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+# select
+
+
+def assert_selects(backend, grads, sigma, counts):
+    """Compares with a full stable sort of the scores."""
+    scores = torch.cat([(grad.abs() * s).view(-1) for grad, s in zip(grads, sigma, strict=True)])
+    for largest in (True, False):
+        order = torch.sort(scores, stable=True, descending=largest).indices
+        for k in counts:
+            got = kernel("select", backend)(grads, sigma, k, largest)
+            for mine, want in zip(got, split_by_tensor(order[:k].sort().values, grads), strict=True):
+                assert mine.dtype == torch.int32
+                assert torch.equal(mine, want)
+
+
+def split_by_tensor(chosen, grads):
+    ends = torch.tensor([grad.numel() for grad in grads]).cumsum(0)
+    starts = [0, *ends[:-1].tolist()]
+    return [
+        (chosen[(chosen >= start) & (chosen < end)] - start).int()
+        for start, end in zip(starts, ends.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_select_equals_a_stable_sort(backend, data):
+    values = st.sampled_from([0.0, -0.0, DENORMAL, -DENORMAL, 1.0, -1.0, 1.0000001, 3e38, float("inf"), 1e-30])
+    lists = data.draw(st.lists(st.lists(values, max_size=40), min_size=1, max_size=5).filter(any))
+    grads = [torch.tensor(entries) for entries in lists]
+    sigma = torch.tensor(data.draw(st.lists(st.sampled_from([1.0, 0.5, 1e-8, 0.02]), min_size=len(grads), max_size=5)))
+    k = data.draw(st.integers(1, sum(map(len, lists))))
+    assert_selects(backend, grads, sigma[: len(grads)], [k])
+
+
+SAMPLED = 1_300_007  # beyond the size from which the compiled kernel samples
+
+
+@cache
+def large_cases(count):
+    torch.manual_seed(0)
+    normal = torch.randn(count)
+    clustered = torch.randn(count) * 1e-3
+    clustered[count // 2 : count // 2 + count // 130] += 10
+    striped = torch.randn(count) * 1e-3
+    striped[::128] = 5.0  # a period that a regular sample would miss or hit every time
+    spread = torch.randn(count) * torch.logspace(-20, 10, count)
+    few = torch.zeros(count)
+    few[::1000] = torch.randn(len(range(0, count, 1000)))
+    return {
+        "normal": normal,
+        "clustered": clustered,
+        "striped": striped,
+        "ascending": torch.arange(count).float(),
+        "descending": torch.arange(count, 0, -1).float(),
+        "spread": spread,
+        "few_nonzero": few,
+        "constant": torch.full((count,), 2.0),
+        "rounded": normal.bfloat16().float(),
+        "zero": torch.zeros(count),
+    }
+
+
+@pytest.mark.parametrize("case", large_cases(1))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_select_on_large_tensors(backend, case):
+    count = SAMPLED if backend == "cpu" else SAMPLED // 10
+    values = large_cases(count)[case]
+    grads = [values[:65_536], torch.zeros(0), *values[65_536:].clone().split(count // 2 + 1)]
+    sigma = torch.tensor([1.0, 7.0, 0.5, 0.75])[: len(grads)]
+    assert_selects(backend, grads, sigma, [1, count // 100, count // 3, count - 1, count])
+
+
+@pytest.mark.usefixtures("threads")
+def test_select_does_not_depend_on_threads():
+    values = large_cases(SAMPLED)["rounded"]
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert_selects("torch" if ops.BACKEND == "torch" else "cpu", [values], torch.ones(1), [13_000])
+
+
+@pytest.mark.parametrize("numel", [10, 2_000_000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_select_refuses_nan_and_impossible_counts(backend, numel):
+    select = kernel("select", backend)
+    grads, sigma = [torch.ones(5), torch.ones(numel)], torch.ones(2)
+    for k in (0, -1, numel + 6):
+        with pytest.raises(RuntimeError, match="cannot select"):
+            select(grads, sigma, k, True)
+    grads[1][numel // 2] = float("nan")
+    for largest in (True, False):
+        with pytest.raises(RuntimeError, match="NaN"):
+            select(grads, sigma, 3, largest)
+
+
+# gather_
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gather_collects_the_elements(backend, same, dtype, index_dtype):
+    torch.manual_seed(0)
+    srcs = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    indices = [torch.randperm(src.numel())[: src.numel() // 2 + 1].to(index_dtype) for src in srcs]
+    out_dtype = dtype if same else torch.float32
+    pairs = [between_sentinels(torch.full(index.shape, -1.0, dtype=out_dtype)) for index in indices]
+    flags = no_flags(len(srcs))
+    kernel("gather_", backend)([view for view, _ in pairs], srcs, indices, flags)
+    for (view, buffer), src, index in zip(pairs, srcs, indices, strict=True):
+        assert_same_bits(view, src.view(-1)[index.long()].to(out_dtype))
+        assert_sentinels(buffer)
+    assert not flags.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gather_flags_only_selected_nonfinite_values(backend):
+    src = torch.randn(20_000)
+    src[[7, 15_000]] = float("nan")
+    double = torch.full((3,), 1e300, dtype=torch.float64)
+    outs = [torch.empty(9_000), torch.empty(2), torch.empty(1)]
+    flags = no_flags(3)
+    kernel("gather_", backend)(
+        outs, [src, src, double], [torch.arange(9_000) + 9_000, torch.tensor([6, 8]), torch.tensor([0])], flags
+    )
+    assert flags.tolist() == [True, False, True]
+
+
+# set_adamw_
+
+
+HYPERPARAMETERS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decay": 1 - 1e-3 * 0.01}
+
+
+def set_adamw_arguments(dtype, *, master, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    indices = [torch.randperm(p.numel(), generator=generator)[: p.numel() // 2 + 1].sort().values.int() for p in params]
+    state = [[torch.randn(i.shape, generator=generator) * 1e-2 for i in indices] for _ in range(3)]
+    masters = [p.view(-1)[i.long()].float() for p, i in zip(params, indices, strict=True)]
+    return {
+        "params": params,
+        "grads": state[0],
+        "indices": indices,
+        "exp_avgs": state[1],
+        "exp_avg_sqs": [value.square() for value in state[2]],
+        "masters": masters if master else [torch.empty(0) for _ in masters],
+        "step_sizes": [1e-3 / (1 - 0.9 ** (t + 1)) for t in range(len(params))],
+        "bias_correction2_sqrts": [(1 - 0.999 ** (t + 1)) ** 0.5 for t in range(len(params))],
+        **HYPERPARAMETERS,
+    }
+
+
+@pytest.mark.parametrize(("dtype", "master"), [(dtype, False) for dtype in DTYPES] + [(d, True) for d in DTYPES[:2]])
+def test_set_adamw_kernel_equals_the_reference_bit_for_bit(dtype, master):
+    results = []
+    for backend in BACKENDS:
+        arguments = set_adamw_arguments(dtype, master=master)
+        for _ in range(3):
+            kernel("set_adamw_", backend)(*arguments.values())
+        results.append(arguments)
+    for field in ("params", "exp_avgs", "exp_avg_sqs", "masters"):
+        for mine, want in zip(results[1][field], results[0][field], strict=True):
+            assert_same_bits(mine, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_set_adamw_updates_the_selected_and_only_those(backend, dtype):
+    arguments = set_adamw_arguments(dtype, master=dtype.itemsize == 2)
+    pairs = [between_sentinels(param) for param in arguments["params"]]
+    for view, _ in pairs:
+        if view.numel() > 3:
+            view.view(-1)[:3] = torch.tensor([float("nan"), -0.0, float("inf")]).to(dtype)
+    before = [view.clone() for view, _ in pairs]
+    arguments["params"] = [view for view, _ in pairs]
+    kernel("set_adamw_", backend)(*arguments.values())
+    for (view, buffer), old, index in zip(pairs, before, arguments["indices"], strict=True):
+        untouched = torch.ones(view.numel(), dtype=torch.bool)
+        untouched[index.long()] = False
+        assert_same_bits(view.view(-1)[untouched], old.view(-1)[untouched])
+        assert_sentinels(buffer)
+    # In fp64 the update is visible whatever the dtype of the parameter.
+    if dtype == torch.float64:
+        for (view, _), old, index in zip(pairs, before, arguments["indices"], strict=True):
+            chosen = view.view(-1)[index.long()]
+            finite = old.view(-1)[index.long()].isfinite()
+            assert (chosen != old.view(-1)[index.long()])[finite].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_set_adamw_follows_the_formula_in_fp64(backend):
+    arguments = set_adamw_arguments(torch.float32, master=False)
+    p, g, m, v = (arguments[field][4].double() for field in ("params", "grads", "exp_avgs", "exp_avg_sqs"))
+    index = arguments["indices"][4].long()
+    lr, beta1, beta2, step = 1e-3, 0.9, 0.999, 5
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    update = lr * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
+    want = p.view(-1)[index] * (1 - lr * 0.01) - update
+    kernel("set_adamw_", backend)(*arguments.values())
+    got = arguments["params"][4].view(-1)[index].double()
+    # The result rounds once to fp32 at the size of the weight or of the update, whichever is larger.
+    scale = torch.maximum(want.abs(), update.abs())
+    assert ((got - want).abs() <= 4e-7 * scale).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_set_adamw_takes_weights_edited_from_outside(backend, dtype):
+    param = torch.tensor([1.0, 2.0, -0.0, 4.0], dtype=dtype)
+    index = torch.arange(4, dtype=torch.int32)
+    # 1.0 has a master between two representable values; 2.0 and 0.0 were edited after the master was made.
+    master = torch.tensor([1.0001, 5.0, 0.0, 4.0])
+    zeros = [torch.zeros(4) for _ in range(3)]
+    grads, exp_avg, exp_avg_sq = zeros
+    kernel("set_adamw_", backend)(
+        [param], [grads], [index], [exp_avg], [exp_avg_sq], [master], [0.1], [1.0], 0.9, 0.999, 1e-8, 1.0
+    )
+    assert_same_bits(master, torch.tensor([1.0001, 2.0, -0.0, 4.0]))
+    assert_same_bits(param, torch.tensor([1.0, 2.0, -0.0, 4.0], dtype=dtype))
+
+
+@pytest.mark.usefixtures("threads")
+def test_set_adamw_does_not_depend_on_threads():
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        arguments = set_adamw_arguments(torch.bfloat16, master=True)
+        ops.set_adamw_(*arguments.values())
+        results.append(arguments["params"])
+    for first, *others in zip(*results, strict=True):
+        for other in others:
+            assert_same_bits(first, other)
+
+
+# What the compiled kernels refuse, before anything is written
+
+
+def test_kernels_refuse_arguments_that_would_corrupt_memory():
+    accumulate_, gather_, set_adamw_ = (kernel(name, "cpu") for name in ("accumulate_", "gather_", "set_adamw_"))
+    with pytest.raises(RuntimeError, match="contiguous"):
+        accumulate_([torch.zeros(4, 3).t()], [torch.ones(3, 4)], no_flags(1), False)
+    with pytest.raises(RuntimeError, match="12 elements, got 6"):
+        accumulate_([torch.zeros(3, 4)], [torch.ones(2, 3)], no_flags(1), False)
+    with pytest.raises(RuntimeError, match=r"bfloat16, float16, float32 or float64"):
+        accumulate_([torch.zeros(3)], [torch.ones(3, dtype=torch.int32)], no_flags(1), False)
+    with pytest.raises(RuntimeError, match="expected 1 gradients, got 2"):
+        accumulate_([torch.zeros(3)], [torch.ones(3)] * 2, no_flags(1), False)
+    for wrong in (-1, 3, 2**31 - 1):
+        with pytest.raises(RuntimeError, match="outside the tensor's 3 elements"):
+            gather_([torch.zeros(1)], [torch.zeros(3)], [torch.tensor([wrong])], no_flags(1))
+        arguments = set_adamw_arguments(torch.float32, master=False)
+        before = arguments["params"][4].clone()
+        arguments["params"][-1], arguments["indices"][-1] = torch.zeros(3), arguments["indices"][-1] * 0 + wrong
+        with pytest.raises(RuntimeError, match="outside the tensor's 3 elements"):
+            set_adamw_(*arguments.values())
+        assert_same_bits(arguments["params"][4], before)
+
+
+# Registration
+
+
+def samples():
+    index = torch.tensor([0, 2], dtype=torch.int32)
+    state = [torch.rand(2) for _ in range(4)]
+    return {
+        "accumulate_": (
+            [torch.zeros(3), torch.ones(2, 2)],
+            [torch.ones(3).half(), torch.ones(2, 2)],
+            no_flags(2),
+            True,
+        ),
+        "sigma": ([torch.randn(3, 4), torch.randn(5).bfloat16()],),
+        "select": ([torch.randn(30), torch.randn(4, 5)], torch.ones(2), 7, True),
+        "gather_": ([torch.zeros(2)], [torch.randn(3, 2).bfloat16()], [index], no_flags(1)),
+        "set_adamw_": (
+            [torch.randn(3).bfloat16()],
+            [state[0]],
+            [index],
+            [state[1]],
+            [state[2]],
+            [state[3]],
+            [0.1],
+            [1.0],
+            0.9,
+            0.999,
+            1e-8,
+            1.0,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name), samples()[name])
+
+
+def test_every_op_is_checked():
+    assert {f"safekern::{name}" for name in samples()} == {
+        name for name in torch._C._dispatch_get_all_op_names() if name.startswith("safekern::")
+    }
