@@ -324,8 +324,9 @@ def _generate(
     # What is not said here, generate() takes from the model's generation_config, where sampling values draw warnings
     # and a repetition penalty makes the answers less than greedy.
     options = {
-        "max_new_tokens": max_new_tokens,
-        "min_new_tokens": 0,
+        "max_new_tokens": None,
+        "min_new_tokens": None,
+        "min_length": 0,
         "do_sample": False,
         "temperature": 1.0,
         "top_k": 50,
@@ -348,10 +349,15 @@ def _generate(
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             input_ids, attention_mask = _pad_left([encoded[i] for i in rows], pad)
+            length = input_ids.shape[1]
+            # max_length, because max_new_tokens draws a warning where the model's configuration sets max_length.
             generated: Tensor = cast(Any, model).generate(
-                input_ids.to(_device(model)), attention_mask=attention_mask.to(_device(model)), **options
+                input_ids.to(_device(model)),
+                attention_mask=attention_mask.to(_device(model)),
+                max_length=length + max_new_tokens,
+                **options,
             )
-            for i, ids in zip(rows, generated[:, input_ids.shape[1] :].tolist(), strict=True):
+            for i, ids in zip(rows, generated[:, length:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
                 responses[i] = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
             bar.update(len(rows))
@@ -404,6 +410,9 @@ def _check_prompts(prompts: Sequence[str]) -> None:
         raise InvalidArgumentError("prompts is one str, but must be a sequence of them: put it in a list")
     if not len(prompts):
         raise InvalidArgumentError("prompts is empty, and a rate over no prompt means nothing: pass at least one")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise InvalidArgumentError(f"prompt {number} is a {type(prompt).__name__}, but must be a str")
 
 
 def _describe(result: AttackResult | RefusalResult, label: str, verdicts: list[bool]) -> str:

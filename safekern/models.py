@@ -50,7 +50,10 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple["PreTrainedModel",
     options: dict[str, Any] = {"gguf_file": _GGUF_FILE, "local_files_only": True}
     # The conversion shows a progress bar that no setting turns off.
     with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        # Not AutoTokenizer, and these settings by hand: transformers 5.0 takes this file for a CodeLlama tokenizer.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
+        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+        tokenizer.clean_up_tokenization_spaces = False
         if hasattr(transformers, "GgufConfig"):
             # Without it the model counts as quantised, which it refuses to save or train, even where it was unpacked.
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)

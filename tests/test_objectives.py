@@ -1,9 +1,10 @@
 import pytest
 import torch
-from safekern.errors import InvalidArgumentError
-from safekern.objectives import encode, end_of_turn, padding_id, prompt_ids, refusal
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from safekern.errors import InvalidArgumentError
+from safekern.objectives import encode, end_of_turn, padding_id, prompt_ids, refusal
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -14,7 +15,7 @@ RESPONSES = ["I can't help with that.", "No.", "I'm sorry, but I cannot do that 
 
 
 def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Bytes, one merge ("\\n\\n") that would cross the boundary before an answer, and pad == eos as in SmolLM2."""
+    """Bytes, one merge (of two line ends) that would cross into the answer, and pad == eos as in SmolLM2."""
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
     vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))

