@@ -1,0 +1,95 @@
+"""What other training libraries need beyond an optimizer: a Trainer's way to build one, and merging LoRA adapters.
+
+Most need nothing. ``transformers.Trainer`` and TRL's trainers take ``optimizers=(SETAdamW(...), None)``, and
+``Accelerator.prepare(model, optimizer)`` works as with any optimizer.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from safekern import ops
+from safekern.eligibility import check_plain
+from safekern.errors import InvalidArgumentError
+from safekern.mask import Mask
+from safekern.optim.masked import flat_view, memory_indices
+
+
+def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Callable[..., Optimizer]]:
+    """Lets a ``Trainer`` build a masked optimizer itself, once its model is ready.
+
+    Given an ``Optimizer`` class, a Trainer would pass it parameter groups without names, which a mask cannot be matched
+    with. It calls anything else as ``factory()(model, **kwargs)``: this makes such a factory.
+
+    Args:
+        optimizer_class: `SETAdamW`, `SPAAdamW`, or anything else that takes ``model.named_parameters()`` first.
+
+    Example:
+        >>> factory = safekern.integrations.for_trainer(safekern.SETAdamW)                          # doctest: +SKIP
+        >>> options = {"mask": mask, "lr": 1e-4}                                                    # doctest: +SKIP
+        >>> Trainer(model, args, optimizer_cls_and_kwargs=(factory, options), ...).train()          # doctest: +SKIP
+
+    Source: ``Trainer.create_optimizer`` of transformers 5.
+    """
+
+    def build(model: nn.Module, **options: Any) -> Optimizer:
+        return optimizer_class(model.named_parameters(), **options)
+
+    return lambda: build
+
+
+@torch.no_grad()
+def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
+    """Merges the active adapters of a PEFT model into its base weights, except into the weights of a mask.
+
+    Fine-tuning with LoRA leaves the base weights alone, but merging the adapter moves most of them, protected ones too.
+    Here the masked weights keep their bits (safety-preserving adaptation, arXiv 2604.08297), and every other weight is
+    what ``peft_model.merge_and_unload()`` makes of it.
+
+    Args:
+        peft_model: a ``peft.PeftModel`` whose adapters are not merged yet. It is used up, as by ``merge_and_unload``.
+        mask: the weights to keep; its names are those of the base model.
+
+    Returns:
+        The base model with the adapters merged.
+
+    Raises:
+        InvalidArgumentError: not a PEFT model, adapters that are merged already, or quantised base weights. Nothing was
+            changed.
+        MaskMismatchError: the mask does not fit the base model. Nothing was changed.
+
+    Example:
+        >>> merged = safekern.merge_lora(peft_model, mask)          # doctest: +SKIP
+        >>> merged.save_pretrained("merged")                        # doctest: +SKIP
+    """
+    if not hasattr(peft_model, "merge_and_unload"):
+        raise InvalidArgumentError(
+            f"a peft.PeftModel is needed, got {type(peft_model).__name__}: a model without adapters needs no merging"
+        )
+    for name, module in peft_model.named_modules():
+        if getattr(module, "merged", False):
+            raise InvalidArgumentError(
+                f"the adapter of {name} is merged already, so the base weights are gone: call unmerge_adapter() first, "
+                "or load the base model and the adapter again"
+            )
+    kept = _selected(peft_model, mask)
+    merged: nn.Module = peft_model.merge_and_unload()
+    params = dict(merged.named_parameters(remove_duplicate=False))
+    for name, given in mask.resolve(params).items():
+        param = params[given].detach()
+        ops.restore_([flat_view(param)], [memory_indices(param, mask.compact(name))], [kept[name]])
+    return merged
+
+
+def _selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
+    params = dict(model.named_parameters(remove_duplicate=False))
+    values = {}
+    for name, given in mask.resolve(params).items():
+        param = params[given].detach()
+        check_plain(given, param)
+        indices = memory_indices(param, mask.compact(name))
+        values[name] = flat_view(param)[indices]
+    return values
