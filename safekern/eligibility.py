@@ -10,7 +10,7 @@ from safekern.errors import InvalidArgumentError
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_ROUTERS = ("router", "router_gate", "shared_expert_gate")
 
 
 def eligible_parameters(
@@ -19,7 +19,8 @@ def eligible_parameters(
     """The parameters to score, in the model's order.
 
     Without ``select``: floating point, at least 2-D, frozen ones too, except embeddings (and a head tied to one),
-    biases, norms, mixture-of-experts routers and adapter matrices. A tied parameter appears once, under its first name.
+    biases, norms, mixture-of-experts routers and adapter matrices. A tied parameter appears once, under its first name;
+    a parameter without elements never does.
 
     Args:
         model: any module.
@@ -30,13 +31,11 @@ def eligible_parameters(
     """
     if select is None:
         excluded = {id(param) for param in _excluded(model)}
-        chosen = {
-            name: param
-            for name, param in model.named_parameters()
-            if param.is_floating_point() and param.ndim >= 2 and param.numel() and id(param) not in excluded
-        }
-    else:
-        chosen = {name: param for name, param in model.named_parameters() if select(name, param)}
+
+        def select(name: str, param: nn.Parameter) -> bool:
+            return param.is_floating_point() and param.ndim >= 2 and id(param) not in excluded
+
+    chosen = {name: param for name, param in model.named_parameters() if param.numel() and select(name, param)}
     if not chosen:
         raise InvalidArgumentError(
             "no parameter of the model is eligible for scoring: choose some with select=lambda name, param: ..."
@@ -47,42 +46,53 @@ def eligible_parameters(
 
 
 def check_plain(name: str, param: Tensor) -> None:
-    """Refuses parameters whose memory the kernels cannot address."""
+    """Refuses parameters whose memory the kernels cannot address, or whose gradient autograd cannot compute."""
     if param.is_meta:
         raise InvalidArgumentError(
             f"parameter {name} is on the meta device (offloaded or not loaded yet), so no gradient will reach it: "
             "load the model's weights onto a real device first"
+        )
+    is_wrapper: bool = is_traceable_wrapper_subclass(param)
+    if is_wrapper:
+        raise InvalidArgumentError(
+            f"parameter {name} is a {type(param).__name__}, not a plain tensor: sharded and quantised parameters are "
+            "not supported yet"
         )
     if param.dtype not in SUPPORTED_DTYPES:
         raise InvalidArgumentError(
             f"parameter {name} has dtype {param.dtype}; bfloat16, float16, float32 and float64 are supported: leave it "
             "out, or load the model unquantised"
         )
-    if is_traceable_wrapper_subclass(param):
+    if param.is_inference():
         raise InvalidArgumentError(
-            f"parameter {name} is a {type(param).__name__}, not a plain tensor: sharded and quantised parameters are "
-            "not supported yet"
+            f"parameter {name} was made under torch.inference_mode, so it can have no gradient: load the model outside "
+            "of it"
         )
 
 
 def _excluded(model: nn.Module) -> Iterator[nn.Parameter]:
     for prefix, module in model.named_modules():
+        own = prefix.rpartition(".")[2]
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or own.startswith("lora_"):
+            yield from module.parameters()
+        if _is_router(model, prefix, module):
+            yield from module.parameters()
         # PEFT layers say themselves which of their attributes are adapters.
         for attribute in getattr(module, "adapter_layer_names", ()):
             adapter = getattr(module, attribute, None)
             if isinstance(adapter, nn.Module):
                 yield from adapter.parameters()
-        if isinstance(module, _EMBEDDINGS) or "Norm" in type(module).__name__ or _is_router(model, prefix, module):
-            yield from module.parameters()
-            continue
+        # Only what is the norm's own: RobertaPreLayerNormModel or a ConvNormLayer hold weights that are none.
+        if "Norm" in type(module).__name__:
+            yield from module.parameters(recurse=False)
         for leaf, param in module.named_parameters(recurse=False):
-            if leaf.endswith("bias") or leaf.startswith("lora_") or "embed" in leaf:
+            if "bias" in leaf.split("_") or leaf.startswith("lora_") or "embed" in leaf:
                 yield param
 
 
 def _is_router(model: nn.Module, prefix: str, module: nn.Module) -> bool:
     """`mlp.gate` beside `mlp.experts` routes, `mlp.gate_proj` does not; nor does a `gate` in a dense block."""
-    parent, _, leaf = prefix.rpartition(".")
-    if leaf == "gate":
-        return "Router" in type(module).__name__ or hasattr(model.get_submodule(parent), "experts")
-    return leaf in ("router", "shared_expert_gate") or type(module).__name__.endswith("Router")
+    parent, _, own = prefix.rpartition(".")
+    if own in _ROUTERS or type(module).__name__.endswith("Router"):
+        return True
+    return own == "gate" and hasattr(model.get_submodule(parent), "experts")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +30,7 @@ class Scores(Mapping[str, Tensor]):
         >>> scores.save("scores.safetensors")                 # doctest: +SKIP
 
     Attributes:
-        sigma: name -> fp32 0-d tensor, the unbiased standard deviation of the parameter when it was scored.
+        sigma: name -> fp32 0-d tensor on the CPU, the unbiased standard deviation of the parameter when it was scored.
         num_batches: how many batches were averaged.
         model_numel: the number of weights in the whole model, eligible or not.
         meta: where the scores come from (objective, reduction, versions).
@@ -45,14 +46,20 @@ class Scores(Mapping[str, Tensor]):
         meta: Mapping[str, Any],
     ) -> None:
         self._gradients = dict(gradients)
-        self._sigma = sigma
         self.sigma: dict[str, Tensor] = dict(zip(self._gradients, sigma.unbind(), strict=True))
         self.num_batches = num_batches
         self.model_numel = model_numel
         self.meta = dict(meta)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.gradient(name).abs() * self.sigma[name]
+        return self.gradient(name).abs().mul_(self.sigma[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._gradients
+
+    # A mapping's comparison would ask for the truth of tensors.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._gradients)
@@ -107,17 +114,26 @@ class Scores(Mapping[str, Tensor]):
         return self._rank(ratio, per, largest=False)
 
     def random(self, ratio: float, *, per: Per = "model", seed: int = 0) -> Mask:
-        """As many weights as :meth:`top` selects, drawn evenly from the eligible ones; the control of experiments."""
+        """As many weights as :meth:`top` selects, drawn evenly from the eligible ones; the control of experiments.
+
+        Args:
+            ratio: as in :meth:`top`.
+            per: as in :meth:`top`.
+            seed: a whole number from 0 on; the same seed draws the same weights.
+        """
+        counts = self._counts(_checked(ratio), per)
+        if seed < 0:
+            raise InvalidArgumentError(f"seed must be 0 or larger, got {seed}")
         rng = np.random.default_rng(seed)
         numels = [gradient.numel() for gradient in self._gradients.values()]
         if per == "tensor":
-            drawn = [_draw(rng, numel, k) for numel, k in zip(numels, self._counts(ratio, per), strict=True)]
+            drawn = [_draw(rng, numel, k) for numel, k in zip(numels, counts, strict=True)]
         else:
             ends = np.cumsum(numels)
-            positions = _draw(rng, self.numel, self._counts(ratio, per)[0])
+            positions = _draw(rng, self.numel, counts[0])
             parts = np.split(positions, np.searchsorted(positions, ends[:-1]))
             drawn = [part - (end - numel) for part, end, numel in zip(parts, ends, numels, strict=True)]
-        return self._mask([torch.from_numpy(part) for part in drawn], "random", ratio, per, seed=seed)
+        return self._mask([torch.from_numpy(part) for part in drawn], "random", ratio, per, seed=int(seed))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file (4 bytes per eligible weight) that :meth:`load` reads.
@@ -143,19 +159,15 @@ class Scores(Mapping[str, Tensor]):
         """
         gradients, meta = files.read(path, "scores", _VERSION)
         try:
-            sigma = {str(name): float(value) for name, value in meta["sigma"].items()}
-            num_batches, model_numel, provenance = int(meta["num_batches"]), int(meta["model_numel"]), meta["meta"]
+            sigma = torch.tensor([float(value) for value in meta["sigma"].values()], dtype=torch.float32)
             # The order of the parameters decides ties; a safetensors file keeps its tensors in another order.
-            ordered = {name: gradients.pop(name) for name in sigma}
+            ordered = {name: gradients.pop(name) for name in meta["sigma"]}
             if gradients or not ordered or any(g.dtype != torch.float32 for g in ordered.values()):
                 raise ValueError("its tensors are not those its metadata lists")
-            scores = cls(
-                ordered,
-                torch.tensor(list(sigma.values()), dtype=torch.float32),
-                num_batches=num_batches,
-                model_numel=model_numel,
-                meta=provenance,
-            )
+            if not ((sigma >= 0) & sigma.isfinite()).all():
+                raise ValueError("a standard deviation is negative or not finite")
+            num_batches, model_numel = int(meta["num_batches"]), int(meta["model_numel"])
+            scores = cls(ordered, sigma, num_batches=num_batches, model_numel=model_numel, meta=meta["meta"])
             if scores.numel > model_numel or num_batches < 1:
                 raise ValueError("its counts contradict each other")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -165,8 +177,6 @@ class Scores(Mapping[str, Tensor]):
         return scores
 
     def _counts(self, ratio: float, per: Per) -> list[int]:
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
-            raise InvalidArgumentError(f"ratio must be a number in (0, 1], for instance 0.01 for 1%; got {ratio!r}")
         if per == "model":
             return [min(max(1, int(ratio * self.model_numel)), self.numel)]
         if per == "tensor":
@@ -174,15 +184,15 @@ class Scores(Mapping[str, Tensor]):
         raise InvalidArgumentError(f"per must be 'model' or 'tensor', got {per!r}")
 
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
-        counts = self._counts(ratio, per)
-        gradients = list(self._gradients.values())
+        counts = self._counts(_checked(ratio), per)
+        gradients, sigma = list(self._gradients.values()), torch.stack(list(self.sigma.values()))
         try:
             if per == "model":
-                selected = ops.select(gradients, self._sigma, counts[0], largest)
+                selected = ops.select(gradients, sigma, counts[0], largest)
             else:
                 selected = [
-                    ops.select([gradient], sigma.view(1), k, largest)[0]
-                    for gradient, sigma, k in zip(gradients, self._sigma, counts, strict=True)
+                    ops.select([gradient], sigma[t : t + 1], k, largest)[0]
+                    for t, (gradient, k) in enumerate(zip(gradients, counts, strict=True))
                 ]
         except RuntimeError as error:
             broken = [name for name in self if self[name].isnan().any()]
@@ -193,9 +203,22 @@ class Scores(Mapping[str, Tensor]):
 
     def _mask(self, selected: list[Tensor], ranking: str, ratio: float, per: Per, **details: object) -> Mask:
         shapes = {name: gradient.shape for name, gradient in self._gradients.items()}
-        meta = {**self.meta, "num_batches": self.num_batches, "ranking": ranking, "ratio": ratio, "per": per, **details}
+        meta = {
+            **self.meta,
+            "batches": self.num_batches,
+            "ranking": ranking,
+            "ratio": float(ratio),
+            "per": per,
+            **details,
+        }
         indices = {name: index.cpu() for name, index in zip(self, selected, strict=True)}
         return Mask.from_indices(indices, shapes, model_numel=self.model_numel, meta=meta)
+
+
+def _checked(ratio: object) -> float:
+    if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < float(ratio) <= 1:
+        raise InvalidArgumentError(f"ratio must be a number in (0, 1], for instance 0.01 for 1%; got {ratio!r}")
+    return float(ratio)
 
 
 def _draw(rng: np.random.Generator, numel: int, k: int) -> "np.ndarray[Any, np.dtype[np.int64]]":

@@ -1,6 +1,8 @@
 """``score``: one pass of forward and backward that folds gradients into ESI accumulators."""
 
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -17,6 +19,10 @@ from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
 from safekern.scores import Scores
 
 Objective = Callable[[nn.Module, Any], Tensor]
+
+# Hooks that a parameter has already must neither act on the gradients of scoring (an optimizer that steps in backward)
+# nor change them (a mask or a scale that belongs to someone's training).
+_SET_ASIDE = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 def score(
@@ -48,7 +54,8 @@ def score(
 
     Raises:
         InvalidArgumentError: an empty loader, nothing to score, a parameter that cannot be scored.
-        ScoringError: the objective did not return a scalar with a graph to the model, or no gradient arrived.
+        ScoringError: the objective did not return a scalar with a graph to the model, no gradient arrived, or gradient
+            checkpointing would lose some.
         NonFiniteError: a weight, or a gradient of some batch, is NaN or infinite.
 
     Example:
@@ -64,31 +71,39 @@ def score(
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise InvalidArgumentError("scoring under DistributedDataParallel is not supported yet: pass model.module")
+    if torch.is_inference_mode_enabled():
+        raise ScoringError("torch.inference_mode rules gradients out: call score outside of it (torch.no_grad is fine)")
     params = eligible_parameters(model, select)
     sigma = _sigma(params)
-    device = next(iter(params.values())).device
+    # Where the inputs go: the first layer of a model that is spread over devices, embeddings included.
+    device = next(param.device for param in model.parameters() if not param.is_meta)
     compute = objective or _model_loss
-    num_batches = 0
-    with _GradientFold(model, params, absolute=reduction == "abs") as fold, torch.enable_grad():
-        for batch in tqdm(loader, "score", unit="batch", disable=None if progress is None else not progress):
-            loss = compute(model, _to_device(batch, device))
-            _check_loss(loss, num_batches)
-            loss.backward()  # type: ignore[no-untyped-call]
-            fold.finish_batch(num_batches)
-            num_batches += 1
-    if num_batches == 0:
+    hidden = None if progress is None else not progress
+    with (
+        _GradientFold(model, params, absolute=reduction == "abs") as fold,
+        tqdm(desc="score", unit="batch", total=_length(loader), disable=hidden) as bar,
+    ):
+        for batch in loader:
+            # Once, since it touches the process's warning filters, and every batch takes the same way.
+            guard = nullcontext() if fold.num_batches else _dropped_gradients_raise()
+            with torch.enable_grad(), guard:
+                loss = compute(model, _to_device(batch, device))
+                _check_loss(loss, fold.num_batches)
+                loss.backward()  # type: ignore[no-untyped-call]
+            fold.finish_batch()
+            bar.update()
+    if fold.num_batches == 0:
         raise InvalidArgumentError("the loader yielded no batch")
-    torch._foreach_div_(list(fold.accs.values()), float(num_batches))
+    torch._foreach_div_(list(fold.accs.values()), float(fold.num_batches))
     return Scores(
         fold.accs,
         sigma,
-        num_batches=num_batches,
+        num_batches=fold.num_batches,
         model_numel=sum(param.numel() for param in model.parameters()),
         meta={
             "objective": getattr(compute, "__qualname__", type(compute).__qualname__) if objective else "model loss",
             "reduction": reduction,
-            "safekern": __version__,
-            "torch": str(torch.__version__),
+            "versions": {"safekern": __version__, "torch": str(torch.__version__)},
         },
     )
 
@@ -101,38 +116,31 @@ class _GradientFold:
         self._params = params
         self._absolute = absolute
         self.accs = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in params.items()}
+        self.num_batches = 0
         # One flag per parameter, on its device: read once per batch, since a read waits for the device.
         self._nonfinite = {
             device: torch.zeros(len(params), dtype=torch.bool, device=device)
             for device in dict.fromkeys(p.device for p in params.values())
         }
-        self._arrived = False
-        self._found: list[tuple[nn.Parameter, bool, Tensor | None, Any]] = []
+        self._arrived: set[str] = set()
+        self._found: list[tuple[nn.Parameter, bool, dict[str, Any]]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
         chosen = {id(param): (i, name) for i, (name, param) in enumerate(self._params.items())}
         try:
             for param in self._model.parameters():
-                hooks = param._post_accumulate_grad_hooks  # type: ignore[attr-defined]
-                self._found.append((param, param.requires_grad, param.grad, hooks))
+                aside = {attribute: getattr(param, attribute) for attribute in _SET_ASIDE}
+                self._found.append((param, param.requires_grad, aside))
                 # Gradients of other parameters would be computed and kept for nothing.
                 param.requires_grad_(id(param) in chosen)
                 if id(param) in chosen:
                     i, name = chosen[id(param)]
-                    param.grad = None
-                    # Hooks that are there already (an optimizer stepping in backward) must not see these gradients.
-                    param._post_accumulate_grad_hooks = None  # type: ignore[attr-defined]
+                    for attribute in _SET_ASIDE:
+                        setattr(param, attribute, None)
                     flag = self._nonfinite[param.device][i : i + 1]
                     fold = partial(self._fold, name, self.accs[name], flag)
-                    self._handles.append(param.register_post_accumulate_grad_hook(fold))
-            if any(getattr(module, "gradient_checkpointing", False) for module in self._model.modules()):
-                # Reentrant checkpointing drops every gradient below an input that needs none.
-                self._handles.extend(
-                    module.register_forward_hook(_require_grad)
-                    for module in self._model.modules()
-                    if isinstance(module, nn.Embedding)
-                )
+                    self._handles.append(param.register_post_accumulate_grad_hook(fold))  # type: ignore[no-untyped-call]
         except BaseException:
             self._restore()
             raise
@@ -146,10 +154,10 @@ class _GradientFold:
     def _restore(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for param, requires_grad, grad, hooks in self._found:
+        for param, requires_grad, aside in self._found:
             param.requires_grad_(requires_grad)
-            param.grad = grad
-            param._post_accumulate_grad_hooks = hooks  # type: ignore[attr-defined]
+            for attribute, value in aside.items():
+                setattr(param, attribute, value)
 
     def _fold(self, name: str, acc: Tensor, flag: Tensor, param: Tensor) -> None:
         grad, param.grad = param.grad, None
@@ -157,39 +165,72 @@ class _GradientFold:
             return
         if grad.layout != torch.strided:
             raise ScoringError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
-        self._arrived = True
+        if self._absolute and name in self._arrived:
+            raise ScoringError(
+                f"the gradient of {name} came in parts, whose absolute values do not add up to that of the whole: use "
+                'reduction="mean", or gradient checkpointing with use_reentrant=False'
+            )
+        self._arrived.add(name)
         ops.accumulate_([acc], [grad.detach().contiguous()], flag, self._absolute)
 
-    def finish_batch(self, index: int) -> None:
+    def finish_batch(self) -> None:
         if not self._arrived:
             raise ScoringError(
-                f"batch {index}: no eligible parameter received a gradient: does the objective use this model's "
-                "parameters, with gradients enabled?"
+                f"batch {self.num_batches}: no eligible parameter received a gradient: does the objective use this "
+                "model's parameters, with gradients enabled?"
             )
-        self._arrived = False
-        bad = {i for flags in self._nonfinite.values() for i in flags.nonzero().view(-1).tolist()}
-        if bad:
-            names = [name for i, name in enumerate(self._params) if i in bad]
-            more = f" and {len(names) - 1} more parameters" if len(names) > 1 else ""
+        self._arrived.clear()
+        read = [flags.tolist() for flags in self._nonfinite.values()]
+        names = [name for name, *flags in zip(self._params, *read, strict=True) if any(flags)]
+        if names:
+            more = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
             raise NonFiniteError(
-                f"batch {index}: the gradient of {names[0]}{more} holds NaN or infinity (or its sum over batches "
-                "overflowed); look for an empty or fully masked example in this batch, or score in bfloat16 or float32 "
-                "instead of float16"
+                f"batch {self.num_batches}: the gradient of {names[0]}{more} holds NaN or infinity (or its sum over "
+                "batches overflowed); look for an empty or fully masked example in this batch, or score in bfloat16 or "
+                "float32 instead of float16"
             )
+        self.num_batches += 1
+
+
+@contextmanager
+def _dropped_gradients_raise() -> Iterator[None]:
+    """Reentrant checkpointing drops every gradient below an input that needs none, and would only warn."""
+    message = "None of the inputs have requires_grad=True"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message, UserWarning)
+        try:
+            yield
+        except UserWarning as warning:
+            if not str(warning).startswith(message):
+                raise
+            raise ScoringError(
+                "gradient checkpointing would lose the gradients of a whole block, since nothing that enters it needs "
+                "one: use checkpointing with use_reentrant=False"
+            ) from warning
 
 
 def _sigma(params: Mapping[str, nn.Parameter]) -> Tensor:
-    by_device: dict[torch.device, list[int]] = {}
     tensors = [param.detach() for param in params.values()]
-    for i, tensor in enumerate(tensors):
-        by_device.setdefault(tensor.device, []).append(i)
     sigma = torch.empty(len(tensors))
-    for members in by_device.values():
-        sigma[members] = ops.sigma([tensors[i].contiguous() for i in members]).cpu()
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+        dense = [i for i in here if tensors[i].is_contiguous()]
+        # Those that have to be copied, one at a time: together, the copies could be as large as the model.
+        groups = [dense, *([i] for i in here if not tensors[i].is_contiguous())]
+        values = [ops.sigma([tensors[i].contiguous() for i in group]) for group in groups if group]
+        sigma[[i for group in groups for i in group]] = torch.cat(values).cpu()
     for name, value in zip(params, sigma.tolist(), strict=True):
         if not value < float("inf"):
             raise NonFiniteError(f"parameter {name} holds NaN or infinity: repair or reload the model before scoring")
     return sigma
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """How many batches the progress bar is to expect; loaders without a length raise all sorts of errors."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except Exception:
+        return None
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -224,8 +265,3 @@ def _to_device(batch: Any, device: torch.device) -> Any:
         moved = [_to_device(value, device) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
-
-
-def _require_grad(module: nn.Module, args: object, output: object) -> None:
-    if isinstance(output, Tensor) and output.is_floating_point():
-        output.requires_grad_()

@@ -1,0 +1,943 @@
+"""``score`` against full gradients in fp64, the model it has to leave as it was, and the memory it may take."""
+
+import copy
+import functools
+import warnings
+import weakref
+from collections import UserDict
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from safekern import scoring
+from safekern.errors import InvalidArgumentError, NonFiniteError, SafekernError, ScoringError
+from safekern.objectives import refusal
+from safekern.scoring import score
+
+REDUCTIONS = ("mean", "abs")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Toy(nn.Module):
+    """Two linear layers between an embedding and a head tied to it; ``mixer`` is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.first = nn.Linear(6, 8)
+        self.mixer = nn.Linear(8, 8, bias=False)
+        self.norm = nn.LayerNorm(8)
+        self.second = nn.Linear(8, 6)
+        self.unused = nn.Linear(3, 2)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids, labels):
+        hidden = self.first(self.embed(input_ids)).tanh()
+        hidden = self.norm(self.mixer(self.mixer(hidden).tanh()))
+        logits = self.head(self.second(hidden))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()))
+
+
+def toy(seed=0):
+    torch.manual_seed(seed)
+    return Toy()
+
+
+def token_batches(count=4, vocabulary=11, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(vocabulary, (count, 2, 3, 5), generator=generator)
+    return [{"input_ids": batch[0], "labels": batch[1]} for batch in drawn]
+
+
+def tiny_llama(**config):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, **config)).eval()
+
+
+class Weights(nn.Module):
+    """Holds tensors as parameters. With the objective `linear`, the gradient of each is the batch's tensor for it."""
+
+    def __init__(self, **params):
+        super().__init__()
+        for name, param in params.items():
+            setattr(self, name, nn.Parameter(param))
+
+
+def linear(model, batch):
+    return sum((model.get_parameter(name) * values).double().sum() for name, values in batch.items())
+
+
+def every(name, param):
+    return True
+
+
+def bits(tensor: Tensor) -> Tensor:
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integer)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def assert_same_scores(mine, want):
+    assert list(mine) == list(want)
+    for name in want:
+        assert same_bits(mine.gradient(name), want.gradient(name)), name
+        assert same_bits(mine.sigma[name], want.sigma[name]), name
+
+
+def full_gradients(model, batches, objective):
+    """For every batch all gradients, of a copy of the model in fp64 in which everything is trained."""
+    twin = copy.deepcopy(model).double().requires_grad_()
+    results = []
+    for batch in batches:
+        twin.zero_grad()
+        objective(twin, batch).backward()
+        results.append(
+            {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in twin.named_parameters()}
+        )
+    return twin, results
+
+
+def assert_equals_the_definition(scores, model, batches, objective, reduction):
+    twin, gradients = full_gradients(model, batches, objective)
+    for name, esi in scores.items():
+        each = [batch[name].abs() if reduction == "abs" else batch[name] for batch in gradients]
+        mean = sum(each) / len(batches)
+        sigma = twin.get_parameter(name).detach().std()
+        assert esi.dtype == torch.float32
+        scale = max(batch[name].abs().max().item() for batch in gradients)
+        assert esi.dtype == torch.float32
+        torch.testing.assert_close(scores.gradient(name).double(), mean, rtol=0, atol=1e-5 * scale)
+        torch.testing.assert_close(scores.sigma[name].double(), sigma, rtol=1e-6, atol=0)
+        torch.testing.assert_close(esi.double(), (mean * sigma).abs(), rtol=0, atol=1e-5 * scale * sigma.item())
+
+
+def model_loss(model, batch):
+    return model(**batch).loss
+
+
+# What is computed
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("build", "objective"), [(toy, model_loss), (tiny_llama, refusal)], ids=["toy with tied weights", "llama"]
+)
+def test_equals_full_gradients_in_fp64(build, objective, reduction):
+    model, batches = build(), token_batches()
+    scores = score(model, batches, objective, reduction=reduction)
+    assert len(scores) >= 4
+    assert scores.num_batches == len(batches)
+    assert scores.model_numel == sum(param.numel() for param in model.parameters())
+    assert scores.numel == sum(model.get_parameter(name).numel() for name in scores)
+    assert_equals_the_definition(scores, model, batches, objective, reduction)
+
+
+def test_a_tied_head_can_be_chosen_and_counts_both_of_its_uses():
+    model, batches = toy(), token_batches()
+    scores = score(model, batches, select=every)
+    assert list(scores) == [name for name, _ in model.named_parameters()]
+    assert "head.weight" not in scores
+    assert_equals_the_definition(scores, model, batches, model_loss, "mean")
+
+
+def test_frozen_parameters_are_scored_and_stay_frozen():
+    model, batches = toy(), token_batches()
+    want = score(model, batches)
+    model.requires_grad_(False)
+    assert_same_scores(score(model, batches), want)
+    assert not any(param.requires_grad for param in model.parameters())
+
+
+def test_a_parameter_without_a_gradient_scores_zero():
+    scores = score(toy(), token_batches())
+    assert not scores["unused.weight"].any()
+    assert scores.sigma["unused.weight"] > 0
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accumulates_every_dtype_in_fp32(dtype, reduction):
+    torch.manual_seed(0)
+    model = Weights(a=torch.randn(33, 65).to(dtype), b=torch.randn(3, 2, 1).to(dtype))
+    batches = [{name: torch.randn_like(param.detach()) for name, param in model.named_parameters()} for _ in range(5)]
+    scores = score(model, batches, linear, reduction=reduction)
+    for name, param in model.named_parameters():
+        total = torch.zeros(param.shape)
+        for batch in batches:
+            total += batch[name].float().abs() if reduction == "abs" else batch[name].float()
+        assert same_bits(scores.gradient(name), total / 5)
+        torch.testing.assert_close(scores.sigma[name], param.double().std().float(), rtol=1e-6, atol=0)
+        assert same_bits(scores[name], (total / 5).abs() * scores.sigma[name])
+
+
+def test_reductions_differ_where_gradients_cancel():
+    model = Weights(w=torch.randn(2, 3))
+    batches = [{"w": torch.ones(2, 3)}, {"w": -torch.ones(2, 3)}]
+    assert not score(model, batches, linear)["w"].any()
+    assert torch.equal(score(model, batches, linear, reduction="abs").gradient("w"), torch.ones(2, 3))
+
+
+def test_layouts_do_not_matter_and_indices_are_row_major():
+    torch.manual_seed(0)
+    plain = {
+        name: torch.randn(shape) for name, shape in zip("abcd", [(7, 5), (4, 3, 2, 5), (5, 3), (6, 4)], strict=True)
+    }
+    laid_out = {
+        "a": plain["a"].t().contiguous().t(),
+        "b": plain["b"].to(memory_format=torch.channels_last),
+        "c": plain["c"],
+        "d": torch.stack([plain["d"], plain["d"]], dim=-1)[..., 0],
+    }
+    model = Weights(**laid_out)
+    assert [param.is_contiguous() for param in model.parameters()] == [False, False, True, False]
+    batches = [{name: torch.randn(values.shape) for name, values in plain.items()} for _ in range(3)]
+    got, want = score(model, batches, linear), score(Weights(**plain), batches, linear)
+    assert_same_scores(got, want)
+    assert got.top(0.1) == want.top(0.1)
+    name, position = next((name, int(got[name].argmax())) for name in got.top(1e-9))
+    assert got.top(1e-9)[name].tolist() == [position]
+
+
+def test_non_contiguous_gradients():
+    class Permuted(torch.autograd.Function):
+        """A product whose gradient has another layout than its parameter, where autograd keeps it as it is."""
+
+        @staticmethod
+        def forward(ctx, weight, values):
+            ctx.save_for_backward(values)
+            return (weight * values).sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            (values,) = ctx.saved_tensors
+            return (grad * values).t().contiguous().t(), None
+
+    torch.manual_seed(0)
+    model = Weights(w=torch.randn(3, 4), v=torch.randn(5, 2))
+    batches = [torch.randn(3, 4) for _ in range(2)]
+    scores = score(model, batches, lambda model, batch: Permuted.apply(model.w, batch) + model.v.sum())
+    assert same_bits(scores.gradient("w"), (batches[0] + batches[1]) / 2)
+    # The gradient of a sum is one number, expanded.
+    assert same_bits(scores.gradient("v"), torch.ones(5, 2))
+
+
+@pytest.mark.usefixtures("threads")
+def test_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    model = Weights(a=torch.randn(600, 301).bfloat16(), b=torch.randn(3, 70_001))
+    batches = [{name: torch.randn_like(param.detach()) for name, param in model.named_parameters()} for _ in range(2)]
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(score(model, batches, linear))
+    for other in results[1:]:
+        assert_same_scores(other, results[0])
+        assert other.top(0.01) == results[0].top(0.01)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        (
+            "Qwen2Moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "decoder_sparse_step": 1},
+        ),
+    ],
+)
+def test_mixtures_of_experts(family, config):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{family}Config")(**sizes, **heads, **config)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model.set_experts_implementation("eager")
+    tokens = torch.tensor([[3, 3, 3]])
+    scores = score(model, [{"input_ids": tokens, "labels": tokens}])
+    # One token, twice over the same two experts: the others have a gradient, and it is zero.
+    experts = scores["model.layers.0.mlp.experts.down_proj"]
+    assert (experts.flatten(1) != 0).any(1).sum() == 2
+
+
+def test_autocast_and_its_cache_of_cast_weights():
+    model, batches = tiny_llama(), token_batches()
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = score(model, batches)
+    for batch in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+    for name in scores:
+        torch.testing.assert_close(scores.gradient(name), model.get_parameter(name).grad / len(batches))
+
+
+# Loaders, batches, objectives
+
+
+class Pair(NamedTuple):
+    input_ids: Tensor
+    labels: Tensor
+
+
+def test_batches_of_every_kind():
+    class Loss(Toy):
+        def forward(self, input_ids, labels):
+            return super().forward(input_ids, labels).loss
+
+    class OfTensor(Toy):
+        def forward(self, batch):
+            return super().forward(batch[0], batch[1]).loss
+
+    torch.manual_seed(0)
+    pairs = [(batch["input_ids"], batch["labels"]) for batch in token_batches()]
+    want = score(toy(), token_batches())
+    for model_class, batches in [
+        (Toy, [UserDict(batch) for batch in token_batches()]),
+        (Toy, [transformers.BatchEncoding(batch) for batch in token_batches()]),
+        (Loss, pairs),
+        (Loss, [list(pair) for pair in pairs]),
+        (Loss, [Pair(*pair) for pair in pairs]),
+        (OfTensor, torch.stack([torch.stack(pair) for pair in pairs]).unbind()),
+    ]:
+        torch.manual_seed(0)
+        assert_same_scores(score(model_class(), batches), want)
+
+
+def test_batches_reach_the_objective_as_they_are():
+    batch = {"pair": Pair(torch.ones(1), torch.zeros(1)), "list": [torch.ones(2), "text"], "n": 3, "none": None}
+    seen = []
+
+    def objective(model, batch):
+        seen.append(batch)
+        return model.w.sum()
+
+    score(Weights(w=torch.randn(2, 2)), [batch, batch["pair"], "text"], objective)
+    assert isinstance(seen[0]["pair"], Pair)
+    assert seen[0]["list"][1] == "text"
+    assert (seen[0]["n"], seen[0]["none"]) == (3, None)
+    assert isinstance(seen[1], Pair)
+    assert seen[2] == "text"
+    assert seen[0]["pair"].labels is batch["pair"].labels
+
+
+def test_batches_move_to_the_models_device():
+    batch = {"pair": Pair(torch.ones(1), torch.zeros(1)), "nested": [(torch.ones(2), 5)], "text": "x"}
+    moved = scoring._to_device(batch, torch.device("meta"))
+    assert [leaf.device.type for leaf in tree_leaves(moved) if isinstance(leaf, Tensor)] == ["meta"] * 3
+    assert isinstance(moved["pair"], Pair)
+    assert moved["nested"][0][1] == 5
+    assert batch["pair"].labels.device.type == "cpu"
+
+
+class Sized:
+    """A loader whose length cannot be asked for, or is wrong."""
+
+    def __init__(self, batches, length):
+        self.batches = batches
+        self.length = length
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        if isinstance(self.length, Exception):
+            raise self.length
+        return self.length
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_loaders_of_every_kind(progress, capsys):
+    model, batches = toy(), token_batches(3)
+    want = score(model, batches)
+    capsys.readouterr()
+    for total, loader in [
+        ("3/3", batches),
+        ("3/3", tuple(batches)),
+        ("3/3", torch.utils.data.DataLoader(batches, batch_size=None)),
+        ("3batch", iter(batches)),
+        ("3batch", (batch for batch in batches)),
+        ("3batch", Sized(batches, TypeError("no length"))),
+        ("3batch", Sized(batches, NotImplementedError("no length"))),
+        ("3batch", Sized(batches, RuntimeError("no length"))),
+        ("3batch", Sized(batches, -1)),
+        ("3batch", Sized(batches, "three")),
+        ("3batch", Sized(batches, 1)),
+        ("3/30", Sized(batches, 30)),
+    ]:
+        assert_same_scores(score(model, loader, progress=progress), want)
+        shown = capsys.readouterr().err
+        if progress:
+            assert "score" in shown
+            assert total in shown.replace(" ", "")
+        else:
+            # Neither is stderr a terminal here.
+            assert shown == ""
+
+
+def test_the_progress_bar_is_closed_after_an_error(capsys):
+    with pytest.raises(ZeroDivisionError):
+        score(toy(), (1 / 0 for _ in range(3)), progress=True)
+    assert not tqdm._instances
+
+
+def test_gradient_modes():
+    model, batches = toy(), token_batches()
+    want = score(model, batches)
+    modes = []
+
+    def loader():
+        for batch in batches:
+            modes.append(torch.is_grad_enabled())
+            yield batch
+
+    with torch.no_grad():
+        assert_same_scores(score(model, loader()), want)
+        assert not torch.is_grad_enabled()
+    assert modes == [False] * len(batches)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_runs_in_the_mode_it_finds(training):
+    model, modes = toy().train(training), []
+
+    def objective(model, batch):
+        modes.append(model.training)
+        return model(**batch).loss
+
+    score(model, token_batches(2), objective)
+    assert modes == [training] * 2
+    assert model.training is training
+
+
+class Objective:
+    def __call__(self, model, batch):
+        return model_loss(model, batch)
+
+
+def test_scores_say_where_they_come_from():
+    model, batches = toy(), token_batches(2)
+    scores = score(model, batches, refusal_like := lambda model, batch: model_loss(model, batch))
+    assert scores.meta["objective"] == refusal_like.__qualname__
+    assert score(model, batches, model_loss, reduction="abs").meta["reduction"] == "abs"
+    assert score(model, batches, Objective()).meta["objective"] == "Objective"
+    assert score(model, batches, functools.partial(model_loss)).meta["objective"] == "partial"
+    meta = score(model, batches).top(0.1).meta
+    versions = {"safekern": scoring.__version__, "torch": torch.__version__}
+    assert meta == {
+        "objective": "model loss",
+        "reduction": "mean",
+        "batches": 2,
+        "versions": versions,
+        "ranking": "top",
+        "ratio": 0.1,
+        "per": "model",
+    }
+
+
+# What is refused
+
+
+def constant(value):
+    return lambda model, batch: value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"loader": []}, InvalidArgumentError, "yielded no batch"),
+        ({"loader": iter(())}, InvalidArgumentError, "yielded no batch"),
+        ({"loader": token_batches(1)[0]}, InvalidArgumentError, r"got dict: .* pass \[batch\]"),
+        ({"loader": UserDict(token_batches(1)[0])}, InvalidArgumentError, r"got UserDict: .* pass \[batch\]"),
+        ({"loader": torch.zeros(3)}, InvalidArgumentError, "got Tensor"),
+        ({"loader": "prompts.json"}, InvalidArgumentError, "got str"),
+        ({"loader": 3}, InvalidArgumentError, "got int"),
+        ({"loader": None}, InvalidArgumentError, "got NoneType"),
+        ({"reduction": "sum"}, InvalidArgumentError, "'mean' or 'abs', got 'sum'"),
+        ({"reduction": None}, InvalidArgumentError, "'mean' or 'abs', got None"),
+        ({"select": lambda name, param: False}, InvalidArgumentError, "no parameter of the model is eligible"),
+        ({"objective": lambda model, batch: model.first.weight}, ScoringError, r"batch 0: .* shape \(8, 6\)"),
+        ({"objective": constant(3.0)}, ScoringError, "batch 0: .* scalar tensor, got float"),
+        ({"objective": constant(None)}, ScoringError, "batch 0: .* scalar tensor, got NoneType"),
+        ({"objective": lambda model, batch: model(**batch)}, ScoringError, "got SimpleNamespace"),
+        ({"objective": constant(torch.tensor(1.0))}, ScoringError, "batch 0: .* no graph"),
+        ({"objective": lambda model, batch: model(**batch).loss.detach()}, ScoringError, "batch 0: .* no graph"),
+        ({"objective": torch.inference_mode()(model_loss)}, ScoringError, "batch 0: .* no graph"),
+        ({"objective": torch.no_grad()(model_loss)}, ScoringError, "batch 0: .* no graph"),
+        ({"objective": lambda model, batch: toy()(**batch).loss}, ScoringError, "batch 0: no eligible parameter"),
+    ],
+)
+def test_bad_input_is_refused_and_the_model_untouched(arguments, error, message):
+    model = used_model()
+    before = snapshot(model)
+    with pytest.raises(error, match=message) as caught:
+        score(model, **{"loader": token_batches(), **arguments})
+    assert isinstance(caught.value, SafekernError)
+    assert_untouched(model, before)
+
+
+def test_the_default_objective_says_that_labels_are_missing():
+    tokens = torch.tensor([[1, 2]])
+    with pytest.raises(ScoringError, match="no loss for a batch: put 'labels'"):
+        score(tiny_llama(), [{"input_ids": tokens}])
+
+
+def test_models_that_cannot_be_scored():
+    parallel = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    with pytest.raises(InvalidArgumentError, match=r"pass model\.module"):
+        score(parallel, token_batches())
+    model = used_model()
+    before = snapshot(model)
+    with torch.inference_mode(), pytest.raises(ScoringError, match="score outside of it"):
+        score(model, token_batches())
+    assert_untouched(model, before)
+    with torch.device("meta"):
+        offloaded = toy()
+    with pytest.raises(InvalidArgumentError, match=r"first\.weight is on the meta device"):
+        score(offloaded, token_batches())
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            model.second.weight[1, 2] = value
+        before = snapshot(model)
+        with pytest.raises(NonFiniteError, match=r"parameter second\.weight holds NaN or infinity"):
+            score(model, token_batches())
+        assert_untouched(model, before)
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(5, 3, sparse=True)
+    with pytest.raises(ScoringError, match="weight has a sparse gradient"):
+        score(model, [torch.tensor([1, 2])], lambda model, batch: model(batch).sum(), select=every)
+    assert model.weight.grad is None
+
+
+# What is left as it was
+
+
+def used_model():
+    """A model in the middle of a training: some weights frozen, some with gradients and hooks, mixed modes."""
+    model = toy()
+    model.fired = []
+    model.first.weight.requires_grad_(False)
+    model.norm.requires_grad_(False)
+    model.second.eval()
+    for param in (model.mixer.weight, model.second.weight, model.embed.weight):
+        param.grad = torch.randn_like(param)
+    model.first.weight.grad = torch.randn(8, 6)
+    for param in (model.mixer.weight, model.embed.weight, model.second.bias):
+        param.register_hook(lambda grad: model.fired.append("gradient"))
+        param.register_post_accumulate_grad_hook(lambda param: model.fired.append("accumulated"))
+    model.mixer.register_forward_hook(lambda *args: None)
+    model.second.register_full_backward_hook(lambda *args: None)
+    return model
+
+
+def snapshot(model):
+    """What has to be the same afterwards: contents are compared by bits, objects by identity."""
+    params = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {
+        "objects": [
+            *params.values(),
+            *(param.grad for param in params.values()),
+            *(param._backward_hooks for param in params.values()),
+            *(param._post_accumulate_grad_hooks for param in params.values()),
+        ],
+        "contents": [bits(tensor).clone() for p in params.values() for tensor in (p, p.grad) if tensor is not None],
+        "rest": [
+            list(params),
+            [param.requires_grad for param in params.values()],
+            [module.training for module in modules.values()],
+            [dict(getattr(module, kind)) for module in modules.values() for kind in hooks],
+            [dict(param._backward_hooks or {}) for param in params.values()],
+            [dict(param._post_accumulate_grad_hooks or {}) for param in params.values()],
+            getattr(model, "fired", [])[:],
+        ],
+    }
+
+
+def assert_untouched(model, before):
+    after = snapshot(model)
+    assert after["rest"] == before["rest"]
+    assert all(mine is old for mine, old in zip(after["objects"], before["objects"], strict=True))
+    assert all(torch.equal(mine, old) for mine, old in zip(after["contents"], before["contents"], strict=True))
+
+
+class Raising(torch.autograd.Function):
+    """Passes a tensor on, and raises in backward."""
+
+    @staticmethod
+    def forward(ctx, tensor, error):
+        ctx.error = error
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise ctx.error
+
+
+def failing_at(index, batches, error):
+    yield from batches[:index]
+    raise error
+
+
+def spoil(model, batch, name, value):
+    """The model's loss plus a term that makes one element of the gradient of one parameter that value."""
+    factor = torch.zeros_like(model.get_parameter(name))
+    factor.view(-1)[-1] = value if batch["input_ids"][0, 0] == 99 else 0.0
+    batch = {**batch, "input_ids": batch["input_ids"].clamp(max=10)}
+    return model(**batch).loss + (model.get_parameter(name) * factor).sum()
+
+
+def marked(index):
+    """Batches, the one at that index marked for `spoil`."""
+    batches = token_batches()
+    batches[index]["input_ids"][0, 0] = 99
+    return batches
+
+
+def scenario(loader=None, objective=model_loss, error=None, message=None, **options):
+    return loader or token_batches, objective, error, message, options
+
+
+SCENARIOS = {
+    "success": scenario(),
+    "success of all parameters": scenario(select=every, reduction="abs"),
+    "nan": scenario(
+        functools.partial(marked, 2),
+        functools.partial(spoil, name="second.weight", value=float("nan")),
+        NonFiniteError,
+        r"^batch 2: the gradient of second\.weight holds NaN or infinity",
+    ),
+    "inf": scenario(
+        functools.partial(marked, 0),
+        functools.partial(spoil, name="mixer.weight", value=float("-inf")),
+        NonFiniteError,
+        r"^batch 0: the gradient of mixer\.weight holds NaN or infinity",
+        reduction="abs",
+    ),
+    "nan everywhere": scenario(
+        objective=lambda model, batch: model(**batch).loss * float("nan"),
+        error=NonFiniteError,
+        message=r"^batch 0: the gradient of first\.weight \(and of 2 more\) holds NaN",
+    ),
+    "overflowing sum": scenario(
+        functools.partial(marked, 3),
+        lambda model, batch: (
+            (model.mixer.weight[0, 0] * 1.3e38).sum() + model(**batch).loss * 0
+            if batch["input_ids"][0, 0] != 99
+            else model.mixer.weight[0, 0] * 1.3e38
+        ),
+        NonFiniteError,
+        r"^batch 2: the gradient of mixer\.weight holds .* overflowed",
+    ),
+    "objective raises": scenario(objective=lambda model, batch: 1 / 0, error=ZeroDivisionError),
+    "objective raises later": scenario(
+        functools.partial(marked, 2), lambda model, batch: model(**batch).loss, IndexError, "index out of range"
+    ),
+    "backward raises": scenario(
+        objective=lambda model, batch: (
+            Raising.apply(model.first.weight, ArithmeticError("backward")).sum() + model.second.weight.sum()
+        ),
+        error=ArithmeticError,
+        message="backward",
+    ),
+    "backward is interrupted": scenario(
+        objective=lambda model, batch: (
+            Raising.apply(model.first.weight, KeyboardInterrupt()).sum() + model.second.weight.sum()
+        ),
+        error=KeyboardInterrupt,
+    ),
+    "loader raises": scenario(lambda: failing_at(2, token_batches(), OSError("disk")), error=OSError, message="disk"),
+    "loader raises at once": scenario(
+        lambda: failing_at(0, token_batches(), OSError("disk")), error=OSError, message="disk"
+    ),
+    "loader is interrupted": scenario(
+        lambda: failing_at(1, token_batches(), KeyboardInterrupt()), error=KeyboardInterrupt
+    ),
+    "loader exits": scenario(lambda: failing_at(1, token_batches(), SystemExit(3)), error=SystemExit),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_model_is_left_as_it_was(name):
+    loader, objective, error, message, options = SCENARIOS[name]
+    model = used_model()
+    before = snapshot(model)
+    if error is None:
+        score(model, loader(), objective, **options)
+    else:
+        with pytest.raises(error, match=message):
+            score(model, loader(), objective, **options)
+    assert_untouched(model, before)
+
+
+def test_an_interrupt_while_hooks_are_set_undoes_them(monkeypatch):
+    model, count = used_model(), 0
+    before = snapshot(model)
+    register = Tensor.register_post_accumulate_grad_hook
+
+    def interrupted(param, hook):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        return register(param, hook)
+
+    monkeypatch.setattr(Tensor, "register_post_accumulate_grad_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        score(model, token_batches())
+    assert count == 2
+    assert_untouched(model, before)
+
+
+def test_a_failed_run_does_not_show_in_the_next():
+    model = used_model()
+    want = score(model, token_batches())
+    with pytest.raises(NonFiniteError):
+        score(model, token_batches(), lambda model, batch: model(**batch).loss * float("inf"))
+    assert_same_scores(score(model, token_batches()), want)
+
+
+def test_hooks_on_parameters_rest_during_scoring_and_fire_again_afterwards():
+    model, batches = used_model(), token_batches()
+    want = score(toy(), batches, select=every)
+    model.mixer.weight.register_hook(lambda grad: grad * 0)
+    handle = model.mixer.weight.register_post_accumulate_grad_hook(lambda param: model.fired.append("once"))
+    assert_same_scores(score(model, batches, select=every), want)
+    assert model.fired == []
+
+    grad = model.mixer.weight.grad.clone()
+    model(**batches[0]).loss.backward()
+    assert sorted(model.fired) == ["accumulated"] * 3 + ["gradient"] * 3 + ["once"]
+    assert torch.equal(model.mixer.weight.grad, grad)
+
+    handle.remove()
+    model.fired.clear()
+    model(**batches[0]).loss.backward()
+    assert sorted(model.fired) == ["accumulated"] * 3 + ["gradient"] * 3
+
+
+def test_an_optimizer_that_steps_in_backward_does_not_step():
+    model = toy()
+    optimizers = {param: torch.optim.SGD([param], lr=1.0) for param in model.parameters()}
+
+    def step(param):
+        optimizers[param].step()
+        param.grad = None
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(step)
+    before = snapshot(model)
+    assert_same_scores(score(model, token_batches()), score(toy(), token_batches()))
+    assert_untouched(model, before)
+    model(**token_batches()[0]).loss.backward()
+    assert not same_bits(model.mixer.weight, toy().mixer.weight)
+
+
+def test_training_goes_on_as_if_nothing_had_been_scored():
+    models = toy(), toy()
+    for number, model in enumerate(models):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        for batch in token_batches():
+            model(**batch).loss.backward()
+            if number:
+                score(model, token_batches(2, seed=5))
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(same_bits(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+# Gradient checkpointing
+
+
+def checkpointed(model, **options):
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)
+    return model
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(reentrant, training, reduction):
+    model, batches = tiny_llama().train(training), token_batches()
+    want = score(model, batches, reduction=reduction)
+    checkpointed(model, use_reentrant=reentrant)
+    before = snapshot(model)
+    assert_same_scores(score(model, batches, reduction=reduction), want)
+    assert_untouched(model, before)
+
+
+class Checkpointed(Toy):
+    """Checkpoints its middle without a sign of it that could be seen from outside."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, input_ids, labels):
+        def run(layer, values):
+            return checkpoint(layer, values, use_reentrant=self.reentrant)
+
+        hidden = run(self.first, self.embed(input_ids)).tanh()
+        hidden = self.norm(run(self.mixer, run(self.mixer, hidden).tanh()))
+        logits = self.head(self.second(hidden))
+        return SimpleNamespace(loss=nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten()))
+
+
+def test_checkpointing_that_would_lose_gradients_is_an_error():
+    batches = token_batches()
+    torch.manual_seed(0)
+    model = Checkpointed(reentrant=True)
+    before = snapshot(model)
+    with pytest.raises(ScoringError, match=r"lose the gradients .* use_reentrant=False"):
+        score(model, batches)
+    assert_untouched(model, before)
+    model.reentrant = False
+    assert_same_scores(score(model, batches), score(toy(), batches))
+
+
+def test_gradients_in_parts_add_up_but_their_absolute_values_do_not():
+    batches = token_batches()
+    torch.manual_seed(0)
+    model = Checkpointed(reentrant=True)
+    got, want = score(model, batches, select=every), score(toy(), batches, select=every)
+    for name in want:
+        torch.testing.assert_close(got.gradient(name), want.gradient(name), rtol=1e-4, atol=1e-7)
+    before = snapshot(model)
+    with pytest.raises(ScoringError, match=r"mixer\.weight came in parts.*use_reentrant=False"):
+        score(model, batches, reduction="abs", select=every)
+    assert_untouched(model, before)
+    model.reentrant = False
+    assert_same_scores(
+        score(model, batches, reduction="abs", select=every), score(toy(), batches, reduction="abs", select=every)
+    )
+
+
+def test_other_warnings_stay_warnings():
+    def objective(model, batch):
+        warnings.warn("of the user's", UserWarning, stacklevel=1)
+        return model(**batch).loss
+
+    filters = warnings.filters[:]
+    with pytest.warns(UserWarning, match="of the user's"):
+        score(toy(), token_batches(), objective)
+    with pytest.raises(UserWarning, match="of the user's"):
+        score(toy(), token_batches(), objective)
+    assert warnings.filters == filters
+
+
+# Memory and waiting
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages that were made while it is active and are still alive, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # Storages that come in from outside are not counted when an op hands them on.
+        known = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in known and storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def free(self, key):
+        self.live -= self.sizes.pop(key)
+
+
+class Deep(nn.Module):
+    def __init__(self, depth, width):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(depth))
+
+    def forward(self, values):
+        for layer in self.layers:
+            values = layer(values).tanh()
+        return values.sum()
+
+
+def measured(run):
+    with LiveBytes() as meter:
+        result = run()
+    del result
+    return meter.peak
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_bounded_by_the_largest_gradient(dtype, reduction):
+    depth, width = 12, 96
+    torch.manual_seed(0)
+    model = Deep(depth, width).to(dtype)
+    batches = [torch.randn(1, width, dtype=dtype) for _ in range(3)]
+    gradient, accumulators = width * width * dtype.itemsize, depth * width * width * 4
+    activations = 4 * depth * width * dtype.itemsize
+
+    def backward():
+        model(batches[0]).backward()
+
+    # The meter sees gradients that stay: a plain backward keeps all of them.
+    assert measured(backward) > depth * gradient
+    model.zero_grad()
+    peak = measured(lambda: score(model, batches, reduction=reduction)) - accumulators
+    assert gradient < peak < 1.5 * gradient + activations
+
+
+def test_waits_for_the_device_once_per_batch():
+    """Counts what makes the host wait for a GPU, which is as many per batch whatever the number of parameters."""
+    waiting = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "equal"}
+
+    class Waits(TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "__name__", "") in waiting:
+                self.seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for depth in (1, 20):
+        model = Deep(depth, 4)
+        counts = []
+        for number in (10, 60):
+            with Waits() as waits:
+                score(model, [torch.ones(1, 4)] * number)
+            counts.append(len(waits.seen))
+        assert counts[1] - counts[0] == 50
+
+
+def test_thousands_of_batches():
+    model = Weights(w=torch.randn(3, 5))
+    scores = score(model, ({"w": torch.full((3, 5), float(i % 2))} for i in range(3000)), linear)
+    assert scores.num_batches == 3000
+    assert torch.equal(scores.gradient("w"), torch.full((3, 5), 0.5))
