@@ -89,7 +89,7 @@ def score(
             with torch.enable_grad(), guard:
                 loss = compute(model, _to_device(batch, device))
                 _check_loss(loss, fold.num_batches)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             fold.finish_batch()
             bar.update()
     if fold.num_batches == 0:
@@ -140,7 +140,7 @@ class _GradientFold:
                         setattr(param, attribute, None)
                     flag = self._nonfinite[param.device][i : i + 1]
                     fold = partial(self._fold, name, self.accs[name], flag)
-                    self._handles.append(param.register_post_accumulate_grad_hook(fold))  # type: ignore[no-untyped-call]
+                    self._handles.append(param.register_post_accumulate_grad_hook(fold))
         except BaseException:
             self._restore()
             raise
