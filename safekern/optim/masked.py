@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safekern import ops
 from safekern.errors import InvalidArgumentError
 
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
@@ -70,6 +71,14 @@ def flat_like(tensor: Tensor, param: Tensor) -> Tensor:
         laid_out = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
         tensor = laid_out.copy_(tensor)
     return flat_view(tensor)
+
+
+def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:
+    """The fp32 values of a tensor of the parameter's shape at positions in the parameter's memory."""
+    selected = torch.empty(indices.numel(), dtype=torch.float32, device=param.device)
+    flag = torch.zeros(1, dtype=torch.bool, device=param.device)
+    ops.gather_([selected], [flat_like(tensor.detach(), param)], [indices], flag)
+    return selected
 
 
 def memory_indices(param: Tensor, indices: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,7 +16,16 @@ from safekern import names, ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
 from safekern.mask import Mask
-from safekern.optim.masked import NamedParameters, flat_like, flat_view, memory_indices, named_groups, overlaps_itself
+from safekern.optim.masked import (
+    NamedParameters,
+    flat_like,
+    flat_view,
+    gather_selected,
+    memory_indices,
+    named_groups,
+    overlaps_itself,
+)
+from safekern.optim.selected_grad import GradientHooks, SelectedGrad
 
 _COMPACT = ("exp_avg", "exp_avg_sq", "master")
 
@@ -62,6 +72,12 @@ class SETAdamW(Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled decay of the selected weights.
         master_weights: keep fp32 values of selected bfloat16 and float16 weights (4 bytes each).
+        in_backward: reduce every gradient to its selected entries as soon as backward has made it, so that no more
+            than one dense gradient lives at a time; gradients of parameters outside the mask are dropped. Each masked
+            ``param.grad`` is then a :class:`~safekern.optim.selected_grad.SelectedGrad` of 4 bytes per selected weight,
+            on which micro-batches add up in fp32, and ``zero_grad``, clipping (by the norm over the selected entries)
+            and ``torch.amp.GradScaler`` work as usual. With a model compiled as a whole, the gradients of a compiled
+            backward live until it ends; compile its layers one by one to keep the saving.
 
     Raises:
         InvalidArgumentError: a hyperparameter out of range, or parameters without names.
@@ -87,8 +103,11 @@ class SETAdamW(Optimizer):
         master_weights: bool = True,
         in_backward: bool = False,
     ) -> None:
-        if in_backward:
-            raise InvalidArgumentError("in_backward=True is not available yet: leave it out to keep dense gradients")
+        if in_backward and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InvalidArgumentError(
+                "in_backward=True does not work with several processes yet: DistributedDataParallel would average "
+                "gradients that were freed, and the processes would part company. Leave it out"
+            )
         groups = named_groups(named_parameters)
         named = {name: param for group in groups for name, param in group["params"]}
         given = mask.resolve(named)
@@ -107,6 +126,7 @@ class SETAdamW(Optimizer):
         }
         # State is kept by name, since tools that shard or wrap a model put other tensors into `param_groups` later.
         self._bound: dict[str, Tensor] = {}
+        self._hooks: GradientHooks | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -115,6 +135,9 @@ class SETAdamW(Optimizer):
             "mask_fingerprint": mask.fingerprint,
         }
         super().__init__(groups, defaults)
+        # Last, so that an optimizer that could not be made hooks nothing.
+        self._hooks = GradientHooks(self._collect) if in_backward else None
+        self._bind()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that no mask refers to: their gradients are cleared with the others.
@@ -145,6 +168,8 @@ class SETAdamW(Optimizer):
                 if before is not param:
                     self._bound[name] = param
                     self.state[param] = self.state.pop(before, {})
+                if self._hooks is not None:
+                    self._hooks.place(name, param)
                 state = self.state[param]
                 if not state:
                     state.update(self._initial_state(name, param))
@@ -159,9 +184,7 @@ class SETAdamW(Optimizer):
             state["exp_avg"] = torch.zeros(indices.numel(), dtype=torch.float32, device=param.device)
             state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
             if self._master_weights and param.element_size() == 2:
-                state["master"] = torch.empty_like(state["exp_avg"])
-                flag = torch.zeros(1, dtype=torch.bool, device=param.device)
-                ops.gather_([state["master"]], [flat_view(param.detach())], [indices], flag)
+                state["master"] = gather_selected(param, param, indices)
         return state
 
     def _indices(self, name: str, param: Tensor) -> Tensor:
@@ -175,6 +198,31 @@ class SETAdamW(Optimizer):
             selection = self._selections[name] = replace(selection, indices=selection.indices.to(param.device))
         return selection.indices
 
+    @torch.no_grad()
+    def _collect(self, name: str, param: Tensor) -> None:
+        """Replaces a gradient that is ready by its selected entries, inside backward."""
+        grad = param.grad
+        if grad is None or self._is_mine(name, grad):
+            return
+        if grad.requires_grad:
+            raise StepError("in_backward=True frees the gradients that backward(create_graph=True) is to keep")
+        _check_strided(name, grad)
+        param.grad = None
+        if name in self._selections:
+            indices = self._indices(name, param)
+            param.grad = SelectedGrad(param, indices, gather_selected(grad, param, indices))
+
+    def _is_mine(self, name: str, grad: Tensor) -> bool:
+        """Whether it holds the entries that this optimizer selects; another optimizer's are of no use here."""
+        if not isinstance(grad, SelectedGrad):
+            return False
+        if name not in self._selections or grad.positions is not self._selections[name].indices:
+            raise StepError(
+                f"the gradient of parameter {name} was already reduced to the entries that another optimizer selects: "
+                "give a parameter to one optimizer with in_backward=True, and no other"
+            )
+        return True
+
     def _targets(self) -> list[_Target]:
         self._bind()
         targets = []
@@ -182,10 +230,10 @@ class SETAdamW(Optimizer):
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 if name not in self._selections or param.grad is None:
                     continue
-                if param.grad.layout != torch.strided:
-                    raise StepError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
                 indices = self._indices(name, param)
-                targets.append(_Target(name, group, param, param.grad.detach(), indices, self.state[param]))
+                grad = param.grad if self._is_mine(name, param.grad) else param.grad.detach()
+                _check_strided(name, grad)
+                targets.append(_Target(name, group, param, grad, indices, self.state[param]))
         if not targets:
             raise StepError(
                 "no selected weight received a gradient: call backward() first, and check that the mask's parameters "
@@ -246,6 +294,8 @@ class SETAdamW(Optimizer):
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
         for target, grad in zip(targets, grads, strict=True):
             grad.mul_(scale.to(grad.device))
+            if isinstance(target.grad, SelectedGrad):
+                continue
             if target.grad.stride() == target.param.stride():
                 flat_view(target.grad)[target.indices.long()] = grad.to(target.grad.dtype)
             else:
@@ -313,7 +363,21 @@ class SETAdamW(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {field: self.__dict__[field] for field in ("_bound", "_master_weights", "_selections")}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "in_backward": self._hooks is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        in_backward = state.pop("in_backward", None)
+        super().__setstate__(state)
+        if in_backward is not None:
+            # A copy collects from its own parameters.
+            self._hooks = GradientHooks(self._collect) if in_backward else None
+        self._bind()
+
+
+def _check_strided(name: str, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise StepError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
 
 
 def _form(param: Tensor) -> _Form:
@@ -322,11 +386,16 @@ def _form(param: Tensor) -> _Form:
 
 def _selected_gradients(targets: list[_Target]) -> list[Tensor]:
     """The fp32 gradients at the selected weights."""
-    grads = [torch.empty_like(target.state["exp_avg"]) for target in targets]
+    grads = [
+        target.grad.selected if isinstance(target.grad, SelectedGrad) else torch.empty_like(target.state["exp_avg"])
+        for target in targets
+    ]
     for members in _by_device(grads).values():
-        srcs = [flat_like(targets[i].grad, targets[i].param) for i in members]
-        nonfinite = torch.zeros(len(members), dtype=torch.bool, device=srcs[0].device)
-        ops.gather_([grads[i] for i in members], srcs, [targets[i].indices for i in members], nonfinite)
+        dense = [targets[i] for i in members if not isinstance(targets[i].grad, SelectedGrad)]
+        outs = [grads[i] for i in members if not isinstance(targets[i].grad, SelectedGrad)]
+        srcs = [flat_like(target.grad, target.param) for target in dense]
+        nonfinite = torch.zeros(len(dense), dtype=torch.bool, device=grads[members[0]].device)
+        ops.gather_(outs, srcs, [target.indices for target in dense], nonfinite)
     return grads
 
 
