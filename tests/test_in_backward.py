@@ -149,6 +149,23 @@ def test_compiled_models(whole):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_compiled_training_step(in_backward):
+    def step(model, optimizer, x):
+        model(x).square().mean().backward()
+        optimizer.clip_grad_norm_(0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    models = [Net(), Net()]
+    for model, run in zip(models, (step, torch.compile(step, backend="aot_eager")), strict=True):
+        optimizer = SETAdamW(model.named_parameters(), random_mask(model), in_backward=in_backward)
+        for seed in range(3):
+            run(model, optimizer, torch.randn(8, 13, generator=torch.Generator().manual_seed(seed)))
+    torch.compiler.reset()
+    assert_same(weights(models[0]), weights(models[1]))
+
+
 def test_tied_weights():
     class Tied(nn.Module):
         def __init__(self):

@@ -291,6 +291,19 @@ def test_a_nonfinite_gradient_outside_the_mask_does_not_matter():
     assert_same(weights(models[0]), weights(models[1]))
 
 
+def test_gradients_whose_norm_overflows_are_finite():
+    model = Net()
+    mask = random_mask(model)
+    optimizer = SETAdamW(model.named_parameters(), mask, lr=0.1, weight_decay=0)
+    give_gradients(model, 0)
+    model.first.weight.grad.mul_(5e18)
+    assert model.first.weight.grad[mask.bool("first.weight")].norm().isinf()
+    before = model.first.weight.detach().clone()
+    optimizer.step()
+    assert ((model.first.weight != before) == mask.bool("first.weight")).all()
+    assert model.first.weight.isfinite().all()
+
+
 def test_a_gradient_too_large_for_fp32_counts_as_infinite():
     model = Net(torch.float64)
     optimizer = SETAdamW(model.named_parameters(), random_mask(model))
@@ -744,6 +757,8 @@ def test_state_of_another_mask_or_model_is_refused():
     masked_only = [(name, param) for name, param in model.named_parameters() if name in mask]
     refused(SETAdamW(masked_only, mask).state_dict(), "other parameters")
     refused({**state, "state": {}}, "no step")
+    with pytest.raises(InvalidArgumentError, match="no optimizer state"):
+        optimizer.load_state_dict(dict(model.state_dict()))
     refused({**state, "state": {**state["state"], 0: {"step": torch.tensor(1.0)}}}, "no exp_avg")
     wrong = {**state["state"][0], "exp_avg": torch.zeros(3)}
     refused({**state, "state": {**state["state"], 0: wrong}}, "no exp_avg")

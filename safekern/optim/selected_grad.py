@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from safekern.errors import InvalidArgumentError
@@ -127,6 +128,7 @@ class GradientHooks:
         param.requires_grad_(requires_grad)
         self._placed[name] = weakref.ref(param), handle
 
+    @_disable_dynamo
     def _call(self, name: str, param: Tensor) -> None:
         collect = self._collect()
         if collect is not None:

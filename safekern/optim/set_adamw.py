@@ -10,6 +10,7 @@ from typing import Any, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from safekern import names, ops
@@ -80,7 +81,8 @@ class SETAdamW(Optimizer):
             backward live until it ends; compile its layers one by one to keep the saving.
 
     Raises:
-        InvalidArgumentError: a hyperparameter out of range, or parameters without names.
+        InvalidArgumentError: a hyperparameter out of range; a parameter without a name, given twice, or not a plain
+            tensor; ``in_backward`` in one of several processes.
         MaskMismatchError: the mask does not fit, or selects nothing that trains.
 
     Example:
@@ -247,6 +249,7 @@ class SETAdamW(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimization step.
@@ -272,6 +275,7 @@ class SETAdamW(Optimizer):
             _update([targets[i] for i in members], [grads[i] for i in members])
         return loss
 
+    @_disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients of the selected weights so that their norm is at most ``max_norm``.
@@ -297,7 +301,7 @@ class SETAdamW(Optimizer):
             if isinstance(target.grad, SelectedGrad):
                 continue
             if target.grad.stride() == target.param.stride():
-                flat_view(target.grad)[target.indices.long()] = grad.to(target.grad.dtype)
+                flat_view(target.grad).index_copy_(0, target.indices.long(), grad.to(target.grad.dtype))
             else:
                 target.grad.mul_(scale.to(grad.device))
         return norm
@@ -317,12 +321,15 @@ class SETAdamW(Optimizer):
         fp32 state stays fp32 where torch's own loading would cast it to the parameter's dtype.
 
         Raises:
+            InvalidArgumentError: not the state of an optimizer.
             MaskMismatchError: the state belongs to another mask or to other parameters. Nothing was changed.
         """
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise InvalidArgumentError("this is no optimizer state: pass what the optimizer's state_dict() returned")
         self._bind()
         groups: list[dict[str, Any]] = []
         state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
@@ -402,14 +409,14 @@ def _selected_gradients(targets: list[_Target]) -> list[Tensor]:
 def _check_finite(targets: list[_Target], grads: list[Tensor]) -> None:
     bad = []
     for members in _by_device(grads).values():
-        # The largest absolute value is finite exactly where all are; one read per device.
-        largest = torch.stack(torch._foreach_norm([grads[i] for i in members], math.inf))
-        bad += [i for i, finite in zip(members, largest.isfinite().tolist(), strict=True) if not finite]
+        # A finite norm vouches for all its values, at one read per device; it may also overflow where they do not.
+        norms = torch.stack(torch._foreach_norm([grads[i] for i in members]))
+        suspects = [i for i, finite in zip(members, norms.isfinite().tolist(), strict=True) if not finite]
+        bad += [targets[i].name for i in suspects if not grads[i].isfinite().all()]
     if bad:
-        first = ", ".join(targets[i].name for i in sorted(bad)[:3])
         raise NonFiniteError(
-            f"the gradient of {first}{' and others' if len(bad) > 3 else ''} holds NaN or infinity at selected "
-            "weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
+            f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity at "
+            "selected weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
         )
 
 
