@@ -5,16 +5,21 @@ namespace safekern {
 namespace {
 
 constexpr int64_t kChunk = 1 << 13;
-constexpr int64_t kPrefetchAhead = 64;
 
 template <class Out, class Src, class Index>
 bool gather(Out* __restrict out, const Src* __restrict src, const Index* __restrict index, int64_t begin, int64_t end,
             int64_t count) {
+  using Value = std::conditional_t<std::is_same_v<Out, double>, double, float>;
+  Src values[kTile];
   uint32_t nonfinite = 0;
-  for (int64_t j = begin; j < end; j++) {
-    if (j + kPrefetchAhead < count) SAFEKERN_PREFETCH(src + index[j + kPrefetchAhead]);
-    out[j] = static_cast<Out>(src[index[j]]);
-    nonfinite |= !std::isfinite(static_cast<double>(out[j]));
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t size = std::min(kTile, end - tile);
+    prefetch_tile(src, index, tile, count);
+    for (int64_t j = 0; j < size; j++) values[j] = src[index[tile + j]];
+    for (int64_t j = 0; j < size; j++) {
+      out[tile + j] = static_cast<Out>(values[j]);
+      nonfinite |= !std::isfinite(static_cast<Value>(out[tile + j]));
+    }
   }
   return nonfinite;
 }
@@ -24,8 +29,8 @@ bool gather_chunk(const Tensor& out, const Tensor& src, const Tensor& indices, c
   bool found = false;
   with_index_type(indices.scalar_type(), [&](auto* type) {
     using Index = std::remove_pointer_t<decltype(type)>;
-    found = gather(out.mutable_data_ptr<Out>(), src.const_data_ptr<Src>(), indices.const_data_ptr<Index>(),
-                   chunk.begin, chunk.end, out.numel());
+    found = gather(out.mutable_data_ptr<Out>(), src.const_data_ptr<Src>(), indices.const_data_ptr<Index>(), chunk.begin,
+                   chunk.end, out.numel());
   });
   return found;
 }

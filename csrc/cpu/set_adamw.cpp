@@ -5,8 +5,6 @@ namespace safekern {
 namespace {
 
 constexpr int64_t kChunk = 1 << 13;
-constexpr int64_t kTile = 64;
-constexpr int64_t kPrefetchAhead = 128;
 
 template <class Param>
 bool same_bits(Param a, Param b) {
@@ -22,14 +20,13 @@ struct Selected {
   float *exp_avg, *exp_avg_sq, *master;
   int64_t count;
 
-  // Scalar loads and stores at scattered addresses around plain arrays, so that the arithmetic between vectorises.
   void step(int64_t begin, int64_t end, const AdamW& adamw) const {
     using Value = std::conditional_t<std::is_same_v<Param, double>, double, float>;
     Value values[kTile];
     for (int64_t tile = begin; tile < end; tile += kTile) {
       const int64_t size = std::min(kTile, end - tile);
+      prefetch_tile(param, index, tile, count);
       for (int64_t j = 0; j < size; j++) {
-        if (tile + j + kPrefetchAhead < count) SAFEKERN_PREFETCH(param + index[tile + j + kPrefetchAhead]);
         const Param current = param[index[tile + j]];
         // A master that no longer rounds to its weight is stale: the weight was loaded or edited from outside, and
         // what is in the model wins.
@@ -56,8 +53,8 @@ void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
   check_count(exp_avgs, count, "first moments");
   check_count(exp_avg_sqs, count, "second moments");
   check_count(masters, count, "master tensors");
-  STD_TORCH_CHECK(step_sizes.size() == count && bias_correction2_sqrts.size() == count,
-                  "safekern: expected ", count, " step sizes and bias corrections");
+  STD_TORCH_CHECK(step_sizes.size() == count && bias_correction2_sqrts.size() == count, "safekern: expected ", count,
+                  " step sizes and bias corrections");
   for (size_t t = 0; t < count; t++) {
     check_contiguous(params[t], "a parameter");
     with_float_type(params[t].scalar_type(), [](auto*) {});

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from safekern import ops
 from safekern.errors import InvalidArgumentError
 
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
@@ -15,23 +16,39 @@ def named_groups(named_parameters: NamedParameters) -> list[dict[str, Any]]:
     """Parameter groups in the form torch keeps names in: ``{"params": [(name, param), ...], ...}``.
 
     Raises:
-        InvalidArgumentError: no parameters, or parameters without names.
+        InvalidArgumentError: no parameters, parameters without names, or a name or a parameter given twice.
     """
     entries = list(named_parameters)
-    groups = (
-        [{**entry, "params": list(entry.get("params", ()))} for entry in entries if isinstance(entry, Mapping)]
-        if entries and all(isinstance(entry, Mapping) for entry in entries)
-        else [{"params": entries}]
-    )
+    if not entries:
+        raise InvalidArgumentError("the optimizer got no parameters: pass model.named_parameters()")
+    mappings = [entry for entry in entries if isinstance(entry, Mapping)]
+    if len(mappings) == len(entries):
+        groups = [{**entry, "params": list(entry.get("params", ()))} for entry in mappings]
+    else:
+        groups = [{"params": entries}]
+    names: set[str] = set()
+    given: dict[Tensor, str] = {}
     for group in groups:
-        if not group["params"] and len(groups) == 1:
-            raise InvalidArgumentError("the optimizer got no parameters: pass model.named_parameters()")
         for entry in group["params"]:
-            if not (isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[0], str)):
+            if not (
+                isinstance(entry, (tuple, list))
+                and len(entry) == 2
+                and isinstance(entry[0], str)
+                and isinstance(entry[1], Tensor)
+            ):
                 raise InvalidArgumentError(
                     "a mask refers to parameters by name: pass model.named_parameters(), or groups whose 'params' are "
                     f"(name, parameter) pairs; got {type(entry).__name__}"
                 )
+            name, param = entry
+            if name in names or param in given:
+                alias = f", also as {given[param]}" if given.get(param, name) != name else ""
+                raise InvalidArgumentError(
+                    f"parameter {name} was given twice{alias}: give every parameter once, under a name of its own"
+                )
+            names.add(name)
+            given[param] = name
+        group["params"] = [tuple(entry) for entry in group["params"]]
     return groups
 
 
@@ -54,6 +71,14 @@ def flat_like(tensor: Tensor, param: Tensor) -> Tensor:
         laid_out = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
         tensor = laid_out.copy_(tensor)
     return flat_view(tensor)
+
+
+def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:
+    """The fp32 values of a tensor of the parameter's shape at positions in the parameter's memory."""
+    selected = torch.empty(indices.numel(), dtype=torch.float32, device=param.device)
+    flag = torch.zeros(1, dtype=torch.bool, device=param.device)
+    ops.gather_([selected], [flat_like(tensor.detach(), param)], [indices], flag)
+    return selected
 
 
 def memory_indices(param: Tensor, indices: Tensor) -> Tensor:

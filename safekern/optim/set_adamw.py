@@ -1,29 +1,54 @@
 """SETAdamW: AdamW on the selected weights only, with state for those only."""
 
+import copy
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from safekern import ops
+from safekern import names, ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
 from safekern.mask import Mask
-from safekern.optim.masked import NamedParameters, flat_like, flat_view, memory_indices, named_groups, overlaps_itself
+from safekern.optim.masked import (
+    NamedParameters,
+    flat_like,
+    flat_view,
+    gather_selected,
+    memory_indices,
+    named_groups,
+    overlaps_itself,
+)
+from safekern.optim.selected_grad import GradientHooks, SelectedGrad
 
-_STATE = ("exp_avg", "exp_avg_sq", "master")
+_COMPACT = ("exp_avg", "exp_avg_sq", "master")
+
+_Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """Where a parameter's selected weights lie in its memory, and the form of the parameter that this holds for."""
+
+    indices: Tensor
+    form: _Form
 
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """A masked parameter of one step."""
+    """A masked parameter that received a gradient."""
 
     name: str
+    group: dict[str, Any]
     param: Tensor
+    grad: Tensor
     indices: Tensor
     state: dict[str, Tensor]
 
@@ -48,9 +73,16 @@ class SETAdamW(Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled decay of the selected weights.
         master_weights: keep fp32 values of selected bfloat16 and float16 weights (4 bytes each).
+        in_backward: reduce every gradient to its selected entries as soon as backward has made it, so that no more
+            than one dense gradient lives at a time; gradients of parameters outside the mask are dropped. Each masked
+            ``param.grad`` is then a :class:`~safekern.optim.selected_grad.SelectedGrad` of 4 bytes per selected weight,
+            on which micro-batches add up in fp32, and ``zero_grad``, clipping (by the norm over the selected entries)
+            and ``torch.amp.GradScaler`` work as usual. With a model compiled as a whole, the gradients of a compiled
+            backward live until it ends; compile its layers one by one to keep the saving.
 
     Raises:
-        InvalidArgumentError: a hyperparameter out of range, or parameters without names.
+        InvalidArgumentError: a hyperparameter out of range; a parameter without a name, given twice, or not a plain
+            tensor; ``in_backward`` in one of several processes.
         MaskMismatchError: the mask does not fit, or selects nothing that trains.
 
     Example:
@@ -73,8 +105,30 @@ class SETAdamW(Optimizer):
         master_weights: bool = True,
         in_backward: bool = False,
     ) -> None:
-        if in_backward:
-            raise InvalidArgumentError("in_backward=True is not available yet: leave it out to keep dense gradients")
+        if in_backward and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise InvalidArgumentError(
+                "in_backward=True does not work with several processes yet: DistributedDataParallel would average "
+                "gradients that were freed, and the processes would part company. Leave it out"
+            )
+        groups = named_groups(named_parameters)
+        named = {name: param for group in groups for name, param in group["params"]}
+        given = mask.resolve(named)
+        if not any(named[name].requires_grad for name in given.values()):
+            raise MaskMismatchError(
+                "the mask selects no weight that trains: all its parameters have requires_grad=False"
+            )
+        for name in given.values():
+            check_plain(name, named[name])
+            if overlaps_itself(named[name]):
+                raise InvalidArgumentError(f"parameter {name} has overlapping memory: make it contiguous first")
+        self._master_weights = master_weights
+        self._selections = {
+            name: _Selection(memory_indices(named[name], mask.compact(masked)), _form(named[name]))
+            for masked, name in given.items()
+        }
+        # State is kept by name, since tools that shard or wrap a model put other tensors into `param_groups` later.
+        self._bound: dict[str, Tensor] = {}
+        self._hooks: GradientHooks | None = None
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -82,51 +136,112 @@ class SETAdamW(Optimizer):
             "weight_decay": weight_decay,
             "mask_fingerprint": mask.fingerprint,
         }
-        _check_hyperparameters(defaults)
-        groups = named_groups(named_parameters)
-        for group in groups:
-            _check_hyperparameters({**defaults, **group})
-        named = {name: param for group in groups for name, param in group["params"]}
-        given = mask.resolve({name: param.shape for name, param in named.items()})
-        if not mask.numel or not any(named[name].requires_grad for name in given.values()):
-            raise MaskMismatchError(
-                "the mask selects no weight that trains: it is empty, or all its parameters have requires_grad=False"
-            )
-        for name in given.values():
-            check_plain(name, named[name])
-            if overlaps_itself(named[name]):
-                raise InvalidArgumentError(f"parameter {name} has overlapping memory: make it contiguous first")
         super().__init__(groups, defaults)
-        self._master_weights = master_weights
-        self._indices = {name: memory_indices(named[name], mask.compact(masked)) for masked, name in given.items()}
-        with torch.no_grad():
-            for name, indices in self._indices.items():
-                self.state[named[name]] = self._initial_state(named[name], indices)
+        # Last, so that an optimizer that could not be made hooks nothing.
+        self._hooks = GradientHooks(self._collect) if in_backward else None
+        self._bind()
 
-    def _initial_state(self, param: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        # Made here and not at the first step: checkpoint loaders ask for the state before any step was taken.
-        selected = torch.zeros(indices.numel(), dtype=torch.float32, device=param.device)
-        state = {"step": torch.tensor(0.0), "exp_avg": selected, "exp_avg_sq": selected.clone()}
-        if self._master_weights and param.element_size() == 2:
-            state["master"] = selected.clone()
-            flag = torch.zeros(1, dtype=torch.bool, device=param.device)
-            ops.gather_([state["master"]], [flat_view(param.detach())], [indices], flag)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters that no mask refers to: their gradients are cleared with the others.
+
+        Args:
+            param_group: ``{"params": [(name, parameter), ...]}``, and hyperparameters that differ from the defaults.
+
+        Raises:
+            InvalidArgumentError: a parameter without a name or already given, or a hyperparameter out of range.
+        """
+        given = [
+            {"params": list(zip(group["param_names"], group["params"], strict=True))} for group in self.param_groups
+        ]
+        *_, group = named_groups([*given, param_group])
+        _check_hyperparameters({**self.defaults, **group})
+        super().add_param_group({"param_names": [], **group})
+        self._bind()
+
+    @torch.no_grad()
+    def _bind(self) -> None:
+        """Follows parameters that were replaced in ``param_groups`` or moved, and gives state to those without.
+
+        State is made here and not at the first step because checkpoint loaders ask for it before any step was taken.
+        """
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                before = self._bound.setdefault(name, param)
+                if before is not param:
+                    self._bound[name] = param
+                    self.state[param] = self.state.pop(before, {})
+                if self._hooks is not None:
+                    self._hooks.place(name, param)
+                state = self.state[param]
+                if not state:
+                    state.update(self._initial_state(name, param))
+                elif "exp_avg" in state and state["exp_avg"].device != param.device:
+                    state.update({field: state[field].to(param.device) for field in _COMPACT if field in state})
+
+    def _initial_state(self, name: str, param: Tensor) -> dict[str, Tensor]:
+        # Strict checkpoint loaders want an entry for every parameter: those outside the mask have a step too.
+        state = {"step": torch.tensor(0.0)}
+        if name in self._selections:
+            indices = self._indices(name, param)
+            state["exp_avg"] = torch.zeros(indices.numel(), dtype=torch.float32, device=param.device)
+            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+            if self._master_weights and param.element_size() == 2:
+                state["master"] = gather_selected(param, param, indices)
         return state
 
-    def _targets(self, group: dict[str, Any]) -> Iterator[_Target]:
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            if name in self._indices and param.grad is not None:
-                if param.grad.layout != torch.strided:
-                    raise StepError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
-                yield _Target(name, param, self._indices[name], self.state[param])
+    def _indices(self, name: str, param: Tensor) -> Tensor:
+        selection = self._selections[name]
+        if selection.form != _form(param):
+            raise StepError(
+                f"parameter {name} has another shape, layout or dtype than when the optimizer was made: make the "
+                "optimizer after the model was converted"
+            )
+        if selection.indices.device != param.device:
+            selection = self._selections[name] = replace(selection, indices=selection.indices.to(param.device))
+        return selection.indices
 
-    def _selected_gradients(self, targets: list[_Target]) -> tuple[list[Tensor], Tensor]:
-        """The fp32 gradients at the selected weights, and a flag per target that is set if one is not finite."""
-        grads = [torch.empty_like(target.state["exp_avg"]) for target in targets]
-        nonfinite = torch.zeros(len(targets), dtype=torch.bool, device=grads[0].device)
-        srcs = [flat_like(target.param.grad.detach(), target.param) for target in targets]  # type: ignore[union-attr]
-        ops.gather_(grads, srcs, [target.indices for target in targets], nonfinite)
-        return grads, nonfinite
+    @torch.no_grad()
+    def _collect(self, name: str, param: Tensor) -> None:
+        """Replaces a gradient that is ready by its selected entries, inside backward."""
+        grad = param.grad
+        if grad is None or self._is_mine(name, grad):
+            return
+        if grad.requires_grad:
+            raise StepError("in_backward=True frees the gradients that backward(create_graph=True) is to keep")
+        _check_strided(name, grad)
+        param.grad = None
+        if name in self._selections:
+            indices = self._indices(name, param)
+            param.grad = SelectedGrad(param, indices, gather_selected(grad, param, indices))
+
+    def _is_mine(self, name: str, grad: Tensor) -> bool:
+        """Whether it holds the entries that this optimizer selects; another optimizer's are of no use here."""
+        if not isinstance(grad, SelectedGrad):
+            return False
+        if name not in self._selections or grad.positions is not self._selections[name].indices:
+            raise StepError(
+                f"the gradient of parameter {name} was already reduced to the entries that another optimizer selects: "
+                "give a parameter to one optimizer with in_backward=True, and no other"
+            )
+        return True
+
+    def _targets(self) -> list[_Target]:
+        self._bind()
+        targets = []
+        for group in self.param_groups:
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                if name not in self._selections or param.grad is None:
+                    continue
+                indices = self._indices(name, param)
+                grad = param.grad if self._is_mine(name, param.grad) else param.grad.detach()
+                _check_strided(name, grad)
+                targets.append(_Target(name, group, param, grad, indices, self.state[param]))
+        if not targets:
+            raise StepError(
+                "no selected weight received a gradient: call backward() first, and check that the mask's parameters "
+                "are part of the loss and have requires_grad=True"
+            )
+        return targets
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -134,6 +249,7 @@ class SETAdamW(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimization step.
@@ -149,93 +265,176 @@ class SETAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = [(group, targets) for group in self.param_groups if (targets := list(self._targets(group)))]
-        if not work:
-            raise StepError(
-                "no selected weight received a gradient: call backward() before step(), and check that the mask's "
-                "parameters are part of the loss and have requires_grad=True"
-            )
-        gathered = [self._selected_gradients(targets) for _, targets in work]
-        bad = [
-            target.name
-            for (_, targets), (_, nonfinite) in zip(work, gathered, strict=True)
-            for target, flag in zip(targets, nonfinite.tolist(), strict=True)
-            if flag
-        ]
-        if bad:
-            raise NonFiniteError(
-                f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity at "
-                "selected weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
-            )
-        for (group, targets), (grads, _) in zip(work, gathered, strict=True):
-            _update(group, targets, grads)
+        targets = self._targets()
+        grads = _selected_gradients(targets)
+        _check_finite(targets, grads)
+        launches: dict[tuple[int, torch.device], list[int]] = {}
+        for i, target in enumerate(targets):
+            launches.setdefault((id(target.group), target.param.device), []).append(i)
+        for members in launches.values():
+            _update([targets[i] for i in members], [grads[i] for i in members])
         return loss
 
+    @_disable_dynamo
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Scales the gradients so that their norm over the selected weights is at most ``max_norm``.
+        """Scales the gradients of the selected weights so that their norm is at most ``max_norm``.
 
         ``torch.nn.utils.clip_grad_norm_`` would measure all weights, most of which this optimizer does not update.
 
         Returns:
             The norm before clipping, a 0-d fp32 tensor.
-        """
-        targets = [target for group in self.param_groups for target in self._targets(group)]
-        if not targets:
-            raise StepError("no selected weight received a gradient: call backward() before clip_grad_norm_()")
-        grads, _ = self._selected_gradients(targets)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in grads]))
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        torch._foreach_mul_([target.param.grad for target in targets], scale)
-        return norm
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what ``state_dict()`` returned for an optimizer with the same mask and parameters.
-
-        The next step equals that of the uninterrupted run bit for bit: fp32 state stays fp32 where torch's own loading
-        would cast it to the parameter's dtype.
 
         Raises:
+            InvalidArgumentError: ``max_norm`` is negative or NaN.
+            StepError: no selected weight received a gradient.
+        """
+        if not max_norm >= 0:
+            raise InvalidArgumentError(f"max_norm must be at least 0, got {max_norm}")
+        targets = self._targets()
+        grads = _selected_gradients(targets)
+        norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads)]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        for target, grad in zip(targets, grads, strict=True):
+            grad.mul_(scale.to(grad.device))
+            if isinstance(target.grad, SelectedGrad):
+                continue
+            if target.grad.stride() == target.param.stride():
+                flat_view(target.grad).index_copy_(0, target.indices.long(), grad.to(target.grad.dtype))
+            else:
+                target.grad.mul_(scale.to(grad.device))
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimizer's state, as ``torch.optim.Optimizer.state_dict``: tensors and plain values only.
+
+        Per selected weight the fp32 state, in the mask's order; the mask itself is not in it, only its fingerprint.
+        """
+        self._bind()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what ``state_dict()`` returned for an optimizer with the same mask and groups of parameters.
+
+        Parameters are matched by name, in any order. The next step equals that of the uninterrupted run bit for bit:
+        fp32 state stays fp32 where torch's own loading would cast it to the parameter's dtype.
+
+        Raises:
+            InvalidArgumentError: not the state of an optimizer.
             MaskMismatchError: the state belongs to another mask or to other parameters. Nothing was changed.
         """
-        saved: dict[int, dict[str, Tensor]] = {}
-        for group, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            if loaded.get("mask_fingerprint") != group["mask_fingerprint"]:
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise InvalidArgumentError("this is no optimizer state: pass what the optimizer's state_dict() returned")
+        self._bind()
+        groups: list[dict[str, Any]] = []
+        state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+        for group, (saved, keys) in zip(self.param_groups, self._match(state_dict["param_groups"]), strict=True):
+            for name, param, key in zip(group["param_names"], group["params"], keys, strict=True):
+                state[param] = _restored(name, state_dict["state"].get(key, {}), self.state[param])
+            saved = copy.deepcopy({field: value for field, value in saved.items() if field != "params"})
+            groups.append({**saved, "params": group["params"], "param_names": group["param_names"]})
+            _check_hyperparameters(groups[-1])
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _match(self, saved_groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Any]]]:
+        """For each group the saved one with the same parameters, and the keys of their state in this one's order."""
+        keys_by_name = []
+        for saved in saved_groups:
+            if saved.get("mask_fingerprint") != self.defaults["mask_fingerprint"]:
                 raise MaskMismatchError("this optimizer state was saved with another mask: load the mask it belongs to")
-            if loaded.get("param_names") != group["param_names"]:
-                raise MaskMismatchError(
-                    "this optimizer state was saved for other parameters, or for the same ones in another order"
-                )
-            for name, param, key in zip(group["param_names"], group["params"], loaded["params"], strict=True):
-                if name in self._indices:
-                    entry = state_dict["state"].get(key, {})
-                    if any(
-                        field not in entry or entry[field].shape != value.shape
-                        for field, value in self.state[param].items()
-                    ):
-                        raise MaskMismatchError(f"the optimizer state of parameter {name} is incomplete")
-                    saved[id(param)] = entry
-        super().load_state_dict(state_dict)
-        for param, state in self.state.items():
-            for field in _STATE:
-                if field in state:
-                    state[field] = saved[id(param)][field].to(param.device, torch.float32, copy=True)
+            keys = saved["params"]
+            # torch.distributed.checkpoint puts names in place of numbers, in an order of its own.
+            given = keys if all(isinstance(key, str) for key in keys) else saved.get("param_names", [])
+            keys_by_name.append(dict(zip(given, keys, strict=False)))
+        found = names.resolve(self._bound, [name for keys in keys_by_name for name in keys])
+        matches = []
+        for group in self.param_groups:
+            wanted = [found.get(name) for name in group["param_names"]]
+            for saved, keys in zip(saved_groups, keys_by_name, strict=True):
+                if keys.keys() == set(wanted):
+                    matches.append((saved, [keys[name] for name in wanted]))
+                    break
+        if len(matches) != len(self.param_groups) or len(matches) != len(saved_groups):
+            raise MaskMismatchError(
+                "this optimizer state was saved for other parameters, or for other groups of them: give the optimizer "
+                "the parameters and groups that it was saved with"
+            )
+        return matches
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),  # type: ignore[no-untyped-call]
-            "_indices": self._indices,
-            "_master_weights": self._master_weights,
-        }
+        own = {field: self.__dict__[field] for field in ("_bound", "_master_weights", "_selections")}
+        return {**super().__getstate__(), **own, "in_backward": self._hooks is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        in_backward = state.pop("in_backward", None)
+        super().__setstate__(state)
+        if in_backward is not None:
+            # A copy collects from its own parameters.
+            self._hooks = GradientHooks(self._collect) if in_backward else None
+        self._bind()
 
 
-def _update(group: dict[str, Any], targets: list[_Target], grads: list[Tensor]) -> None:
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+def _check_strided(name: str, grad: Tensor) -> None:
+    if grad.layout != torch.strided:
+        raise StepError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
+
+
+def _form(param: Tensor) -> _Form:
+    return param.shape, param.stride(), param.dtype
+
+
+def _selected_gradients(targets: list[_Target]) -> list[Tensor]:
+    """The fp32 gradients at the selected weights."""
+    grads = [
+        target.grad.selected if isinstance(target.grad, SelectedGrad) else torch.empty_like(target.state["exp_avg"])
+        for target in targets
+    ]
+    for members in _by_device(grads).values():
+        dense = [targets[i] for i in members if not isinstance(targets[i].grad, SelectedGrad)]
+        outs = [grads[i] for i in members if not isinstance(targets[i].grad, SelectedGrad)]
+        srcs = [flat_like(target.grad, target.param) for target in dense]
+        nonfinite = torch.zeros(len(dense), dtype=torch.bool, device=grads[members[0]].device)
+        ops.gather_(outs, srcs, [target.indices for target in dense], nonfinite)
+    return grads
+
+
+def _check_finite(targets: list[_Target], grads: list[Tensor]) -> None:
+    bad = []
+    for members in _by_device(grads).values():
+        # A finite norm vouches for all its values, at one read per device; it may also overflow where they do not.
+        norms = torch.stack(torch._foreach_norm([grads[i] for i in members]))
+        suspects = [i for i, finite in zip(members, norms.isfinite().tolist(), strict=True) if not finite]
+        bad += [targets[i].name for i in suspects if not grads[i].isfinite().all()]
+    if bad:
+        raise NonFiniteError(
+            f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity at "
+            "selected weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
+        )
+
+
+def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[int]]:
+    members: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        members.setdefault(tensor.device, []).append(i)
+    return members
+
+
+def _update(targets: list[_Target], grads: list[Tensor]) -> None:
+    """One step of targets that share a group and a device."""
+    group = targets[0].group
+    lr, beta1, beta2 = float(group["lr"]), *map(float, group["betas"])
     steps = [int(target.state["step"]) + 1 for target in targets]
-    params = [target.param.detach() for target in targets]
-    none = torch.empty(0, device=params[0].device)
+    none = torch.empty(0, device=grads[0].device)
     ops.set_adamw_(
-        [flat_view(param) for param in params],
+        [flat_view(target.param.detach()) for target in targets],
         grads,
         [target.indices for target in targets],
         [target.state["exp_avg"] for target in targets],
@@ -245,13 +444,23 @@ def _update(group: dict[str, Any], targets: list[_Target], grads: list[Tensor]) 
         [math.sqrt(1 - beta2**step) for step in steps],
         beta1,
         beta2,
-        group["eps"],
+        float(group["eps"]),
         1 - lr * group["weight_decay"],
     )
     # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
     torch.autograd.graph.increment_version([target.param for target in targets])
-    for target in targets:
-        target.state["step"] += 1
+    torch._foreach_add_([target.state["step"] for target in targets], 1)
+
+
+def _restored(name: str, saved: dict[str, Any], current: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the saved tensors in the form of the current ones."""
+    for field, tensor in current.items():
+        if not isinstance(saved.get(field), Tensor) or saved[field].shape != tensor.shape:
+            raise MaskMismatchError(
+                f"the saved state of parameter {name} has no {field} that fits: it was saved for other parameters, or "
+                "with another dtype or master_weights"
+            )
+    return {field: saved[field].to(tensor.device, tensor.dtype, copy=True) for field, tensor in current.items()}
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

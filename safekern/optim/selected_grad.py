@@ -1,0 +1,147 @@
+"""Gradients that keep only the selected entries, so that backward can free the dense ones as it goes."""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.utils.hooks import RemovableHandle
+
+from safekern.errors import InvalidArgumentError
+from safekern.optim.masked import gather_selected
+
+aten = torch.ops.aten
+
+# Each maps zeros to zeros, so that it means the same on the selected entries as on a gradient that is zero elsewhere.
+_IN_PLACE = (
+    aten.clamp_.default,
+    aten.div_.Scalar,
+    aten.div_.Tensor,
+    aten.mul_.Scalar,
+    aten.mul_.Tensor,
+    aten.zero_.default,
+)
+
+
+class SelectedGrad(Tensor):
+    """The gradient of a masked parameter, of which only the selected entries are kept, in fp32.
+
+    It stands in ``param.grad`` with the parameter's shape, dtype and device, and takes 4 bytes per selected weight.
+    Backward adds to it; ``zero_grad``, ``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``,
+    ``torch.amp.GradScaler`` and in-place multiplication by a number act on it as on a gradient that is zero elsewhere.
+    Any other operation raises :class:`~safekern.InvalidArgumentError`.
+
+    Attributes:
+        selected: fp32 [k], the gradient at the selected weights, in the order of the mask.
+        positions: int32 or int64 [k], where these lie in the parameter's memory.
+    """
+
+    selected: Tensor
+    positions: Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, like: Tensor, positions: Tensor, selected: Tensor) -> Self:
+        """Stands for a gradient with the shape, strides, dtype and device of ``like``."""
+        grad = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )
+        grad.positions, grad.selected = positions, selected
+        return grad
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return (
+            f"SelectedGrad({self.selected.numel()} of {self.numel()} entries, shape={tuple(self.shape)}, "
+            f"dtype={self.dtype}, selected={self.selected})"
+        )
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        raise _unsupported("copying or pickling")
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
+            grads, *rest = args
+            return func([grad.selected if isinstance(grad, cls) else grad for grad in grads], *rest)
+        self, *others = args
+        if not isinstance(self, cls):
+            raise _unsupported(func)
+        if func is aten.detach.default:
+            return cls(self, self.positions, self.selected)
+        if func is aten.linalg_vector_norm.default and not any(others[1:]):
+            return func(self.selected, *others, **kwargs)
+        if func is aten.add_.Tensor and isinstance(others[0], Tensor) and others[0].shape == self.shape:
+            self.selected.add_(self._selected_of(others[0]), **kwargs)
+            return self
+        if func in _IN_PLACE and not any(isinstance(other, Tensor) and other.dim() for other in others):
+            func(self.selected, *others, **kwargs)
+            return self
+        raise _unsupported(func)
+
+    def _selected_of(self, grad: Tensor) -> Tensor:
+        if not isinstance(grad, SelectedGrad):
+            return gather_selected(grad, self, self.positions)
+        if grad.positions is not self.positions:
+            raise _unsupported("adding a gradient selected by another mask")
+        return grad.selected
+
+
+def _unsupported(operation: object) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{operation} does not work on a SelectedGrad: with in_backward=True, SETAdamW keeps only the selected entries "
+        "of a gradient. Use its `selected` values instead, or make the optimizer without in_backward"
+    )
+
+
+class GradientHooks:
+    """Calls ``collect(name, param)`` on its owner, inside backward, when a parameter's gradient is ready.
+
+    The hooks keep nothing alive: when the owner goes, they go, and with them the gradients it collected.
+    """
+
+    def __init__(self, collect: Callable[[str, Tensor], None]) -> None:
+        self._collect = weakref.WeakMethod(collect)
+        self._placed: dict[str, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
+        weakref.finalize(collect.__self__, self._remove).atexit = False  # type: ignore[attr-defined]
+
+    def place(self, name: str, param: Tensor) -> None:
+        """Hooks a parameter, unless it is already; a parameter that had the name before is released."""
+        before, handle = self._placed.get(name, (None, None))
+        if before is not None and handle is not None:
+            if before() is param:
+                return
+            _release(before, handle)
+        if not param.is_floating_point():
+            return
+        # torch hooks only what requires grad, but a frozen parameter may be trained later.
+        requires_grad = param.requires_grad
+        param.requires_grad_(True)
+        hook = functools.partial(self._call, name)
+        handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        param.requires_grad_(requires_grad)
+        self._placed[name] = weakref.ref(param), handle
+
+    @_disable_dynamo
+    def _call(self, name: str, param: Tensor) -> None:
+        collect = self._collect()
+        if collect is not None:
+            collect(name, param)
+
+    def _remove(self) -> None:
+        for before, handle in self._placed.values():
+            _release(before, handle)
+        self._placed.clear()
+
+
+def _release(ref: weakref.ref[Tensor], handle: RemovableHandle) -> None:
+    handle.remove()
+    param = ref()
+    if param is not None and isinstance(param.grad, SelectedGrad):
+        param.grad = None
