@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 import torch
+from small_net import MASKED, Net, assert_same, bits, full_mask, loss_of, random_mask, snapshot, train, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training import MASKED, Net, assert_same, bits, full_mask, loss_of, random_mask, snapshot, train, weights
 
 from safekern import InvalidArgumentError, Mask, NonFiniteError, SETAdamW, StepError
 from safekern.optim.selected_grad import SelectedGrad

@@ -11,9 +11,7 @@ import weakref
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as dcp
-from training import (
+from small_net import (
     MASKED,
     Net,
     assert_same,
@@ -26,6 +24,8 @@ from training import (
     train,
     weights,
 )
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as dcp
 
 from safekern import InvalidArgumentError, Mask, MaskMismatchError, NonFiniteError, SETAdamW, StepError
 

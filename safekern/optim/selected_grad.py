@@ -124,7 +124,7 @@ class GradientHooks:
         requires_grad = param.requires_grad
         param.requires_grad_(True)
         hook = functools.partial(self._call, name)
-        handle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        handle = param.register_post_accumulate_grad_hook(hook)
         param.requires_grad_(requires_grad)
         self._placed[name] = weakref.ref(param), handle
 
