@@ -583,6 +583,44 @@ def test_restore_does_not_depend_on_threads():
     assert_same_bits(results[0], results[2])
 
 
+# count_changed
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_count_changed_compares_bits(backend, dtype, index_dtype):
+    torch.manual_seed(0)
+    params = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    params[4].view(-1)[:3] = torch.tensor([float("nan"), 0.0, -0.0]).to(dtype)
+    indices = [torch.randperm(param.numel()).to(index_dtype)[: param.numel() // 2 + 1] for param in params]
+    indices[4] = torch.arange(params[4].numel(), dtype=index_dtype)
+    values = [param.view(-1)[index.long()].clone() for param, index in zip(params, indices, strict=True)]
+    count = kernel("count_changed", backend)
+    assert count(params, indices, values).tolist() == [0] * len(SHAPES)
+    # A sign of zero, a bit of a NaN, a last bit; and what is not selected does not count.
+    values[4][1] = -0.0
+    bits(values[4])[0] ^= 1
+    bits(values[6])[-5:] ^= 1
+    rest = torch.ones(params[5].numel(), dtype=torch.bool)
+    rest[indices[5].long()] = False
+    params[5].view(-1)[rest] = 0.0
+    got = count(params, indices, values)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [0, 0, 0, 0, 2, 0, 5]
+    assert count([], [], []).shape == (0,)
+
+
+@pytest.mark.usefixtures("threads")
+def test_count_changed_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    param, index = torch.randn(300_001), torch.randperm(300_001)[:100_001]
+    values = torch.where(torch.rand(100_001) < 0.5, param[index], 7.0)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert ops.count_changed([param], [index], [values]).item() == (values == 7.0).sum()
+
+
 # What the compiled kernels refuse, before anything is written
 
 
@@ -653,12 +691,13 @@ def test_spa_adamw_refuses_moments_of_two_dtypes():
         (torch.zeros(3, dtype=torch.int32), torch.tensor([0]), torch.ones(1, dtype=torch.int32), "float32"),
     ],
 )
-def test_restore_refuses_arguments_that_would_corrupt_memory(param, index, value, message):
+def test_restore_and_count_changed_refuse_arguments_that_would_corrupt_memory(param, index, value, message):
     first, one = torch.zeros(3), torch.ones(1)
-    with pytest.raises(RuntimeError, match=message):
-        kernel("restore_", "cpu")([first, param], [torch.tensor([0]), index], [one, value])
-    with pytest.raises(RuntimeError, match="expected 1 value tensors, got 2"):
-        kernel("restore_", "cpu")([first], [torch.tensor([0])], [one, one])
+    for name in ("restore_", "count_changed"):
+        with pytest.raises(RuntimeError, match=message):
+            kernel(name, "cpu")([first, param], [torch.tensor([0]), index], [one, value])
+        with pytest.raises(RuntimeError, match="expected 1 value tensors, got 2"):
+            kernel(name, "cpu")([first], [torch.tensor([0])], [one, one])
     assert (first == 0).all()
 
 
@@ -694,6 +733,7 @@ def samples():
         ),
         "spa_adamw_": tuple(spa_adamw_arguments(torch.bfloat16, moment=torch.float32, shapes=((3,), (0,))).values()),
         "restore_": ([torch.randn(3).bfloat16()], [index], [torch.randn(2).bfloat16()]),
+        "count_changed": ([torch.randn(3), torch.randn(2, 2)], [index, index], [torch.randn(2), torch.randn(2)]),
     }
 
 

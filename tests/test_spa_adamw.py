@@ -9,6 +9,17 @@ import textwrap
 
 import pytest
 import torch
+from protected_training import (
+    assert_protected,
+    assert_same_weights,
+    backward,
+    make_mask,
+    make_model,
+    same_bits,
+    small_llama,
+    snapshot,
+    train,
+)
 from torch import nn
 
 from safekern import InvalidArgumentError, Mask, MaskMismatchError, StepError
@@ -18,58 +29,6 @@ from safekern.optim import SPAAdamW
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def word(tensor):
-    return tensor.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-
-
-def same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(word(a), word(b))
-
-
-def make_model(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 5)).to(dtype)
-
-
-def make_mask(model, ratio=0.1, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    masks = {
-        name: torch.rand(param.shape, generator=generator) < ratio
-        for name, param in model.named_parameters()
-        if param.ndim == 2
-    }
-    return Mask.from_bool(masks)
-
-
-def backward(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    batch = torch.randn(16, 7, generator=generator).to(model[0].bias.dtype)
-    model.zero_grad()
-    loss = (model(batch) - 1).square().mean()
-    loss.backward()
-    return loss
-
-
-def train(model, optimizer, steps, start=0):
-    for step in range(start, start + steps):
-        backward(model, step)
-        optimizer.step()
-
-
-def snapshot(model):
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
-
-
-def assert_protected(model, before, mask):
-    for name in mask:
-        assert same_bits(model.get_parameter(name).detach()[mask.bool(name)], before[name][mask.bool(name)])
-
-
-def assert_same_weights(one, other):
-    for (name, a), b in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert same_bits(a, b), name
 
 
 # What it computes
@@ -113,21 +72,6 @@ def test_with_an_almost_empty_mask_it_equals_torch():
             twin[0].weight[0, 5] = kept
         for param, other in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-8)
-
-
-def small_llama():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=61,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def test_a_thousand_steps_on_a_language_model():
