@@ -26,19 +26,19 @@ constexpr uint32_t kInfinityKey = 0x7f800000u;
 constexpr uint32_t kFlipKey = 0x7fffffffu;
 
 // One AdamW step (decoupled weight decay, https://arxiv.org/abs/1711.05101), in the order of operations of
-// torch.optim.AdamW's single-tensor path.
+// torch.optim.AdamW's single-tensor path. Real is the type of the arithmetic, to which the hyperparameters are rounded.
 struct AdamW {
   double decay;  // 1 - lr * weight_decay
-  float one_minus_beta1, beta2, one_minus_beta2, eps;
-  float step_size;               // lr / (1 - beta1^step)
-  float bias_correction2_sqrt;  // sqrt(1 - beta2^step)
+  double one_minus_beta1, beta2, one_minus_beta2, eps;
+  double step_size;              // lr / (1 - beta1^step)
+  double bias_correction2_sqrt;  // sqrt(1 - beta2^step)
 
-  template <class Value>
-  Value update(Value value, float grad, float& exp_avg, float& exp_avg_sq) const {
-    exp_avg += (grad - exp_avg) * one_minus_beta1;
-    exp_avg_sq = exp_avg_sq * beta2 + (grad * one_minus_beta2) * grad;
-    const float denom = std::sqrt(exp_avg_sq) / bias_correction2_sqrt + eps;
-    return value * static_cast<Value>(decay) - (exp_avg * step_size) / denom;
+  template <class Value, class Real>
+  Value update(Value value, Real grad, Real& exp_avg, Real& exp_avg_sq) const {
+    exp_avg += (grad - exp_avg) * static_cast<Real>(one_minus_beta1);
+    exp_avg_sq = exp_avg_sq * static_cast<Real>(beta2) + (grad * static_cast<Real>(one_minus_beta2)) * grad;
+    const Real denom = std::sqrt(exp_avg_sq) / static_cast<Real>(bias_correction2_sqrt) + static_cast<Real>(eps);
+    return value * static_cast<Value>(decay) - (exp_avg * static_cast<Real>(step_size)) / denom;
   }
 };
 

@@ -37,6 +37,10 @@ class StepError(SafekernError, RuntimeError):
     """An optimizer step that cannot be taken; no weight and no state was changed."""
 
 
+class ProtectionError(SafekernError, RuntimeError):
+    """Protected weights are not what they were, or can no longer be watched."""
+
+
 class JudgeError(SafekernError, RuntimeError):
     """A judge raised or did not answer True or False: its response counts neither as safe nor as unsafe."""
 

@@ -407,6 +407,220 @@ def test_set_adamw_does_not_depend_on_threads():
             assert_same_bits(first, other)
 
 
+# spa_adamw_
+
+
+def spa_adamw_arguments(dtype, *, moment=None, grad=None, index_dtype=torch.int32, shapes=SHAPES, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(dtype, scale=1.0):
+        return [(torch.randn(shape, generator=generator) * scale).to(dtype) for shape in shapes]
+
+    params = random(dtype)
+    spared = [torch.randperm(p.numel(), generator=generator)[: p.numel() // 3].sort().values for p in params]
+    return {
+        "params": params,
+        "grads": random(grad or dtype),
+        "indices": [index.to(index_dtype) for index in spared],
+        "exp_avgs": random(moment or dtype, 1e-2),
+        "exp_avg_sqs": [value.square() for value in random(moment or dtype, 1e-2)],
+        "step_sizes": [1e-3 / (1 - 0.9 ** (t + 1)) for t in range(len(params))],
+        "bias_correction2_sqrts": [(1 - 0.999 ** (t + 1)) ** 0.5 for t in range(len(params))],
+        **HYPERPARAMETERS,
+    }
+
+
+SPA_DTYPES = [(dtype, moment, grad) for dtype in DTYPES for moment in {dtype, DTYPES[2]} for grad in {dtype, DTYPES[2]}]
+EXTREMES = (float("nan"), float("inf"), float("-inf"), -0.0, 0.0, DENORMAL, -DENORMAL, 3e38, 6e-8, 65504.0)
+
+
+def assert_same_values(a: Tensor, b: Tensor) -> None:
+    """The same bits, except that one NaN is as good as another: IEEE 754 leaves open which one an operation gives."""
+    assert torch.equal(a.isnan(), b.isnan())
+    assert_same_bits(a.nan_to_num(0.0), b.nan_to_num(0.0))
+
+
+@pytest.mark.parametrize(("dtype", "moment", "grad"), SPA_DTYPES, ids=str)
+@pytest.mark.parametrize("extremes", [False, True])
+def test_spa_adamw_kernel_equals_the_reference(dtype, moment, grad, extremes):
+    results = []
+    for backend in BACKENDS:
+        arguments = spa_adamw_arguments(dtype, moment=moment, grad=grad)
+        fields = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+        if extremes:
+            # Every extreme value meets every other one, as weight, gradient and moment.
+            for position, field in enumerate(fields):
+                for value in arguments[field][4:]:
+                    count = len(EXTREMES) ** len(fields)
+                    pattern = torch.tensor(EXTREMES, dtype=torch.float64).repeat_interleave(len(EXTREMES) ** position)
+                    value.view(-1)[:count] = pattern.repeat(count // pattern.numel()).to(value.dtype)
+        buffers = []
+        for field in fields:
+            pairs = [between_sentinels(value) for value in arguments[field]]
+            arguments[field] = [view for view, _ in pairs]
+            buffers += [buffer for _, buffer in pairs]
+        for _ in range(3):
+            kernel("spa_adamw_", backend)(*arguments.values())
+        for buffer in buffers:
+            assert_sentinels(buffer)
+        results.append(arguments)
+    for field in ("params", "exp_avgs", "exp_avg_sqs"):
+        for mine, want in zip(results[1][field], results[0][field], strict=True):
+            if dtype == torch.float64:
+                # torch's own fp64 root on the CPU is not always the correctly rounded one.
+                torch.testing.assert_close(
+                    mine, want, rtol=1e-6 if mine.dtype != dtype else 1e-14, atol=1e-16, equal_nan=True
+                )
+            else:
+                assert_same_values(mine, want)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_spa_adamw_keeps_the_spared_weights_and_updates_the_others(backend, dtype, index_dtype):
+    arguments = spa_adamw_arguments(dtype, index_dtype=index_dtype)
+    for param, grad, index in zip(arguments["params"], arguments["grads"], arguments["indices"], strict=True):
+        # Nothing that a spared weight or its gradient holds may leak into it, or into its neighbours.
+        for values, chosen in ((param, index[:10]), (grad, index[5:15])):
+            values.view(-1)[chosen.long()] = torch.tensor(EXTREMES).to(dtype)[: chosen.numel()]
+    before = [param.clone() for param in arguments["params"]]
+    unspared = spa_adamw_arguments(dtype, index_dtype=index_dtype)
+    unspared["params"] = [param.clone() for param in before]
+    unspared["grads"] = arguments["grads"]
+    unspared["indices"] = [index[:0] for index in arguments["indices"]]
+    kernel("spa_adamw_", backend)(*arguments.values())
+    kernel("spa_adamw_", backend)(*unspared.values())
+    for t, (param, old, index) in enumerate(zip(arguments["params"], before, arguments["indices"], strict=True)):
+        spared = torch.zeros(param.numel(), dtype=torch.bool)
+        spared[index.long()] = True
+        assert_same_bits(param.view(-1)[spared], old.view(-1)[spared])
+        assert_same_bits(param.view(-1)[~spared], unspared["params"][t].view(-1)[~spared])
+        assert_same_values(arguments["exp_avgs"][t], unspared["exp_avgs"][t])
+    moved = arguments["params"][4] != before[4]
+    assert moved.double().mean() > 0.05
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_spa_adamw_with_everything_spared_only_moves_the_moments(backend):
+    arguments = spa_adamw_arguments(torch.bfloat16)
+    arguments["indices"] = [torch.arange(param.numel()) for param in arguments["params"]]
+    before = {field: [value.clone() for value in arguments[field]] for field in ("params", "exp_avgs", "exp_avg_sqs")}
+    kernel("spa_adamw_", backend)(*arguments.values())
+    for t, param in enumerate(arguments["params"]):
+        assert_same_bits(param, before["params"][t])
+        for field in ("exp_avgs", "exp_avg_sqs"):
+            assert param.numel() == 0 or (arguments[field][t] != before[field][t]).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float32, 2**-24), (torch.float64, 2**-53)])
+def test_spa_adamw_follows_the_formula(backend, dtype, epsilon):
+    arguments = spa_adamw_arguments(dtype)
+    p, g, m, v = (arguments[field][4].double() for field in ("params", "grads", "exp_avgs", "exp_avg_sqs"))
+    lr, beta1, beta2, step = 1e-3, 0.9, 0.999, 5
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    update = lr * (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + 1e-8)
+    want = p * (1 - lr * 0.01) - update
+    index = arguments["indices"][4].long()
+    want.view(-1)[index] = p.view(-1)[index]
+    kernel("spa_adamw_", backend)(*arguments.values())
+    error = (arguments["params"][4].double() - want).abs()
+    assert (error <= 8 * epsilon * torch.maximum(want.abs(), update.abs())).all()
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", DTYPES[:3])
+def test_spa_adamw_does_not_depend_on_threads(dtype):
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        # Larger than what one thread takes at a time.
+        arguments = spa_adamw_arguments(dtype, shapes=((700_001,), (5,)))
+        ops.spa_adamw_(*arguments.values())
+        results.append(arguments["params"] + arguments["exp_avgs"] + arguments["exp_avg_sqs"])
+    for first, *others in zip(*results, strict=True):
+        for other in others:
+            assert_same_bits(first, other)
+
+
+# restore_
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_restore_writes_the_bits_and_nothing_else(backend, dtype, index_dtype):
+    torch.manual_seed(0)
+    pairs = [between_sentinels(torch.randn(shape).to(dtype)) for shape in SHAPES]
+    params = [view for view, _ in pairs]
+    before = [param.clone() for param in params]
+    indices = [torch.randperm(param.numel())[: param.numel() // 2 + 1].to(index_dtype) for param in params]
+    # Any bits at all: NaNs with payloads and of either sign, subnormals, negative zeros.
+    word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    info = torch.iinfo(word)
+    values = [torch.randint(info.min, info.max, index.shape, dtype=word).view(dtype) for index in indices]
+    kernel("restore_", backend)(params, indices, values)
+    for (param, buffer), old, index, value in zip(pairs, before, indices, values, strict=True):
+        want = bits(old).view(-1)
+        want[index.long()] = value.view(word)
+        assert torch.equal(bits(param).view(-1), want)
+        assert_sentinels(buffer)
+
+
+@pytest.mark.usefixtures("threads")
+def test_restore_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    index, values = torch.randperm(300_001)[:100_001], torch.randn(100_001)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        param = torch.zeros(300_001)
+        ops.restore_([param], [index], [values])
+        results.append(param)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+# count_changed
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_count_changed_compares_bits(backend, dtype, index_dtype):
+    torch.manual_seed(0)
+    params = [torch.randn(shape).to(dtype) for shape in SHAPES]
+    params[4].view(-1)[:3] = torch.tensor([float("nan"), 0.0, -0.0]).to(dtype)
+    indices = [torch.randperm(param.numel()).to(index_dtype)[: param.numel() // 2 + 1] for param in params]
+    indices[4] = torch.arange(params[4].numel(), dtype=index_dtype)
+    values = [param.view(-1)[index.long()].clone() for param, index in zip(params, indices, strict=True)]
+    count = kernel("count_changed", backend)
+    assert count(params, indices, values).tolist() == [0] * len(SHAPES)
+    # A sign of zero, a bit of a NaN, a last bit; and what is not selected does not count.
+    values[4][1] = -0.0
+    bits(values[4])[0] ^= 1
+    bits(values[6])[-5:] ^= 1
+    rest = torch.ones(params[5].numel(), dtype=torch.bool)
+    rest[indices[5].long()] = False
+    params[5].view(-1)[rest] = 0.0
+    got = count(params, indices, values)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [0, 0, 0, 0, 2, 0, 5]
+    assert count([], [], []).shape == (0,)
+
+
+@pytest.mark.usefixtures("threads")
+def test_count_changed_does_not_depend_on_threads():
+    torch.manual_seed(0)
+    param, index = torch.randn(300_001), torch.randperm(300_001)[:100_001]
+    values = torch.where(torch.rand(100_001) < 0.5, param[index], 7.0)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert ops.count_changed([param], [index], [values]).item() == (values == 7.0).sum()
+
+
 # What the compiled kernels refuse, before anything is written
 
 
@@ -429,6 +643,62 @@ def test_kernels_refuse_arguments_that_would_corrupt_memory():
         with pytest.raises(RuntimeError, match="outside the tensor's 3 elements"):
             set_adamw_(*arguments.values())
         assert_same_bits(arguments["params"][4], before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("params", torch.ones(4, 3).t(), "contiguous"),
+        ("params", torch.ones(12, dtype=torch.int32), r"bfloat16, float16, float32 or float64"),
+        ("grads", torch.ones(11), "12 elements, got 11"),
+        ("grads", torch.ones(12).bfloat16(), "Float or its parameter's Float"),
+        ("exp_avgs", torch.ones(12).double(), "Float or its parameter's Float"),
+        ("exp_avg_sqs", torch.ones(4, 3).t(), "contiguous"),
+        ("indices", torch.tensor([3, 2]), "ascend"),
+        ("indices", torch.tensor([3, 3]), "ascend"),
+        ("indices", torch.tensor([-1, 2]), "ascend"),
+        ("indices", torch.tensor([0, 12]), "ascend"),
+        ("indices", torch.tensor([0.0, 1.0]), "int32 or int64"),
+        ("indices", torch.tensor([[0, 1], [2, 3]]).t(), "contiguous"),
+        ("step_sizes", None, "step sizes"),
+        ("exp_avgs", None, "expected 2 first moments, got 1"),
+    ],
+)
+def test_spa_adamw_refuses_arguments_that_would_corrupt_memory(field, value, message):
+    arguments = spa_adamw_arguments(torch.float32, shapes=((5,), (12,)))
+    before = arguments["params"][0].clone()
+    arguments[field] = arguments[field][:1] if value is None else [arguments[field][0], value]
+    with pytest.raises(RuntimeError, match=message):
+        kernel("spa_adamw_", "cpu")(*arguments.values())
+    assert_same_bits(arguments["params"][0], before)
+
+
+def test_spa_adamw_refuses_moments_of_two_dtypes():
+    arguments = spa_adamw_arguments(torch.bfloat16, moment=torch.float32)
+    arguments["exp_avg_sqs"] = [value.bfloat16() for value in arguments["exp_avg_sqs"]]
+    with pytest.raises(RuntimeError, match="second moment must be Float, got BFloat16"):
+        kernel("spa_adamw_", "cpu")(*arguments.values())
+
+
+@pytest.mark.parametrize(
+    ("param", "index", "value", "message"),
+    [
+        (torch.zeros(3), torch.tensor([3]), torch.ones(1), "outside the tensor's 3 elements"),
+        (torch.zeros(3), torch.tensor([-1]), torch.ones(1), "outside the tensor's 3 elements"),
+        (torch.zeros(3), torch.tensor([0]), torch.ones(2), "1 elements, got 2"),
+        (torch.zeros(3), torch.tensor([0]), torch.ones(1).half(), "must be Float, got Half"),
+        (torch.zeros(3, 3).t(), torch.tensor([0]), torch.ones(1), "contiguous"),
+        (torch.zeros(3, dtype=torch.int32), torch.tensor([0]), torch.ones(1, dtype=torch.int32), "float32"),
+    ],
+)
+def test_restore_and_count_changed_refuse_arguments_that_would_corrupt_memory(param, index, value, message):
+    first, one = torch.zeros(3), torch.ones(1)
+    for name in ("restore_", "count_changed"):
+        with pytest.raises(RuntimeError, match=message):
+            kernel(name, "cpu")([first, param], [torch.tensor([0]), index], [one, value])
+        with pytest.raises(RuntimeError, match="expected 1 value tensors, got 2"):
+            kernel(name, "cpu")([first], [torch.tensor([0])], [one, one])
+    assert (first == 0).all()
 
 
 # Registration
@@ -461,6 +731,9 @@ def samples():
             1e-8,
             1.0,
         ),
+        "spa_adamw_": tuple(spa_adamw_arguments(torch.bfloat16, moment=torch.float32, shapes=((3,), (0,))).values()),
+        "restore_": ([torch.randn(3).bfloat16()], [index], [torch.randn(2).bfloat16()]),
+        "count_changed": ([torch.randn(3), torch.randn(2, 2)], [index, index], [torch.randn(2), torch.randn(2)]),
     }
 
 

@@ -4,12 +4,25 @@ All of them take lists of tensors, so that one call serves a whole model, and no
 """
 
 from safekern.ops.accumulate import accumulate_
+from safekern.ops.count_changed import count_changed
 from safekern.ops.gather import gather_
 from safekern.ops.registry import load_kernels
+from safekern.ops.restore import restore_
 from safekern.ops.select import select
 from safekern.ops.set_adamw import set_adamw_
 from safekern.ops.sigma import sigma
+from safekern.ops.spa_adamw import spa_adamw_
 
-__all__ = ["BACKEND", "accumulate_", "gather_", "select", "set_adamw_", "sigma"]
+__all__ = [
+    "BACKEND",
+    "accumulate_",
+    "count_changed",
+    "gather_",
+    "restore_",
+    "select",
+    "set_adamw_",
+    "sigma",
+    "spa_adamw_",
+]
 
 BACKEND = load_kernels()

@@ -1,0 +1,31 @@
+"""``restore_``: write saved bits back into the selected weights of many tensors.
+
+Bytes moved: the cache lines that hold a selected element, twice, the indices and the values.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from safekern.ops.registry import define
+
+
+def reference(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Writes ``values[t]`` into ``params[t].flatten()[indices[t]]``, bit for bit.
+
+    Args:
+        params: contiguous floating-point tensors.
+        indices: int32 or int64 [k_t], flat positions without repetition.
+        values: [k_t], of the parameter's dtype.
+    """
+    for param, index, value in zip(params, indices, values, strict=True):
+        param.view(-1)[index] = value
+
+
+def fake(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    return None
+
+
+restore_ = define(
+    "restore_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values) -> ()", reference=reference, fake=fake
+)

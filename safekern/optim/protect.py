@@ -1,0 +1,367 @@
+"""protect: keep the weights of a mask bit-identical around any torch optimizer."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from safekern import ops
+from safekern.eligibility import check_plain
+from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
+from safekern.mask import Mask
+from safekern.optim.masked import NamedParameters, flat_view, memory_indices, named_groups, overlaps_itself
+
+# How many protected weights of a parameter are compared before a step, in turn, where torch's version counter says that
+# it was not touched since the last one: the counter does not see edits through .data or numpy. Comparing all of them
+# would take as long again as restoring them, so of an edit to a few weights of a large parameter it may see none.
+_COMPARED = 256
+
+# Torch runs an optimizer's hooks from this function.
+_STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__
+
+
+def protect(optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters) -> "Protection":
+    """Keeps the weights of a mask bit-identical while an optimizer trains all others.
+
+    Safety Preserving Adaptation (arXiv 2604.08297) around any ``torch.optim.Optimizer``: the protected values are saved
+    once and written back after every ``step()``, through the optimizer's step hooks. Before a step, the protected
+    weights are compared with the saved ones, so that weights loaded meanwhile are not overwritten: the step raises.
+    Inside a step (in a closure) protected weights may move. Optimizers that know nothing of each other (Muon for
+    matrices, AdamW for the rest) each take a handle, with the same mask.
+
+    The protection lasts until :meth:`Protection.remove`, also when the handle is dropped. It is not part of the
+    optimizer's ``state_dict()``, and copies of the optimizer (``deepcopy``, ``pickle``) are without it, as torch copies
+    no hooks.
+
+    Schedule-free optimizers, which swap other weights into the model in ``train()`` and ``eval()``, keep copies in
+    their state; the protected weights are written into these too, from the start, so that both modes show them.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer``, also inside an ``AcceleratedOptimizer``; its groups need no names.
+        mask: which weights to protect.
+        named_parameters: ``model.named_parameters()``, all that the mask names among them.
+
+    Returns:
+        The handle, which is also a context manager: on leaving it verifies, unless by an exception, and ends the
+        protection.
+
+    Raises:
+        MaskMismatchError: the mask does not fit the parameters, or the optimizer holds none of those it names.
+        InvalidArgumentError: a masked parameter is on the meta device, quantised, sharded or overlaps itself in memory;
+            or a protected weight is -0.0, NaN or infinite, which a schedule-free optimizer's swap would change.
+
+    Example:
+        >>> opt = torch.optim.AdamW(model.parameters(), lr=1e-5)                              # doctest: +SKIP
+        >>> with safekern.protect(opt, mask, model.named_parameters()) as handle:             # doctest: +SKIP
+        ...     for batch in batches:
+        ...         model(**batch).loss.backward()
+        ...         opt.step()
+        ...         opt.zero_grad()
+    """
+    return Protection(optimizer, mask, named_parameters)
+
+
+@dataclass(slots=True)
+class _Saved:
+    """The protected weights of one parameter."""
+
+    name: str
+    masked_name: str
+    param: Tensor
+    # Where the optimizer holds the parameter, if it does: group, position, and the name it has there.
+    place: tuple[int, int, str | None] | None
+    # The layout that the indices are for, and what the parameter was like when it last held all the values.
+    layout: tuple[Any, ...]
+    stamp: tuple[int, int] | None
+    indices: Tensor
+    values: Tensor
+
+
+class Protection:
+    """The handle that :func:`protect` returns."""
+
+    def __init__(self, optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters) -> None:
+        self._optimizer = _with_hooks(optimizer)
+        pairs = [pair for group in named_groups(named_parameters) for pair in group["params"]]
+        named = dict(pairs)
+        for name, param in pairs:
+            if named[name] is not param:
+                raise InvalidArgumentError(f"two parameters are named {name}: each needs a name of its own")
+        self._mask = mask
+        nothing = torch.empty(0)
+        self._saved = [
+            _Saved(name, masked_name, named[name], None, (), None, nothing, nothing)
+            for masked_name, name in mask.resolve(named).items()
+        ]
+        self._stepping = False
+        self._turn = 0
+        self._hooks: list[RemovableHandle] = []
+        self._locate()
+        if not any(saved.place for saved in self._saved):
+            raise MaskMismatchError(
+                f"the optimizer holds none of the parameters that the mask names ({_listed(self._saved)}): pass the "
+                "optimizer that trains them, and the parameters of the model that it was made for"
+            )
+        self.refresh()
+        self._arm()
+
+    @torch.no_grad()
+    def verify(self) -> None:
+        """Compares all protected weights with their saved values, bit for bit.
+
+        Raises:
+            ProtectionError: at least one bit moved. The message names the parameters and says how many weights.
+        """
+        self._locate()
+        self._check(everything=True)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Protects the values that the model has now, after other weights were loaded on purpose."""
+        self._locate()
+        fresh = [
+            torch.empty(saved.indices.shape, dtype=saved.param.dtype, device=saved.param.device)
+            for saved in self._saved
+        ]
+        for together in _by_device([saved.param for saved in self._saved]):
+            ops.gather_(
+                [fresh[t] for t in together],
+                [flat_view(self._saved[t].param.detach()) for t in together],
+                [self._saved[t].indices for t in together],
+                torch.zeros(len(together), dtype=torch.bool, device=fresh[together[0]].device),
+            )
+        if self._swaps_weights():
+            for saved, values in zip(self._saved, fresh, strict=True):
+                if not bool((values.isfinite() & ~((values == 0) & values.signbit())).all()):
+                    raise InvalidArgumentError(
+                        f"a protected weight of {saved.name} is -0.0, NaN or infinite, which train() or eval() of "
+                        f"{type(self._optimizer).__name__} would change: leave it out of the mask"
+                    )
+        for saved, values in zip(self._saved, fresh, strict=True):
+            saved.values = values
+        self._stepping = False
+        self._write(self._saved)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Writes the saved values back: after an exception inside a step, which kept the step from doing so."""
+        self._locate()
+        self._stepping = False
+        self._write(self._saved)
+
+    def remove(self) -> None:
+        """Ends the protection. The weights stay as they are."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def __enter__(self) -> "Protection":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.verify()
+            elif self._stepping:
+                self.restore()
+        finally:
+            self.remove()
+
+    def _arm(self, *_: Any) -> None:
+        """Registers the hooks that are not: loading a state may have replaced the optimizer's hooks."""
+        optimizer = self._optimizer
+        for registered, register, hook in (
+            (optimizer._optimizer_step_pre_hooks, optimizer.register_step_pre_hook, self._before_step),
+            (optimizer._optimizer_step_post_hooks, optimizer.register_step_post_hook, self._after_step),
+            (optimizer._optimizer_load_state_dict_post_hooks, optimizer.register_load_state_dict_post_hook, self._arm),
+        ):
+            if hook not in registered.values():
+                self._hooks.append(register(hook))
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if _is_nested(optimizer):
+            return
+        self._locate()
+        self._check(everything=False)
+        self._stepping = True
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if _is_nested(optimizer):
+            return
+        self._locate()
+        self._stepping = False
+        self._write([saved for saved in self._saved if saved.place])
+
+    def _locate(self) -> None:
+        """Finds the parameters in the optimizer, and their protected weights in memory, where either changed."""
+        groups = self._optimizer.param_groups
+        held = {id(param): (g, i) for g, group in enumerate(groups) for i, param in enumerate(group["params"])}
+        for saved in self._saved:
+            if saved.place and id(saved.param) not in held:
+                saved.param, saved.layout, saved.stamp = self._successor(saved), (), None
+            if id(saved.param) in held:
+                g, i = held[id(saved.param)]
+                saved.place = (g, i, groups[g]["param_names"][i] if "param_names" in groups[g] else None)
+            param = saved.param
+            layout = (param.shape, param.stride(), param.device)
+            if saved.layout != layout:
+                check_plain(saved.name, param)
+                if param.shape != self._mask.shapes[saved.masked_name]:
+                    raise MaskMismatchError(
+                        f"parameter {saved.name} now has the shape {tuple(param.shape)}: make a new mask"
+                    )
+                if overlaps_itself(param):
+                    raise InvalidArgumentError(
+                        f"parameter {saved.name} has overlapping memory: make it contiguous first"
+                    )
+                saved.indices = memory_indices(param, self._mask.compact(saved.masked_name))
+                saved.values = saved.values.to(param.device)
+                saved.layout, saved.stamp = layout, None
+
+    def _successor(self, saved: _Saved) -> Tensor:
+        """The parameter now in the place of one that the optimizer held.
+
+        accelerate swaps the entries of ``param_groups`` for others; the names beside them stay.
+        """
+        g, i, name = saved.place or (0, 0, None)
+        groups = self._optimizer.param_groups
+        if name is not None:
+            found = [
+                param
+                for group in groups
+                for other, param in zip(group["param_names"], group["params"], strict=True)
+                if other == name
+            ]
+        else:
+            found = groups[g]["params"][i : i + 1] if g < len(groups) else []
+        if len(found) != 1 or any(found[0] is other.param for other in self._saved):
+            raise ProtectionError(
+                f"the optimizer no longer holds parameter {saved.name}: remove() this handle and protect() it anew"
+            )
+        successor: Tensor = found[0]
+        return successor
+
+    def _check(self, *, everything: bool) -> None:
+        moved: list[tuple[_Saved, int]] = []
+        compared: list[tuple[_Saved, slice]] = []
+        self._turn += 1
+        for saved in self._saved:
+            count = saved.indices.numel()
+            part = slice(0, count)
+            if not everything and saved.stamp == _stamp(saved.param) and count > _COMPARED:
+                start = self._turn * _COMPARED % count
+                part = slice(start, min(start + _COMPARED, count))
+            if saved.param.dtype == saved.values.dtype:
+                compared.append((saved, part))
+            else:
+                moved.append((saved, count))
+        for together in _by_device([saved.param for saved, _ in compared]):
+            batch = [compared[t] for t in together]
+            counts = ops.count_changed(
+                [flat_view(saved.param.detach()) for saved, _ in batch],
+                [saved.indices[part] for saved, part in batch],
+                [saved.values[part] for saved, part in batch],
+            )
+            for (saved, part), count in zip(batch, counts.tolist(), strict=True):
+                if count:
+                    moved.append((saved, count))
+                elif part.stop - part.start == saved.indices.numel():
+                    saved.stamp = _stamp(saved.param)
+        if moved:
+            raise ProtectionError(
+                f"{sum(count for _, count in moved):,} protected weights are not what they were, in "
+                f"{_listed([saved for saved, _ in moved], [count for _, count in moved])}. "
+                + ("The last step ended in an exception: handle.restore() puts them back. " if self._stepping else "")
+                + "If they were changed on purpose, outside a step, call handle.refresh(); handle.restore() undoes it"
+            )
+
+    def _write(self, which: Sequence[_Saved]) -> None:
+        targets = [
+            (tensor, saved)
+            for saved in which
+            for tensor in (saved.param, *(self._copies(saved) if saved.place else ()))
+        ]
+        for together in _by_device([tensor for tensor, _ in targets]):
+            batch = [targets[t] for t in together]
+            ops.restore_(
+                [flat_view(tensor.detach()) for tensor, _ in batch],
+                [
+                    saved.indices
+                    if tensor.stride() == saved.param.stride()
+                    else memory_indices(tensor, self._mask.compact(saved.masked_name))
+                    for tensor, saved in batch
+                ],
+                [saved.values for _, saved in batch],
+            )
+            # A custom op does not tell autograd that it wrote.
+            torch.autograd.graph.increment_version([tensor for tensor, _ in batch])
+        for saved in which:
+            saved.stamp = _stamp(saved.param)
+
+    def _swaps_weights(self) -> bool:
+        return all(callable(getattr(self._optimizer, mode, None)) for mode in ("train", "eval"))
+
+    def _copies(self, saved: _Saved) -> Iterator[Tensor]:
+        """The weights that a schedule-free optimizer (arXiv 2405.15682) keeps beside those in the model."""
+        if not self._swaps_weights():
+            return
+        state = self._optimizer.state.get(saved.param, {})
+        for key in ("x", "y", "z"):
+            if key in state:
+                if (state[key].shape, state[key].dtype) != (saved.param.shape, saved.param.dtype):
+                    raise ProtectionError(
+                        f"{type(self._optimizer).__name__} keeps other weights of {saved.name} in {state[key].dtype}, "
+                        "not as the model does: such an optimizer cannot be protected"
+                    )
+                yield state[key]
+
+
+def _with_hooks(optimizer: Any) -> Optimizer:
+    # accelerate's wrapper is an Optimizer whose __init__ never ran, and has the real one inside.
+    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise InvalidArgumentError(
+            f"protect() uses the step hooks of a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+def _is_nested(optimizer: Optimizer) -> bool:
+    """Whether a hook runs inside a step inside a step: torch runs them again where a subclass calls super().step().
+
+    Only the call stack tells such a step from one after a step that an exception ended.
+    """
+    running = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and running < 2:
+        running += frame.f_code is _STEP_CODE and frame.f_locals["self"] is optimizer
+        frame = frame.f_back
+    return running > 1
+
+
+def _stamp(param: Tensor) -> tuple[int, int]:
+    return param.data_ptr(), param._version
+
+
+def _by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The positions of the tensors on each device."""
+    positions: dict[torch.device, list[int]] = {}
+    for t, tensor in enumerate(tensors):
+        positions.setdefault(tensor.device, []).append(t)
+    return list(positions.values())
+
+
+def _listed(which: Sequence[_Saved], counts: Sequence[int] | None = None) -> str:
+    shown = [f"{saved.name}{f' ({counts[t]:,})' if counts else ''}" for t, saved in enumerate(which[:3])]
+    return ", ".join(shown) + (f" and {len(which) - 3} more parameters" if len(which) > 3 else "")
