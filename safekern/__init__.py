@@ -5,7 +5,7 @@
 >>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)        # doctest: +SKIP
 """
 
-from safekern import objectives
+from safekern import integrations, objectives
 from safekern._version import __version__
 from safekern.errors import (
     BackendError,
@@ -16,14 +16,16 @@ from safekern.errors import (
     MaskMismatchError,
     MissingDependencyError,
     NonFiniteError,
+    ProtectionError,
     SafekernError,
     ScoringError,
     StepError,
     UnknownNameError,
 )
 from safekern.evaluation import attack_success_rate, refusal_rate
+from safekern.integrations import merge_lora
 from safekern.mask import Mask
-from safekern.optim import SETAdamW
+from safekern.optim import SETAdamW, SPAAdamW, protect
 from safekern.scores import Scores
 from safekern.scoring import score
 
@@ -37,7 +39,9 @@ __all__ = [
     "MaskMismatchError",
     "MissingDependencyError",
     "NonFiniteError",
+    "ProtectionError",
     "SETAdamW",
+    "SPAAdamW",
     "SafekernError",
     "Scores",
     "ScoringError",
@@ -45,7 +49,10 @@ __all__ = [
     "UnknownNameError",
     "__version__",
     "attack_success_rate",
+    "integrations",
+    "merge_lora",
     "objectives",
+    "protect",
     "refusal_rate",
     "score",
 ]

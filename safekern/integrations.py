@@ -91,5 +91,7 @@ def _selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
         param = params[given].detach()
         check_plain(given, param)
         indices = memory_indices(param, mask.compact(name))
-        values[name] = flat_view(param)[indices]
+        values[name] = torch.empty(indices.shape, dtype=param.dtype, device=param.device)
+        flag = torch.zeros(1, dtype=torch.bool, device=param.device)
+        ops.gather_([values[name]], [flat_view(param)], [indices], flag)
     return values
