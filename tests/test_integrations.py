@@ -9,7 +9,7 @@ from safekern import Mask
 from safekern.errors import InvalidArgumentError, MaskMismatchError
 from safekern.objectives import encode
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:fan_in_fan_out is set to False")
 
 STEPS = 4
 
@@ -96,6 +96,12 @@ def train(model, folder, *, optimizer=None, factory=None, resume=None, **options
     return trainer
 
 
+# Renamed in transformers 5.24, with a warning under the old name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in transformers.TrainingArguments.__dataclass_fields__
+)
 OPTIMIZERS = {
     "dense": lambda model, mask: safekern.SETAdamW(model.named_parameters(), mask, lr=1e-3),
     "in_backward": lambda model, mask: safekern.SETAdamW(model.named_parameters(), mask, lr=1e-3, in_backward=True),
@@ -103,7 +109,7 @@ OPTIMIZERS = {
 SETTINGS = {
     "plain": {},
     "accumulation": {"gradient_accumulation_steps": 2},
-    "checkpointing": {"gradient_checkpointing": True},
+    "checkpointing": {CHECKPOINTING: True},
     "bf16": {"bf16": True},
 }
 
@@ -136,8 +142,11 @@ def test_trainer_clips_by_the_selected_entries_in_backward_mode(tmp_path):
     assert len(norms) == STEPS and all(norm > 1e-3 for norm in norms)
     unclipped = safekern.SETAdamW(other.named_parameters(), mask, lr=1e-3, in_backward=True)
     train(other, tmp_path, optimizer=unclipped, max_grad_norm=0.0)
-    clipped_square = sum(state["exp_avg_sq"].sum() for state in optimizer.state.values())
-    assert 0 < clipped_square < 1e-6 < sum(state["exp_avg_sq"].sum() for state in unclipped.state.values())
+    clipped, full = (
+        sum(float(state["exp_avg_sq"].sum()) for state in opt.state.values() if "exp_avg_sq" in state)
+        for opt in (optimizer, unclipped)
+    )
+    assert 0 < clipped < 1e-6 * full
 
 
 @pytest.mark.parametrize("in_backward", [False, True])
