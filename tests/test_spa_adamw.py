@@ -22,9 +22,8 @@ from protected_training import (
 )
 from torch import nn
 
-from safekern import InvalidArgumentError, Mask, MaskMismatchError, StepError
+from safekern import InvalidArgumentError, Mask, MaskMismatchError, SPAAdamW, StepError
 from safekern.ops.spa_adamw import reference
-from safekern.optim import SPAAdamW
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -246,8 +245,8 @@ def test_add_param_group():
 
     count = len(optimizer.param_groups)
     for pairs, message in (
-        ([("extra.weight", nn.Parameter(torch.zeros(2)))], "given twice"),
-        ([("again", extra.weight)], "given as extra.weight and as again"),
+        ([("extra.weight", nn.Parameter(torch.zeros(2)))], "extra.weight was given twice: "),
+        ([("again", extra.weight)], "again was given twice, also as extra.weight"),
         ([extra.bias], "named_parameters"),
         ([("module.0.weight", nn.Parameter(torch.zeros(33, 7)))], "may be one that the mask means"),
         ([("meta", nn.Parameter(torch.zeros(2, device="meta")))], "meta device"),
@@ -401,8 +400,7 @@ def test_a_new_process_resumes_bit_for_bit(tmp_path):
         import sys, torch
         from torch import nn
         from pathlib import Path
-        from safekern import Mask
-        from safekern.optim import SPAAdamW
+        from safekern import Mask, SPAAdamW
         folder = Path(sys.argv[1])
         model = nn.Sequential(nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 5)).bfloat16()
         mask = Mask.load(folder / "mask.safetensors")
@@ -541,8 +539,8 @@ def test_arguments_that_cannot_work_are_refused():
     for params, message in (
         (model.parameters(), "named_parameters"),
         ([], "no parameters"),
-        ([*named, ("0.bias", nn.Parameter(torch.zeros(3)))], "0.bias is given twice"),
-        ([*named, ("tied", named[0][1])], "given as 0.weight and as tied"),
+        ([*named, ("0.bias", nn.Parameter(torch.zeros(3)))], "0.bias was given twice"),
+        ([*named, ("tied", named[0][1])], "tied was given twice, also as 0.weight"),
         ([*named, ("meta", nn.Parameter(torch.zeros(3, device="meta")))], "meta device"),
         ([*named, ("complex", nn.Parameter(torch.zeros(3, dtype=torch.complex64)))], "complex64"),
     ):

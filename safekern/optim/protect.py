@@ -1,7 +1,7 @@
 """protect: keep the weights of a mask bit-identical around any torch optimizer."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -30,10 +30,14 @@ def protect(optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters)
     """Keeps the weights of a mask bit-identical while an optimizer trains all others.
 
     Safety Preserving Adaptation (arXiv 2604.08297) around any ``torch.optim.Optimizer``: the protected values are saved
-    once and written back after every ``step()``, through the optimizer's step hooks. Before a step, the protected
-    weights are compared with the saved ones, so that weights loaded meanwhile are not overwritten: the step raises.
-    Inside a step (in a closure) protected weights may move. Optimizers that know nothing of each other (Muon for
-    matrices, AdamW for the rest) each take a handle, with the same mask.
+    once and written back after every ``step()``, through the optimizer's step hooks. Inside a step (in a closure)
+    protected weights may move. Of two optimizers (Muon for matrices, AdamW for the rest), each takes a handle, with the
+    same mask.
+
+    Before a step, protected weights are compared with the saved ones, also those that this optimizer does not hold, so
+    that weights loaded meanwhile are not overwritten: the step raises ``ProtectionError``. All are compared in
+    parameters that torch saw written to, and at least 256 in every other; so only an edit through ``.data`` or numpy,
+    and of a few weights among more, can be overwritten.
 
     The protection lasts until :meth:`Protection.remove`, also when the handle is dropped. It is not part of the
     optimizer's ``state_dict()``, and copies of the optimizer (``deepcopy``, ``pickle``) are without it, as torch copies
@@ -88,11 +92,7 @@ class Protection:
 
     def __init__(self, optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters) -> None:
         self._optimizer = _with_hooks(optimizer)
-        pairs = [pair for group in named_groups(named_parameters) for pair in group["params"]]
-        named = dict(pairs)
-        for name, param in pairs:
-            if named[name] is not param:
-                raise InvalidArgumentError(f"two parameters are named {name}: each needs a name of its own")
+        named = dict(pair for group in named_groups(named_parameters) for pair in group["params"])
         self._mask = mask
         nothing = torch.empty(0)
         self._saved = [
@@ -286,11 +286,20 @@ class Protection:
             )
 
     def _write(self, which: Sequence[_Saved]) -> None:
-        targets = [
-            (tensor, saved)
-            for saved in which
-            for tensor in (saved.param, *(self._copies(saved) if saved.place else ()))
-        ]
+        self._put([(saved.param, saved) for saved in which])
+        if self._swaps_weights():
+            self._put([(tensor, saved) for saved in which if saved.place for tensor in self._copies(saved)])
+        for saved in which:
+            saved.stamp = _stamp(saved.param)
+
+    def _put(self, targets: Sequence[tuple[Tensor, _Saved]]) -> None:
+        for tensor, saved in targets:
+            if (tensor.shape, tensor.dtype) != (saved.param.shape, saved.values.dtype):
+                raise ProtectionError(
+                    f"the protected values of {saved.name} are in {saved.values.dtype} and cannot be written back in "
+                    f"{tensor.dtype}: call handle.refresh() after changing the model's dtype; an optimizer that keeps "
+                    "weights of its own in another one cannot be protected"
+                )
         for together in _by_device([tensor for tensor, _ in targets]):
             batch = [targets[t] for t in together]
             ops.restore_(
@@ -305,25 +314,14 @@ class Protection:
             )
             # A custom op does not tell autograd that it wrote.
             torch.autograd.graph.increment_version([tensor for tensor, _ in batch])
-        for saved in which:
-            saved.stamp = _stamp(saved.param)
 
     def _swaps_weights(self) -> bool:
         return all(callable(getattr(self._optimizer, mode, None)) for mode in ("train", "eval"))
 
-    def _copies(self, saved: _Saved) -> Iterator[Tensor]:
+    def _copies(self, saved: _Saved) -> list[Tensor]:
         """The weights that a schedule-free optimizer (arXiv 2405.15682) keeps beside those in the model."""
-        if not self._swaps_weights():
-            return
         state = self._optimizer.state.get(saved.param, {})
-        for key in ("x", "y", "z"):
-            if key in state:
-                if (state[key].shape, state[key].dtype) != (saved.param.shape, saved.param.dtype):
-                    raise ProtectionError(
-                        f"{type(self._optimizer).__name__} keeps other weights of {saved.name} in {state[key].dtype}, "
-                        "not as the model does: such an optimizer cannot be protected"
-                    )
-                yield state[key]
+        return [state[key] for key in ("x", "y", "z") if key in state]
 
 
 def _with_hooks(optimizer: Any) -> Optimizer:

@@ -121,22 +121,20 @@ class SPAAdamW(Optimizer):
         if pairs:
             named_groups([{"params": pairs}])
         _check_hyperparameters({**self.defaults, **param_group})
-        owners = {
+        given = {
             param: name
             for group in self.param_groups
             for name, param in zip(group["param_names"], group["params"], strict=True)
         }
-        taken = set(owners.values())
-        meant = {names.canonical(name) for name in self._masked}
+        taken, meant = set(given.values()), {names.canonical(name) for name in self._masked}
         for name, param in pairs:
-            if name in taken:
-                raise InvalidArgumentError(f"the parameter name {name} is given twice: each parameter needs its own")
-            if param in owners:
-                raise InvalidArgumentError(f"one parameter is given as {owners[param]} and as {name}: give it once")
+            if name in taken or param in given:
+                alias = f", also as {given[param]}" if given.get(param, name) != name else ""
+                raise InvalidArgumentError(
+                    f"parameter {name} was given twice{alias}: give every parameter once, under a name of its own"
+                )
             if name not in self._masked and names.canonical(name) in meant:
                 raise MaskMismatchError(f"parameter {name} may be one that the mask means, which is protected already")
-            taken.add(name)
-            owners[param] = name
             if param.requires_grad or name in self._masked:
                 _check_usable(name, param)
         # Without names of its own torch would refuse an empty group beside named ones.
