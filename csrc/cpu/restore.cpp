@@ -1,25 +1,16 @@
 #include "common.h"
 
-// Into the L2 cache only: it has more room for outstanding misses than L1, and these loops do nothing but miss.
-#if defined(__GNUC__) || defined(__clang__)
-#define SAFEKERN_PREFETCH_L2(address) __builtin_prefetch(address, 0, 2)
-#else
-#define SAFEKERN_PREFETCH_L2(address) ((void)(address))
-#endif
-
 namespace safekern {
 namespace {
 
 constexpr int64_t kChunk = 1 << 13;
-constexpr int64_t kBlock = 256;
 
-// Calls f(j) for j in [begin, end) of the tensor's count indices, having fetched the weight a block ahead.
+// Calls f(j) for j in [begin, end) of the tensor's count indices, with the weights fetched ahead.
 template <class Word, class Index, class F>
 void each_selected(const Word* param, const Index* index, int64_t begin, int64_t end, int64_t count, const F& f) {
-  for (int64_t block = begin; block < end; block += kBlock) {
-    const int64_t stop = std::min(block + kBlock, end), ahead = std::min(stop + kBlock, count);
-    for (int64_t j = stop; j < ahead; j++) SAFEKERN_PREFETCH_L2(param + index[j]);
-    for (int64_t j = block; j < stop; j++) f(j);
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    prefetch_tile(param, index, tile, count);
+    for (int64_t j = tile, stop = std::min(tile + kTile, end); j < stop; j++) f(j);
   }
 }
 

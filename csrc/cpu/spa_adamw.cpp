@@ -6,8 +6,8 @@ namespace safekern {
 namespace {
 
 constexpr int64_t kChunk = 1 << 18;
-// Small enough for a tile's copy and its four streams to stay in the L1 cache.
-constexpr int64_t kTile = 512;
+// Small enough for a block's copy and its four streams to stay in the L1 cache.
+constexpr int64_t kBlock = 512;
 
 template <class Param, class Grad, class Moment>
 SAFEKERN_INLINE void update(Param* __restrict param, const Grad* __restrict grad, Moment* __restrict exp_avg,
@@ -32,17 +32,17 @@ struct Spared {
   int64_t count;
 
   // Updates everything and puts the spared weights back: the loop that does the work has no branch and no mask. The
-  // whole tile is saved, not the spared weights, since reading those ahead of the stream would wait for memory.
+  // whole block is saved, not the spared weights, since reading those ahead of the stream would wait for memory.
   void step(int64_t begin, int64_t end, const AdamW& adamw) const {
-    Param before[kTile];
+    Param before[kBlock];
     const Index *last = index + count, *spared = std::lower_bound(index, last, begin);
-    for (int64_t tile = begin; tile < end; tile += kTile) {
-      const int64_t size = std::min(kTile, end - tile);
-      std::copy_n(param + tile, size, before);
+    for (int64_t block = begin; block < end; block += kBlock) {
+      const int64_t size = std::min(kBlock, end - block);
+      std::copy_n(param + block, size, before);
       vectorised([&]() SAFEKERN_INLINE_LAMBDA {
-        update(param + tile, grad + tile, exp_avg + tile, exp_avg_sq + tile, size, adamw);
+        update(param + block, grad + block, exp_avg + block, exp_avg_sq + block, size, adamw);
       });
-      for (; spared != last && *spared < tile + size; spared++) param[*spared] = before[*spared - tile];
+      for (; spared != last && *spared < block + size; spared++) param[*spared] = before[*spared - block];
     }
   }
 };

@@ -320,8 +320,7 @@ def _update(group: dict[str, Any], targets: list[_Target]) -> None:
     )
     # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
     torch.autograd.graph.increment_version([target.param for target in targets])
-    for target in targets:
-        target.state["step"] += 1
+    torch._foreach_add_([target.state["step"] for target in targets], 1)
 
 
 def _lies_like(tensor: Tensor, param: Tensor) -> bool:
