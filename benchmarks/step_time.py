@@ -65,7 +65,7 @@ def contenders(numel: int, ratio: float, dtype: torch.dtype) -> dict[str, Callab
     mask = random_mask(numel, ratio)
 
     def named() -> dict[str, Tensor]:
-        params = {}
+        params: dict[str, Tensor] = {}
         for name, shape in mask.shapes.items():
             params[name] = torch.nn.Parameter(torch.randn(shape).to(dtype))
             params[name].grad = torch.randn(shape).to(dtype)
