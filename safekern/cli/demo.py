@@ -46,7 +46,7 @@ _RATIO = 0.01
 _LEARNING_RATE = 1e-4
 _BATCH_SIZE = 4
 # Of the loss. It moves the model between refusing too much and too little: of 64 held-out prompts each, one run
-# after 100 steps complied with 39% of the harmful and refused 11% of the benign at 0.15, and 6% and 33% at about 0.3.
+# after 100 steps complied with 39% of the harmful and refused 11% of the benign at 0.15, and 6% and 34% at about 0.3.
 _REFUSAL_WEIGHT = 0.25
 
 
