@@ -1,13 +1,14 @@
 """What the masked optimizers share: named parameter groups, and the selected weights of a parameter in memory."""
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from safekern import ops
-from safekern.errors import InvalidArgumentError
+from safekern.errors import InvalidArgumentError, StepError
 
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
 
@@ -102,3 +103,26 @@ def overlaps_itself(param: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def check_hyperparameters(group: Mapping[str, Any]) -> None:
+    """Refuses hyperparameters of AdamW that are out of range."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= float(group[name]) < math.inf:
+            raise InvalidArgumentError(f"{name} must be a finite number of at least 0, got {group[name]}")
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+        raise InvalidArgumentError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+
+
+def check_strided(name: str, grad: Tensor) -> None:
+    """Refuses the gradients that ``sparse=True`` gives."""
+    if grad.layout != torch.strided:
+        raise StepError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
+
+
+def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The positions of the tensors on each device."""
+    positions: dict[torch.device, list[int]] = {}
+    for t, tensor in enumerate(tensors):
+        positions.setdefault(tensor.device, []).append(t)
+    return list(positions.values())

@@ -15,7 +15,7 @@ from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.mask import Mask
-from safekern.optim.masked import NamedParameters, flat_view, memory_indices, named_groups, overlaps_itself
+from safekern.optim.masked import NamedParameters, by_device, flat_view, memory_indices, named_groups, overlaps_itself
 
 # How many protected weights of a parameter are compared before a step, in turn, where torch's version counter says that
 # it was not touched since the last one: the counter does not see edits through .data or numpy. Comparing all of them
@@ -129,7 +129,7 @@ class Protection:
             torch.empty(saved.indices.shape, dtype=saved.param.dtype, device=saved.param.device)
             for saved in self._saved
         ]
-        for together in _by_device([saved.param for saved in self._saved]):
+        for together in by_device([saved.param for saved in self._saved]):
             ops.gather_(
                 [fresh[t] for t in together],
                 [flat_view(self._saved[t].param.detach()) for t in together],
@@ -265,7 +265,7 @@ class Protection:
                 compared.append((saved, part))
             else:
                 moved.append((saved, count))
-        for together in _by_device([saved.param for saved, _ in compared]):
+        for together in by_device([saved.param for saved, _ in compared]):
             batch = [compared[t] for t in together]
             counts = ops.count_changed(
                 [flat_view(saved.param.detach()) for saved, _ in batch],
@@ -300,7 +300,7 @@ class Protection:
                     f"{tensor.dtype}: call handle.refresh() after changing the model's dtype; an optimizer that keeps "
                     "weights of its own in another one cannot be protected"
                 )
-        for together in _by_device([tensor for tensor, _ in targets]):
+        for together in by_device([tensor for tensor, _ in targets]):
             batch = [targets[t] for t in together]
             ops.restore_(
                 [flat_view(tensor.detach()) for tensor, _ in batch],
@@ -350,14 +350,6 @@ def _is_nested(optimizer: Optimizer) -> bool:
 
 def _stamp(param: Tensor) -> tuple[int, int]:
     return param.data_ptr(), param._version
-
-
-def _by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The positions of the tensors on each device."""
-    positions: dict[torch.device, list[int]] = {}
-    for t, tensor in enumerate(tensors):
-        positions.setdefault(tensor.device, []).append(t)
-    return list(positions.values())
 
 
 def _listed(which: Sequence[_Saved], counts: Sequence[int] | None = None) -> str:

@@ -19,6 +19,9 @@ from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteEr
 from safekern.mask import Mask
 from safekern.optim.masked import (
     NamedParameters,
+    by_device,
+    check_hyperparameters,
+    check_strided,
     flat_like,
     flat_view,
     gather_selected,
@@ -154,7 +157,7 @@ class SETAdamW(Optimizer):
             {"params": list(zip(group["param_names"], group["params"], strict=True))} for group in self.param_groups
         ]
         *_, group = named_groups([*given, param_group])
-        _check_hyperparameters({**self.defaults, **group})
+        check_hyperparameters({**self.defaults, **group})
         super().add_param_group({"param_names": [], **group})
         self._bind()
 
@@ -208,7 +211,7 @@ class SETAdamW(Optimizer):
             return
         if grad.requires_grad:
             raise StepError("in_backward=True frees the gradients that backward(create_graph=True) is to keep")
-        _check_strided(name, grad)
+        check_strided(name, grad)
         param.grad = None
         if name in self._selections:
             indices = self._indices(name, param)
@@ -234,7 +237,7 @@ class SETAdamW(Optimizer):
                     continue
                 indices = self._indices(name, param)
                 grad = param.grad if self._is_mine(name, param.grad) else param.grad.detach()
-                _check_strided(name, grad)
+                check_strided(name, grad)
                 targets.append(_Target(name, group, param, grad, indices, self.state[param]))
         if not targets:
             raise StepError(
@@ -338,7 +341,7 @@ class SETAdamW(Optimizer):
                 state[param] = _restored(name, state_dict["state"].get(key, {}), self.state[param])
             saved = copy.deepcopy({field: value for field, value in saved.items() if field != "params"})
             groups.append({**saved, "params": group["params"], "param_names": group["param_names"]})
-            _check_hyperparameters(groups[-1])
+            check_hyperparameters(groups[-1])
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -382,11 +385,6 @@ class SETAdamW(Optimizer):
         self._bind()
 
 
-def _check_strided(name: str, grad: Tensor) -> None:
-    if grad.layout != torch.strided:
-        raise StepError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
-
-
 def _form(param: Tensor) -> _Form:
     return param.shape, param.stride(), param.dtype
 
@@ -397,7 +395,7 @@ def _selected_gradients(targets: list[_Target]) -> list[Tensor]:
         target.grad.selected if isinstance(target.grad, SelectedGrad) else torch.empty_like(target.state["exp_avg"])
         for target in targets
     ]
-    for members in _by_device(grads).values():
+    for members in by_device(grads):
         dense = [targets[i] for i in members if not isinstance(targets[i].grad, SelectedGrad)]
         outs = [grads[i] for i in members if not isinstance(targets[i].grad, SelectedGrad)]
         srcs = [flat_like(target.grad, target.param) for target in dense]
@@ -408,7 +406,7 @@ def _selected_gradients(targets: list[_Target]) -> list[Tensor]:
 
 def _check_finite(targets: list[_Target], grads: list[Tensor]) -> None:
     bad = []
-    for members in _by_device(grads).values():
+    for members in by_device(grads):
         # A finite norm vouches for all its values, at one read per device; it may also overflow where they do not.
         norms = torch.stack(torch._foreach_norm([grads[i] for i in members]))
         suspects = [i for i, finite in zip(members, norms.isfinite().tolist(), strict=True) if not finite]
@@ -418,13 +416,6 @@ def _check_finite(targets: list[_Target], grads: list[Tensor]) -> None:
             f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity at "
             "selected weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
         )
-
-
-def _by_device(tensors: list[Tensor]) -> dict[torch.device, list[int]]:
-    members: dict[torch.device, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        members.setdefault(tensor.device, []).append(i)
-    return members
 
 
 def _update(targets: list[_Target], grads: list[Tensor]) -> None:
@@ -461,11 +452,3 @@ def _restored(name: str, saved: dict[str, Any], current: dict[str, Tensor]) -> d
                 "with another dtype or master_weights"
             )
     return {field: saved[field].to(tensor.device, tensor.dtype, copy=True) for field, tensor in current.items()}
-
-
-def _check_hyperparameters(group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise InvalidArgumentError(f"{name} must be a finite number of at least 0, got {group[name]}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise InvalidArgumentError(f"betas must be two numbers in [0, 1), got {group['betas']}")

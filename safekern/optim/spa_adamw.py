@@ -15,7 +15,16 @@ from safekern import names, ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
 from safekern.mask import Mask
-from safekern.optim.masked import NamedParameters, flat_like, flat_view, memory_indices, named_groups, overlaps_itself
+from safekern.optim.masked import (
+    NamedParameters,
+    check_hyperparameters,
+    check_strided,
+    flat_like,
+    flat_view,
+    memory_indices,
+    named_groups,
+    overlaps_itself,
+)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -120,7 +129,7 @@ class SPAAdamW(Optimizer):
         pairs = list(param_group["params"])
         if pairs:
             named_groups([{"params": pairs}])
-        _check_hyperparameters({**self.defaults, **param_group})
+        check_hyperparameters({**self.defaults, **param_group})
         given = {
             param: name
             for group in self.param_groups
@@ -185,8 +194,7 @@ class SPAAdamW(Optimizer):
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if param.grad is None or not param.requires_grad:
                 continue
-            if param.grad.layout != torch.strided:
-                raise StepError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
+            check_strided(name, param.grad)
             if not all(_lies_like(self.state[param][moment], param) for moment in _MOMENTS):
                 self.state[param] = self._state_of(param, self.state[param])
             grad = param.grad.detach()
@@ -333,11 +341,3 @@ def _check_usable(name: str, param: Tensor) -> None:
         raise InvalidArgumentError(
             f"parameter {name} has overlapping elements or gaps in memory: make it contiguous first"
         )
-
-
-def _check_hyperparameters(group: Mapping[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise InvalidArgumentError(f"{name} must be a finite number of at least 0, got {group[name]}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise InvalidArgumentError(f"betas must be two numbers in [0, 1), got {group['betas']}")
