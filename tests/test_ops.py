@@ -24,7 +24,7 @@ def kernel(name, backend):
     """The op on a backend: the dispatcher's choice is the compiled kernel where there is one."""
     if backend == "torch":
         return importlib.import_module(f"safekern.ops.{name.rstrip('_')}").reference
-    if ops.BACKEND != "cpu":
+    if ops.BACKENDS["cpu"].backend != "cpu":
         pytest.skip("the compiled CPU kernels are not installed")
     return getattr(ops, name)
 
@@ -248,7 +248,7 @@ def test_select_does_not_depend_on_threads():
     values = large_cases(SAMPLED)["rounded"]
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        assert_selects("torch" if ops.BACKEND == "torch" else "cpu", [values], torch.ones(1), [13_000])
+        assert_selects("torch" if ops.BACKENDS["cpu"].backend == "torch" else "cpu", [values], torch.ones(1), [13_000])
 
 
 @pytest.mark.parametrize("numel", [10, 2_000_000])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import safekern
 
@@ -37,7 +38,11 @@ def test_public_names_are_documented():
 
 
 def test_reference_backend_can_be_forced():
-    ran = python("import safekern.ops; print(safekern.ops.BACKEND)", SAFEKERN_BACKEND="torch", PYTHONWARNINGS="error")
+    ran = python(
+        "import safekern.ops; print(safekern.ops.BACKENDS['cpu'].backend)",
+        SAFEKERN_BACKEND="torch",
+        PYTHONWARNINGS="error",
+    )
     assert (ran.stdout, ran.returncode) == ("torch\n", 0), ran.stderr
 
 
@@ -54,7 +59,9 @@ HIDE_KERNELS = (
 
 
 def test_missing_kernels_are_a_warning_given_once():
-    ran = python(HIDE_KERNELS + "import safekern, safekern.ops, safekern.scores\nprint(safekern.ops.BACKEND)")
+    ran = python(
+        HIDE_KERNELS + "import safekern, safekern.ops, safekern.scores\nprint(safekern.ops.BACKENDS['cpu'].backend)"
+    )
     assert ran.stdout == "torch\n"
     assert ran.stderr.count("safekern runs on its plain PyTorch reference") == 1
     assert "reinstall" in ran.stderr
@@ -65,11 +72,24 @@ def test_missing_kernels_that_were_asked_for_are_an_error():
     assert ran.returncode and "BackendError: SAFEKERN_BACKEND=cpu, but" in ran.stderr
 
 
+def test_the_backend_of_each_device_is_known_and_why_not_another():
+    ran = python("import safekern.ops; print(safekern.ops.BACKENDS['cuda'])", TRITON_INTERPRET="0")
+    if torch.version.cuda is None:
+        assert "backend='torch'" in ran.stdout and ran.stdout.count("this PyTorch is built without CUDA") == 2
+
+
+def test_a_forced_gpu_backend_without_a_gpu_build_is_an_error():
+    if torch.version.cuda is None:
+        for backend in ("cuda", "triton"):
+            ran = python("import safekern", SAFEKERN_BACKEND=backend)
+            assert ran.returncode and f"BackendError: SAFEKERN_BACKEND={backend}, but this PyTorch" in ran.stderr
+
+
 def test_broken_kernels_are_named(tmp_path):
     broken = tmp_path / "_C_cpu.abi3.so"
     broken.write_bytes(b"not a library")
     code = HIDE_KERNELS.replace("iter(())", f"iter([pathlib.Path({str(broken)!r})] * ('so' in pattern))")
-    ran = python(code + "import safekern\nprint(safekern.ops.BACKEND)")
+    ran = python(code + "import safekern\nprint(safekern.ops.BACKENDS['cpu'].backend)")
     assert ran.stdout == "torch\n"
     assert "_C_cpu.abi3.so failed to load" in ran.stderr
 

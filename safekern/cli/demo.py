@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         "held_out_prompts": effort.held_out,
         "seed": args.seed,
         "device": str(device),
-        "backend": ops.BACKEND,
+        "backend": served.backend if (served := ops.BACKENDS.get(device.type)) else "torch",
         "versions": {"safekern": __version__, "torch": str(torch.__version__)},
         "seconds": clock.seconds,
     }

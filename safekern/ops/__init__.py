@@ -14,7 +14,7 @@ from safekern.ops.sigma import sigma
 from safekern.ops.spa_adamw import spa_adamw_
 
 __all__ = [
-    "BACKEND",
+    "BACKENDS",
     "accumulate_",
     "count_changed",
     "gather_",
@@ -25,4 +25,4 @@ __all__ = [
     "spa_adamw_",
 ]
 
-BACKEND = load_kernels()
+BACKENDS = load_kernels()

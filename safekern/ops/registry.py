@@ -1,13 +1,19 @@
-"""Where ops are defined and their compiled kernels are loaded.
+"""Where ops are defined and their backends are chosen.
 
 An op is one module of this package: its schema, its plain-torch reference (the default kernel on every device, and the
-oracle of the tests) and its fake. Compiled libraries register faster kernels for the same op with torch's dispatcher,
-so callers never choose: they call ``torch.ops.safekern.<op>``.
+oracle of the tests) and its fake. A backend brings faster kernels for all ops on one kind of device, and registers them
+with torch's dispatcher, so callers never choose: they call ``torch.ops.safekern.<op>``.
+
+To add an op, write its module here, ``csrc/cpu/<op>.cpp``, ``csrc/cuda/<op>.cu`` and ``safekern/ops/triton/<op>.py``;
+nothing lists them. To add a backend, add a line to `_BACKENDS` with a function that registers its kernels.
 """
 
+import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +22,7 @@ import torch
 from safekern.errors import BackendError
 
 _LIBRARY = torch.library.Library("safekern", "DEF")
+_OPS: list[str] = []
 
 
 def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -24,36 +31,118 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"safekern::{name}", fake, lib=_LIBRARY)
+    _OPS.append(name)
     return getattr(getattr(torch.ops.safekern, name), "default")  # noqa: B009 - mypy cannot see ops' overloads
 
 
-def load_kernels() -> str:
-    """Loads the compiled CPU kernels and returns the name of the backend in use: ``"cpu"`` or ``"torch"``.
+class _UnavailableError(Exception):
+    """Why a backend cannot serve in this process."""
 
-    ``SAFEKERN_BACKEND=cpu`` insists on the kernels and ``SAFEKERN_BACKEND=torch`` leaves them out. Without it, missing
-    kernels are a warning, given once.
+
+class _BrokenError(_UnavailableError):
+    """The same, of a backend that is installed and should have worked."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """Which backend serves the ops on one kind of device, and why others do not.
+
+    Attributes:
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, or ``"torch"`` for the plain-torch reference.
+        passed_over: for each backend that would have come first, the reason why it does not serve.
+    """
+
+    backend: str
+    passed_over: dict[str, str]
+
+
+def load_kernels() -> dict[str, Served]:
+    """Loads the backends of this process and returns which one serves each kind of device.
+
+    ``SAFEKERN_BACKEND`` insists on one of them, and ``SAFEKERN_BACKEND=torch`` leaves all of them out. Without it, ops
+    that fall to the slower reference, and backends that are installed but broken, are a warning, given once.
 
     Raises:
         BackendError: the backend asked for is unknown, missing, or failed to load.
     """
     wanted = os.environ.get("SAFEKERN_BACKEND", "")
-    if wanted not in ("", "cpu", "torch"):
-        raise BackendError(f"SAFEKERN_BACKEND={wanted!r} is not available: use 'cpu', 'torch', or leave it unset")
-    if wanted == "torch":
-        return "torch"
-    folder = Path(__file__).parent.parent
-    failure = "this installation has no compiled kernels"
-    for path in sorted(folder.glob("_C_cpu*.so")) + sorted(folder.glob("_C_cpu*.pyd")):
+    known = [name for backends in _BACKENDS.values() for name in backends]
+    if wanted not in ("", "torch", *known):
+        raise BackendError(
+            f"SAFEKERN_BACKEND={wanted!r} is not available: use one of {', '.join(sorted({*known, 'torch'}))}, "
+            "or leave it unset"
+        )
+    return {device: _choose(device, wanted) for device in _BACKENDS}
+
+
+def _choose(device: str, wanted: str) -> Served:
+    served, passed_over, broken = "torch", {}, False
+    for name, load in _BACKENDS[device].items():
+        if wanted == "torch" or (wanted in _BACKENDS[device] and wanted != name):
+            passed_over[name] = f"SAFEKERN_BACKEND={wanted}"
+            continue
         try:
-            torch.ops.load_library(str(path))
-            return "cpu"
-        except OSError as error:
-            failure = f"{path.name} failed to load: {error}"
-    if wanted == "cpu":
-        raise BackendError(f"SAFEKERN_BACKEND=cpu, but {failure}")
-    warnings.warn(
-        f"safekern runs on its plain PyTorch reference, which is slower: {failure}. Install a C++ compiler and "
-        "reinstall safekern with `pip install --no-build-isolation`, or set SAFEKERN_BACKEND=torch if this is wanted.",
-        stacklevel=2,
-    )
-    return "torch"
+            load()
+            served = name
+            break
+        except _UnavailableError as reason:
+            if wanted == name:
+                raise BackendError(f"SAFEKERN_BACKEND={name}, but {reason}") from reason
+            passed_over[name] = str(reason)
+            broken |= isinstance(reason, _BrokenError)
+    # Every PyTorch has CPU tensors; that one is built without CUDA is no loss to report.
+    if broken or (served == "torch" and device == "cpu" and wanted != "torch"):
+        instead = "plain PyTorch reference, which is slower" if served == "torch" else f"{served} kernels"
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        warnings.warn(
+            f"safekern runs on its {instead}: {reasons}. Install a compiler and reinstall safekern with `pip install "
+            "--no-build-isolation`, or set SAFEKERN_BACKEND=torch if this is wanted.",
+            stacklevel=3,
+        )
+    return Served(served, passed_over)
+
+
+def _load_library(stem: str) -> None:
+    folder = Path(__file__).parent.parent
+    paths = sorted(folder.glob(f"{stem}*.so")) + sorted(folder.glob(f"{stem}*.pyd"))
+    if not paths:
+        raise _UnavailableError(f"this installation has no compiled kernels ({stem})")
+    try:
+        torch.ops.load_library(str(paths[0]))
+    except OSError as error:
+        raise _BrokenError(f"{paths[0].name} failed to load: {error}") from error
+
+
+def _load_cuda() -> None:
+    if torch.version.cuda is None:
+        raise _UnavailableError("this PyTorch is built without CUDA")
+    _load_library("_C_cuda")
+
+
+def _load_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise _UnavailableError("the package triton is not installed")
+    if not _INTERPRETED and torch.version.cuda is None:
+        raise _UnavailableError("this PyTorch is built without CUDA")
+    for name in _OPS:
+        _LIBRARY.impl(name, _from_triton(name), "CPU" if _INTERPRETED else "CUDA")
+
+
+def _from_triton(name: str) -> Callable[..., Any]:
+    # Triton is imported by the first call: importing safekern stays light.
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        module = importlib.import_module(f"safekern.ops.triton.{name.rstrip('_')}")
+        return getattr(module, name)(*args, **kwargs)
+
+    return kernel
+
+
+# Triton reads this at its own import: in such a process its kernels run on the CPU, in its interpreter.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Per kind of device, best first.
+_BACKENDS: dict[str, dict[str, Callable[[], None]]] = {
+    "cpu": {"cpu": lambda: _load_library("_C_cpu")},
+    "cuda": {"cuda": _load_cuda},
+}
+_BACKENDS["cpu" if _INTERPRETED else "cuda"]["triton"] = _load_triton
