@@ -17,10 +17,10 @@ from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionE
 from safekern.mask import Mask
 from safekern.optim.masked import NamedParameters, by_device, flat_view, memory_indices, named_groups, overlaps_itself
 
-# How many protected weights of a parameter are compared before a step, in turn, where torch's version counter says that
-# it was not touched since the last one: the counter does not see edits through .data or numpy. Comparing all of them
-# would take as long again as restoring them, so of an edit to a few weights of a large parameter it may see none.
-_COMPARED = 256
+# How many protected weights of a parameter are compared before a step where torch's version counter says that it was
+# not touched since the last one: the counter does not see edits through .data or numpy. Comparing all of them would
+# take as long again as restoring them, so of an edit to a few weights of a large parameter it may see none.
+_COMPARED = 64
 
 # Torch runs an optimizer's hooks from this function.
 _STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__
@@ -36,7 +36,7 @@ def protect(optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters)
 
     Before a step, protected weights are compared with the saved ones, also those that this optimizer does not hold, so
     that weights loaded meanwhile are not overwritten: the step raises ``ProtectionError``. All are compared in
-    parameters that torch saw written to, and at least 256 in every other; so only an edit through ``.data`` or numpy,
+    parameters that torch saw written to, and at least 64 in every other; so only an edit through ``.data`` or numpy,
     and of a few weights among more, can be overwritten.
 
     The protection lasts until :meth:`Protection.remove`, also when the handle is dropped. It is not part of the
@@ -80,11 +80,21 @@ class _Saved:
     param: Tensor
     # Where the optimizer holds the parameter, if it does: group, position, and the name it has there.
     place: tuple[int, int, str | None] | None
-    # The layout that the indices are for, and what the parameter was like when it last held all the values.
+    # The layout and the memory that `flat` and the indices are for, and the version of the parameter that last held all
+    # the values.
     layout: tuple[Any, ...]
-    stamp: tuple[int, int] | None
+    version: int | None
+    flat: Tensor
     indices: Tensor
     values: Tensor
+    # The few that are compared where nothing points to an edit. Cut once for many steps: over hundreds of small
+    # parameters, a step is Python time.
+    spots: tuple[Tensor, Tensor]
+
+    def cut_spots(self, turn: int) -> None:
+        count = self.indices.numel()
+        start = min(turn * _COMPARED % max(1, count), max(0, count - _COMPARED))
+        self.spots = self.indices[start : start + _COMPARED], self.values[start : start + _COMPARED]
 
 
 class Protection:
@@ -96,7 +106,7 @@ class Protection:
         self._mask = mask
         nothing = torch.empty(0)
         self._saved = [
-            _Saved(name, masked_name, named[name], None, (), None, nothing, nothing)
+            _Saved(name, masked_name, named[name], None, (), None, nothing, nothing, nothing, (nothing, nothing))
             for masked_name, name in mask.resolve(named).items()
         ]
         self._stepping = False
@@ -132,7 +142,7 @@ class Protection:
         for together in by_device([saved.param for saved in self._saved]):
             ops.gather_(
                 [fresh[t] for t in together],
-                [flat_view(self._saved[t].param.detach()) for t in together],
+                [self._saved[t].flat for t in together],
                 [self._saved[t].indices for t in together],
                 torch.zeros(len(together), dtype=torch.bool, device=fresh[together[0]].device),
             )
@@ -145,6 +155,7 @@ class Protection:
                     )
         for saved, values in zip(self._saved, fresh, strict=True):
             saved.values = values
+            saved.cut_spots(0)
         self._stepping = False
         self._write(self._saved)
 
@@ -208,12 +219,12 @@ class Protection:
         held = {id(param): (g, i) for g, group in enumerate(groups) for i, param in enumerate(group["params"])}
         for saved in self._saved:
             if saved.place and id(saved.param) not in held:
-                saved.param, saved.layout, saved.stamp = self._successor(saved), (), None
+                saved.param, saved.layout, saved.version = self._successor(saved), (), None
             if id(saved.param) in held:
                 g, i = held[id(saved.param)]
                 saved.place = (g, i, groups[g]["param_names"][i] if "param_names" in groups[g] else None)
             param = saved.param
-            layout = (param.shape, param.stride(), param.device)
+            layout = (param.data_ptr(), param.dtype, param.shape, param.stride(), param.device)
             if saved.layout != layout:
                 check_plain(saved.name, param)
                 if param.shape != self._mask.shapes[saved.masked_name]:
@@ -224,9 +235,12 @@ class Protection:
                     raise InvalidArgumentError(
                         f"parameter {saved.name} has overlapping memory: make it contiguous first"
                     )
-                saved.indices = memory_indices(param, self._mask.compact(saved.masked_name))
-                saved.values = saved.values.to(param.device)
-                saved.layout, saved.stamp = layout, None
+                if saved.layout[2:] != layout[2:]:
+                    saved.indices = memory_indices(param, self._mask.compact(saved.masked_name))
+                    saved.values = saved.values.to(param.device)
+                    saved.cut_spots(0)
+                saved.flat = flat_view(param.detach())
+                saved.layout, saved.version = layout, None
 
     def _successor(self, saved: _Saved) -> Tensor:
         """The parameter now in the place of one that the optimizer held.
@@ -253,30 +267,28 @@ class Protection:
 
     def _check(self, *, everything: bool) -> None:
         moved: list[tuple[_Saved, int]] = []
-        compared: list[tuple[_Saved, slice]] = []
+        compared: list[tuple[_Saved, bool]] = []
+        # One parameter a step looks at its next few weights, so that over many steps all are compared.
         self._turn += 1
+        self._saved[self._turn % len(self._saved)].cut_spots(self._turn // len(self._saved))
         for saved in self._saved:
-            count = saved.indices.numel()
-            part = slice(0, count)
-            if not everything and saved.stamp == _stamp(saved.param) and count > _COMPARED:
-                start = self._turn * _COMPARED % count
-                part = slice(start, min(start + _COMPARED, count))
             if saved.param.dtype == saved.values.dtype:
-                compared.append((saved, part))
+                compared.append((saved, everything or saved.version != saved.param._version))
             else:
-                moved.append((saved, count))
-        for together in by_device([saved.param for saved, _ in compared]):
+                moved.append((saved, saved.indices.numel()))
+        for together in by_device([saved.flat for saved, _ in compared]):
             batch = [compared[t] for t in together]
+            places = [(saved.indices, saved.values) if whole else saved.spots for saved, whole in batch]
             counts = ops.count_changed(
-                [flat_view(saved.param.detach()) for saved, _ in batch],
-                [saved.indices[part] for saved, part in batch],
-                [saved.values[part] for saved, part in batch],
+                [saved.flat for saved, _ in batch],
+                [indices for indices, _ in places],
+                [values for _, values in places],
             )
-            for (saved, part), count in zip(batch, counts.tolist(), strict=True):
+            for (saved, whole), count in zip(batch, counts.tolist(), strict=True):
                 if count:
                     moved.append((saved, count))
-                elif part.stop - part.start == saved.indices.numel():
-                    saved.stamp = _stamp(saved.param)
+                elif whole:
+                    saved.version = saved.param._version
         if moved:
             raise ProtectionError(
                 f"{sum(count for _, count in moved):,} protected weights are not what they were, in "
@@ -290,7 +302,7 @@ class Protection:
         if self._swaps_weights():
             self._put([(tensor, saved) for saved in which if saved.place for tensor in self._copies(saved)])
         for saved in which:
-            saved.stamp = _stamp(saved.param)
+            saved.version = saved.param._version
 
     def _put(self, targets: Sequence[tuple[Tensor, _Saved]]) -> None:
         for tensor, saved in targets:
@@ -303,7 +315,7 @@ class Protection:
         for together in by_device([tensor for tensor, _ in targets]):
             batch = [targets[t] for t in together]
             ops.restore_(
-                [flat_view(tensor.detach()) for tensor, _ in batch],
+                [saved.flat if tensor is saved.param else flat_view(tensor.detach()) for tensor, saved in batch],
                 [
                     saved.indices
                     if tensor.stride() == saved.param.stride()
@@ -346,10 +358,6 @@ def _is_nested(optimizer: Optimizer) -> bool:
         running += frame.f_code is _STEP_CODE and frame.f_locals["self"] is optimizer
         frame = frame.f_back
     return running > 1
-
-
-def _stamp(param: Tensor) -> tuple[int, int]:
-    return param.data_ptr(), param._version
 
 
 def _listed(which: Sequence[_Saved], counts: Sequence[int] | None = None) -> str:
