@@ -8,6 +8,7 @@ import torch
 from test_models import load_once
 from test_objectives import PROMPTS, RESPONSES, byte_tokenizer, tiny_llama
 
+from safekern.chat import prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError, MissingDependencyError
 from safekern.evaluation import (
     REFUSAL_PHRASES,
@@ -17,7 +18,7 @@ from safekern.evaluation import (
     mean_nll,
     refusal_rate,
 )
-from safekern.objectives import encode, prompt_ids, refusal
+from safekern.objectives import encode, refusal
 
 TOKENS = 12
 
