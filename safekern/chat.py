@@ -1,7 +1,7 @@
 """Prompts and answers as the tokens a chat model sees: the chat template, batches with labels, padding."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -69,6 +69,48 @@ def join(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Ten
         attention_mask[row, :end] = 1
         labels[row, len(asked) : end] = torch.tensor(answered, dtype=torch.int64)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return what a model predicts for the labelled tokens of a batch, and these tokens.
+
+    Only the answers' logits are copied to fp32, and no key-value cache is kept.
+
+    Args:
+        model: A causal language model whose output has ``.logits`` of shape [batch, length, vocabulary].
+        batch: As `encode` makes it, on the model's device.
+
+    Returns:
+        fp32 logits of shape [tokens, vocabulary] and int64 labels of shape [tokens], row by row of the batch.
+
+    Raises:
+        InvalidArgumentError: The batch has no ``labels``, or they hold no answer token.
+    """
+    if batch.get("labels") is None:
+        raise InvalidArgumentError("the batch has no 'labels': build it with safekern.objectives.encode")
+    targets = answer_targets(batch["labels"]).flatten()
+    positions = (targets != IGNORED).nonzero().flatten()
+    if not len(positions):
+        raise InvalidArgumentError(
+            "no token of the batch is labelled: labels are -100 everywhere but on the answer; build them with "
+            "safekern.objectives.encode, and check that truncation did not cut the answers off"
+        )
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    # index_select, because a boolean index has the slower backward.
+    return logits.index_select(0, positions.to(logits.device)).float(), targets[positions].to(logits.device)
+
+
+def answer_targets(labels: Tensor) -> Tensor:
+    """Return the token each position has to predict: the label of the next one, and -100 for none.
+
+    Args:
+        labels: int64 of shape [batch, length].
+
+    Returns:
+        An int64 tensor of the same shape.
+    """
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:

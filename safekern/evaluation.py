@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from safekern.chat import IGNORED, Prompt, encode, messages_of, prompt_ids
+from safekern.chat import IGNORED, Prompt, answer_targets, encode, messages_of, prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError
 from safekern.generation import generate, inference, model_device
-from safekern.objectives import answer_targets, refusal
+from safekern.objectives import refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safekern.chat import IGNORED, encode
-from safekern.errors import InvalidArgumentError
+from safekern.chat import answer_logits, encode
+from safekern.guard import CHAT_MODEL, LLAMA_GUARD, QWEN3_GUARD, GuardFormat, GuardJudge
 
-__all__ = ["answer_targets", "encode", "refusal"]
+__all__ = ["CHAT_MODEL", "LLAMA_GUARD", "QWEN3_GUARD", "GuardFormat", "GuardJudge", "encode", "refusal"]
 
 
 def refusal(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -33,29 +33,5 @@ def refusal(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Example:
         >>> scores = safekern.score(model, batches, safekern.objectives.refusal)  # doctest: +SKIP
     """
-    if batch.get("labels") is None:
-        raise InvalidArgumentError("the batch has no 'labels': build it with safekern.objectives.encode")
-    targets = answer_targets(batch["labels"]).flatten()
-    positions = (targets != IGNORED).nonzero().flatten()
-    if not len(positions):
-        raise InvalidArgumentError(
-            "no token of the batch is labelled: labels are -100 everywhere but on the answer; build them with "
-            "safekern.objectives.encode, and check that truncation did not cut the answers off"
-        )
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    # index_select, because a boolean index has the slower backward.
-    answered = logits.index_select(0, positions.to(logits.device)).float()
-    return torch.nn.functional.cross_entropy(answered, targets[positions].to(logits.device))
-
-
-def answer_targets(labels: Tensor) -> Tensor:
-    """Return the token each position has to predict: the label of the next one, and -100 for none.
-
-    Args:
-        labels: int64 of shape [batch, length].
-
-    Returns:
-        An int64 tensor of the same shape.
-    """
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    logits, targets = answer_logits(model, batch)
+    return torch.nn.functional.cross_entropy(logits, targets)

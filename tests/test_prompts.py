@@ -163,7 +163,7 @@ def test_what_an_attack_wants_to_hear_is_not_learnt():
         (
             "a.jsonl",
             '{"text": "a", "label": 1}',
-            r"line 1: needs a prompt \(prompt, .* or goal\) and a response \(response, .* or answer\).*; found text, label",
+            r"line 1: needs a prompt \(.* or goal\) and a response \(response, .* or answer\).*; found text, label",
         ),
         ("a.jsonl", '{"prompt": "a"}', r"line 1: needs .* found prompt"),
         ("a.jsonl", '\n{"prompt": " ", "response": "b"}', r"line 2: 'prompt' is empty"),
