@@ -5,7 +5,7 @@
 >>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)        # doctest: +SKIP
 """
 
-from safekern import integrations, objectives
+from safekern import integrations, objectives, prompts, training
 from safekern._version import __version__
 from safekern.errors import (
     BackendError,
@@ -52,7 +52,9 @@ __all__ = [
     "integrations",
     "merge_lora",
     "objectives",
+    "prompts",
     "protect",
     "refusal_rate",
     "score",
+    "training",
 ]
