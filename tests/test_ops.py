@@ -732,6 +732,7 @@ def samples():
             1.0,
         ),
         "spa_adamw_": tuple(spa_adamw_arguments(torch.bfloat16, moment=torch.float32, shapes=((3,), (0,))).values()),
+        "perturb_": ([torch.randn(3).bfloat16(), torch.randn(2, 2)], [index, index.long()], [0.1, 2.0], [-1, 5], 3),
         "restore_": ([torch.randn(3).bfloat16()], [index], [torch.randn(2).bfloat16()]),
         "count_changed": ([torch.randn(3), torch.randn(2, 2)], [index, index], [torch.randn(2), torch.randn(2)]),
     }
