@@ -94,11 +94,11 @@ inline float normal(uint64_t seed, uint64_t stream, uint64_t index) {
   const float centre_top =
       ((r * 5.9109374720e+01f + 1.5929113202e+02f) * r + 5.0434271938e+01f) * r + 3.3871327179e+00f;
   const float centre_bottom = ((r * 6.7187563600e+01f + 7.8757757664e+01f) * r + 1.7895169469e+01f) * r + 1.0f;
-  const float centre = q * centre_top / centre_bottom;
   r = std::sqrt(-log_by_polynomial(p)) - 1.6f;
   const float tail_top = ((r * 1.7023821103e-01f + 1.3067284816e+00f) * r + 2.7568153900e+00f) * r + 1.4234372777e+00f;
   const float tail_bottom = (r * 1.2021132975e-01f + 7.3700164250e-01f) * r + 1.0f;
-  const float z = q <= 0.425f ? centre : tail_top / tail_bottom;
+  const bool centre = q <= 0.425f;
+  const float z = (centre ? q * centre_top : tail_top) / (centre ? centre_bottom : tail_bottom);
   return philox.word[1] >> 31 ? -z : z;
 }
 

@@ -72,11 +72,11 @@ def normal(index: Tensor, stream: int, seed: int) -> Tensor:
     p = (tail.float() + 0.5) * 2.0**-33
     q = 0.5 - p
     r = _CENTRE_SQUARED - q * q
-    centre = q * _polynomial(r, _CENTRE_TOP) / _polynomial(r, _CENTRE_BOTTOM)
+    centre = q * _polynomial(r, _CENTRE_TOP), _polynomial(r, _CENTRE_BOTTOM)
     # A root taken in fp64 and rounded is the correctly rounded one; torch's own fp32 root on the CPU is not always.
     r = (-_log(p)).double().sqrt().float() - _TAIL_SHIFT
-    outer = _polynomial(r, _TAIL_TOP) / _polynomial(r, _TAIL_BOTTOM)
-    z = torch.where(q <= _CENTRE, centre, outer)
+    outer = _polynomial(r, _TAIL_TOP), _polynomial(r, _TAIL_BOTTOM)
+    z = torch.where(q <= _CENTRE, centre[0], outer[0]) / torch.where(q <= _CENTRE, centre[1], outer[1])
     return torch.where(sign >> 31 == 1, -z, z)
 
 
