@@ -7,8 +7,11 @@
 
 from safekern import integrations, objectives
 from safekern._version import __version__
+from safekern.delta import apply_delta, save_delta
 from safekern.errors import (
     BackendError,
+    DeltaAppliedError,
+    DeltaMismatchError,
     FileAccessError,
     FileFormatError,
     InvalidArgumentError,
@@ -32,6 +35,8 @@ from safekern.scoring import score
 
 __all__ = [
     "BackendError",
+    "DeltaAppliedError",
+    "DeltaMismatchError",
     "FileAccessError",
     "FileFormatError",
     "InvalidArgumentError",
@@ -49,6 +54,7 @@ __all__ = [
     "StepError",
     "UnknownNameError",
     "__version__",
+    "apply_delta",
     "attack_success_rate",
     "integrations",
     "merge_lora",
@@ -56,5 +62,6 @@ __all__ = [
     "perturb",
     "protect",
     "refusal_rate",
+    "save_delta",
     "score",
 ]
