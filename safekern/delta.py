@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from safekern import checkpoint, files, names, ops
 from safekern.checkpoint import OnDisk, Source, Weights
 from safekern.eligibility import check_plain
-from safekern.errors import DeltaAppliedError, DeltaMismatchError, FileFormatError, InvalidArgumentError
+from safekern.errors import (
+    DeltaAppliedError,
+    DeltaMismatchError,
+    FileFormatError,
+    InvalidArgumentError,
+    MaskMismatchError,
+)
 from safekern.files import StrPath
 from safekern.mask import Mask
 from safekern.optim.masked import by_device, flat_view, memory_indices, overlaps_itself
@@ -240,7 +246,10 @@ def _locate(parameters: Mapping[str, _Parameter], weights: Collection[str]) -> d
     own_names = Counter(map(names.canonical, weights))
     given = {names.canonical(name): name for name in weights if own_names[names.canonical(name)] == 1}
     every = [alias for name, parameter in parameters.items() for alias in (name, *parameter.aliases)]
-    found = names.resolve(every, weights)
+    try:
+        found = names.resolve(every, weights)
+    except MaskMismatchError as error:
+        raise DeltaMismatchError(str(error)) from error
     located = {
         name: [found[alias] for alias in (name, *parameter.aliases) if alias in found]
         for name, parameter in parameters.items()

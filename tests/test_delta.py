@@ -102,9 +102,21 @@ class TestModels:
         assert not base.first.weight.is_contiguous()
 
     def test_through_wrappers(self, case, path):
-        base, _, model = case
+        base, mask, model = case
+        plain = copy.deepcopy(base)
         apply_delta(nn.DataParallel(base), path)
         assert_same(weights(base), weights(model))
+        save_delta(nn.DataParallel(model), mask, path, base=plain)
+        apply_delta(plain, path)
+        assert_same(weights(plain), weights(model))
+
+    def test_wrappers_that_make_a_name_ambiguous(self, path):
+        base = nn.ParameterDict({"w": torch.randn(3)})
+        mask = Mask.from_indices({"w": [1]}, {"w": (3,)})
+        save_delta(tuned(base, mask), mask, path)
+        both = nn.ModuleDict({"module": copy.deepcopy(base), "base_layer": copy.deepcopy(base)})
+        with pytest.raises(DeltaMismatchError, match="ambiguous"):
+            apply_delta(both, path)
 
     def test_what_the_delta_does_not_know_is_left_alone(self, case, path):
         base, _, model = case
