@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from safekern import files, names
 from safekern.errors import FileFormatError, InvalidArgumentError, MaskMismatchError, UnknownNameError
 from safekern.files import StrPath
-from safekern.tables import Column, Table
+from safekern.tables import Column, Table, printable
 
 Shape = Sequence[int]
 _Default = TypeVar("_Default")
@@ -594,8 +594,35 @@ class Summary(tuple[SummaryRow, ...]):
             rows.append((key, selected, numel, density, share, density / self.density))
         return Table([Column(by), *numbers], rows)
 
+    def heat_map(self) -> str:
+        """The rows as text: a line per component, a character per layer, darker where more of the cell is selected.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> name = "layers.0.q_proj.weight"
+            >>> print(Mask.from_indices({name: [0]}, {name: (2, 4)}).summary().heat_map())
+                    layer 0
+            q_proj  █        100.0% of the mask, 12.50% of its weights
+        """
+        layers = sorted({row.layer for row in self if row.layer is not None})
+        densest = max((row.density for row in self), default=0.0)
+        width = max((len(printable(row.component)) for row in self), default=0)
+        scale = f"layer {layers[0]}" + (f" to {layers[-1]}" if len(layers) > 1 else "") if layers else ""
+        span = max(len(layers), len(scale))
+        lines = [f"{'':{width}}  {scale}".rstrip()]
+        for component, _, _, density, share, _ in self.table("component").rows:
+            cells = {row.layer: row.density for row in self if row.component == component}
+            shades = "".join(_shade(cells.get(layer, 0.0) / densest) for layer in layers)
+            label = printable(component)
+            lines.append(f"{label:{width}}  {shades:{span}}  {share:.1%} of the mask, {density:.2%} of its weights")
+        return "\n".join(lines)
+
     def __str__(self) -> str:
         return str(self.table())
+
+
+def _shade(level: float) -> str:
+    return " ░▒▓█"[min(4, int(level * 4 + 0.999))]
 
 
 def _size(name: str, shape: Any) -> torch.Size:

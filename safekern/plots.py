@@ -27,6 +27,8 @@ _MOST_ROWS = 40
 # From here on the cells of a heat map are stored as pixels, which takes less than a path for each.
 _MOST_PATHS = 2000
 _MOST_TICKS = 40
+# Inches: narrow, so that text stays legible where a chart is shrunk to the width of a phone.
+_CHART_WIDTH = 5.4
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,15 @@ def esi_histogram(every: Distribution, selected: Distribution, cutoff: float, th
     # A share of 0.01% has scores as small as floats get, which would squeeze all others together.
     low, high = math.log10(_smallest_shown(every)), math.log10(every.largest)
     edges = np.logspace(low, max(high, low + 0.1) + 1e-3, 81)
-    figure.set_size_inches(7.2, 3.6)
+    figure.set_size_inches(_CHART_WIDTH, 3.2)
     axes = _axes(figure, theme)
-    axes.stairs(every.histogram(edges), edges, fill=True, color=theme.line, alpha=0.55, label="all scored weights")
+    axes.stairs(every.histogram(edges), edges, fill=True, color=theme.line, alpha=0.55, label="all scored")
     axes.stairs(selected.histogram(edges), edges, fill=True, color=theme.series[1], label="selected")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
     if cutoff > 0:
-        axes.axvline(cutoff, color=theme.text, linewidth=1, linestyle="--", label=f"weakest selected: {cutoff:.1e}")
+        axes.axvline(cutoff, color=theme.text, linewidth=1, linestyle="--", label=f"smallest selected: {cutoff:.1e}")
     axes.set_xlabel("Expected Safety Impact of a weight", color=theme.text)
     axes.set_ylabel("weights in each bin", color=theme.text)
     _legend(figure, axes, theme)
@@ -126,7 +128,7 @@ def overlap(rows: Mapping[str, Sequence[tuple[str, float, float]]], theme: Theme
     figure = _figure(theme)
     components = sorted({row[0] for values in rows.values() for row in values}, key=names.component_order)
     components = components[:_MOST_ROWS]
-    figure.set_size_inches(7.2, 0.32 * len(components) + 1.5)
+    figure.set_size_inches(_CHART_WIDTH, 0.32 * len(components) + 1.5)
     axes = _axes(figure, theme)
     axes.grid(axis="y", color=theme.line, alpha=0.3, linewidth=0.6)
     spread = 0.5 / max(1, len(rows) - 1) if len(rows) > 1 else 0.0
@@ -137,12 +139,12 @@ def overlap(rows: Mapping[str, Sequence[tuple[str, float, float]]], theme: Theme
         color = theme.series[number % len(theme.series)]
         marker = _MARKERS[number % len(_MARKERS)]
         axes.plot([row[1] for row in shown], height, marker, color=color, markersize=6, label=_label(label))
-        random = "random masks of these sizes" if number == 0 else None
-        axes.plot([row[2] for row in shown], height, "|", color=theme.text, markersize=9, label=random)
+        chance = "by chance" if number == len(rows) - 1 else None
+        axes.plot([row[2] for row in shown], height, "|", color=theme.text, markersize=9, label=chance)
     axes.set_yticks(range(len(components)), [_label(name) for name in components], fontsize=9, parse_math=False)
     axes.set_ylim(len(components) - 0.4, -0.6)
     axes.set_xlim(-0.02, 1.02)
-    axes.set_xlabel("Jaccard index: weights selected by both, of those selected by either", color=theme.text)
+    axes.set_xlabel("Jaccard index", color=theme.text)
     _legend(figure, axes, theme)
     return figure
 
@@ -189,7 +191,14 @@ def _axes(figure: "Figure", theme: Theme) -> "Axes":
 
 def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside upper left", ncols=3, frameon=False, fontsize=9)
+    legend = figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=3 if sum(map(len, labels)) < 60 else 1,
+        frameon=False,
+        fontsize=9,
+    )
     for text in legend.get_texts():
         text.set_parse_math(False)
         text.set_color(theme.text)
@@ -235,7 +244,7 @@ def _draw_map(axes: "Axes", summary: "Summary", key: str, theme: Theme) -> None:
             grid[rows[getattr(row, key)], columns[row.layer]] = 100 * row.density
 
     axes.set_facecolor(theme.empty)
-    fine = grid.size > _MOST_PATHS
+    fine = len(rows) > _MOST_ROWS or grid.size > _MOST_PATHS
     mesh = axes.pcolormesh(
         grid, cmap="viridis", vmin=0, edgecolors="none" if fine else theme.background, linewidth=0.6, rasterized=fine
     )
@@ -256,7 +265,9 @@ def _draw_map(axes: "Axes", summary: "Summary", key: str, theme: Theme) -> None:
     axes.set_xlabel("layer (grey: nothing selected)", color=theme.text)
     if key == "expert":
         axes.set_ylabel("expert", color=theme.text)
-    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02, format=PercentFormatter(decimals=None))
+    bar = axes.figure.colorbar(
+        mesh, ax=axes, pad=0.02, aspect=20 if key == "component" else 40, format=PercentFormatter(decimals=None)
+    )
     bar.set_label("selected share of the cell", fontsize=9, color=theme.text)
     bar.ax.tick_params(colors=theme.text)
     bar.outline.set_visible(False)

@@ -156,8 +156,13 @@ class Audit:
         found.append(self._check_ranking())
         for name, comparison in self.comparisons.items():
             total = comparison.total
-            text = f"Beside {name}: Jaccard {total.jaccard:.4f}; random masks of these sizes have "
-            found.append(Check(None, f"{text}{total.expected_jaccard:.4f}."))
+            chance = total.expected_jaccard
+            times = (
+                f"{total.jaccard / chance:,.1f} times that of random masks of these sizes"
+                if chance
+                else "no weight in common is expected"
+            )
+            found.append(Check(None, f"Beside {name}: Jaccard index {total.jaccard:.4f}, {times}."))
         if not self.comparisons:
             found.append(
                 Check(
@@ -309,19 +314,19 @@ def _tiles(audit: Audit) -> str:
     core = audit.core()
     if core:
         first, last, share = core
-        where = f"layer {first}" if first == last else f"layers {first} to {last}"
-        tiles.append(("Half of it lies in", where, f"which hold {share:.1%} of the mask"))
+        title, where = ("layer", f"{first}") if first == last else ("layers", f"{first} to {last}")
+        tiles.append((f"Half of it lies in {title}", where, f"{share:.1%} of the mask"))
     if audit.ranking:
         tiles.append(("Share of all impact", f"{audit.ranking.share:.1%}", "of the ESI of all scored weights"))
     shown = "".join(
-        f"<div><dt>{_text(title)}</dt><dd><b>{_text(value)}</b> {_text(note)}</dd></div>\n"
+        f"<div><dt>{_text(title)}</dt><dd><b>{_breakable(value)}</b> {_text(note)}</dd></div>\n"
         for title, value, note in tiles
     )
     return f'<dl class="tiles">\n{shown}</dl>\n'
 
 
 def _checks(audit: Audit) -> str:
-    marks = {True: ("yes", "✓", "holds"), False: ("no", "✗", "does not hold"), None: ("open", "?", "open")}
+    marks = {True: ("yes", "✓", "holds"), False: ("no", "✗", "does not hold"), None: ("open", "•", "note")}
     items = "".join(
         f'<li class="{kind}"><span aria-hidden="true">{mark}</span><span class="sr">{spoken}: </span>'
         f"<span>{_text(check.text)}</span></li>\n"
@@ -379,11 +384,13 @@ def _impact(audit: Audit) -> str:
         f"The selected {selected.numel / every.numel:.2%} of the scored weights hold {ranking.share:.1%} of the "
         f"summed ESI. The weakest of them has an ESI of {selected.smallest:.2e}{times}."
     )
+    zeros = f", and {_many(every.zeros, 'weight')} with an ESI of zero" if every.zeros else ""
     if every.largest:
         picture = _picture(
             lambda theme: plots.esi_histogram(every, selected, selected.smallest, theme),
             f"Histogram of ESI with logarithmic axes, all scored weights and the selected ones. {described}",
-            f"{described} {every.zeros:,} scored weights have an ESI of zero; the lowest 0.01% are not shown.",
+            f"{described} Not shown: the lowest 0.01%{zeros}.",
+            "chart",
         )
     else:
         picture = "<p>Every scored weight has an ESI of zero.</p>\n"
@@ -409,6 +416,7 @@ def _overlap(audit: Audit) -> str:
         f"Jaccard index with each other mask, by component. {described}",
         "The weights that both masks select, of those that either selects, by component. "
         "The bars show what masks of the same sizes would share by chance.",
+        "chart",
     )
     tables = "".join(
         _folded(found.table("component"), f"{name} by component (a: this mask, b: the other)")
@@ -436,10 +444,10 @@ def _provenance(audit: Audit) -> str:
     )
 
 
-def _picture(draw: Callable[[plots.Theme], "Figure"], alt: str, caption: str) -> str:
+def _picture(draw: Callable[[plots.Theme], "Figure"], alt: str, caption: str, kind: str = "map") -> str:
     light, dark = (plots.data_uri(draw(theme)) for theme in (plots.LIGHT, plots.DARK))
     return (
-        '<figure>\n<div class="scroll" tabindex="0"><picture>'
+        f'<figure class="{kind}">\n<div class="scroll" tabindex="0" role="region" aria-label="picture"><picture>'
         f'<source media="screen and (prefers-color-scheme: dark)" srcset="{dark}">'
         f'<img src="{light}" alt="{_text(alt)}"></picture></div>\n'
         f"<figcaption>{_text(caption)}</figcaption>\n</figure>\n"
@@ -460,15 +468,16 @@ def _table(table: Table, caption: str) -> str:
     lines = "".join(
         "<tr>"
         + "".join(
-            f'<td class="{kind}"{_sort_key(value)}>{_text(cell)}</td>'
-            for cell, value, kind in zip(cells, values, kinds, strict=True)
+            f'<td class="{kind} {column.key}"{_sort_key(value)}>{_text(cell)}</td>'
+            for column, cell, value, kind in zip(table.columns, cells, values, kinds, strict=True)
         )
         + "</tr>\n"
         for cells, values in zip(table.cells(), table.rows, strict=True)
     )
     title = f"<caption>{_text(caption)}</caption>" if caption else ""
     return (
-        f'<div class="scroll" tabindex="0"><table>{title}<thead><tr>{heads}</tr></thead>\n'
+        '<div class="scroll" tabindex="0" role="region" aria-label="table"><table>'
+        f"{title}<thead><tr>{heads}</tr></thead>\n"
         f"<tbody>\n{lines}</tbody></table></div>\n"
     )
 
@@ -480,6 +489,11 @@ def _sort_key(value: Any) -> str:
 def _text(text: str) -> str:
     """Text of any origin, safe between tags and inside quoted attributes."""
     return html.escape(printable(text), quote=True)
+
+
+def _breakable(text: str) -> str:
+    """As :func:`_text`, with places where a long name may be broken."""
+    return _text(text).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def _plain(value: Any) -> str:
@@ -532,32 +546,36 @@ section{margin-top:1rem;padding:1.1rem 1.2rem;background:var(--card);border:1px 
 .tiles div{padding:.8rem 1rem;background:var(--card);border:1px solid var(--line);border-radius:8px}
 .tiles dt{color:var(--soft);font-size:.85rem}
 .tiles dd{margin:0;color:var(--soft);font-size:.85rem;overflow-wrap:anywhere}
-.tiles b{display:block;color:var(--text);font-size:1.35rem;line-height:1.3}
+.tiles b{display:block;color:var(--text);font-size:1.3rem;line-height:1.3}
 .checks{margin:0;padding:0;list-style:none}
 .checks li{display:flex;gap:.6rem;padding:.2rem 0;overflow-wrap:anywhere}
 .checks li>:first-child{flex:none;width:1.1em;text-align:center;font-weight:700;color:var(--soft)}
 .checks .yes>:first-child{color:var(--yes)}.checks .no>:first-child{color:var(--no)}
 .sr{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 figure{margin:0 0 1rem}figcaption{color:var(--soft);font-size:.9rem;overflow-wrap:anywhere}
-.scroll{overflow-x:auto;position:relative}
-img{display:block;max-width:100%;min-width:36rem;height:auto;margin:0 auto .5rem}
+.scroll{overflow-x:auto;position:relative}.scroll+.scroll{margin-top:1rem}
+img{display:block;max-width:100%;height:auto;margin:0 auto .5rem}
+.map img{min-width:36rem}.chart img{width:36rem}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{padding:.3rem 0;text-align:left;font-weight:600}
+caption{padding:.3rem 0;text-align:left;font-weight:600;white-space:nowrap}
 th,td{padding:.25rem .7rem;border-bottom:1px solid var(--line)}
 th{padding:0;border-bottom-width:2px}
 th button{width:100%;padding:.25rem .7rem;border:0;background:none;color:inherit;font:inherit;font-weight:600;
 text-align:inherit;white-space:nowrap;cursor:pointer}
 th button:hover,summary:hover{color:var(--accent)}
 th[aria-sort] button::after{content:" \\2193"}th[aria-sort=ascending] button::after{content:" \\2191"}
-.number{text-align:right;white-space:nowrap}.text{text-align:left;overflow-wrap:anywhere;min-width:6rem}
+.number{text-align:right;white-space:nowrap}.text{text-align:left;overflow-wrap:anywhere}.text:first-child{min-width:9.5rem}
+.sha256{font:.8em ui-monospace,monospace;min-width:14rem}
 details{margin-top:.6rem}summary{cursor:pointer;overflow-wrap:anywhere}
 details table{margin-top:.4rem}
 code{font-size:.85em;overflow-wrap:anywhere}
 section>dl{margin:0}section>dl dt{font-weight:600}section>dl dd{margin:0 0 .5rem}
+@media screen and (max-width:40rem){caption{white-space:normal}th button,td{padding:.25rem .4rem}th{padding:0}
+section{padding:.9rem}.text:first-child{min-width:6.5rem}}
 :focus-visible{outline:2px solid var(--accent);outline-offset:2px}
 @media print{body{background:#fff;font-size:10.5pt}main{max-width:none;padding:0}
 section{border:0;border-top:1px solid var(--line);border-radius:0;padding:.8rem 0}
-.tiles div,figure,tr{break-inside:avoid}h2{break-after:avoid}.scroll{overflow:visible}img{min-width:0}
+.tiles div,figure,table,tr{break-inside:avoid}h2{break-after:avoid}.scroll{overflow:visible}.map img{min-width:0}
 details:not([open]){display:none}th[aria-sort] button::after{content:""}}
 """
 

@@ -361,7 +361,7 @@ def _numbers(cell: _Cell, total: float) -> tuple[int, float, float, float, float
     esi = cell.esi
     quantiles = (esi.quantile(0.5), esi.quantile(0.9), esi.quantile(0.99))
     share = esi.total / total if total else 0.0
-    return (esi.numel, share, *quantiles, esi.largest, math.sqrt(cell.variance / esi.numel))
+    return (esi.numel, share, *quantiles, esi.largest, math.sqrt(cell.variance / max(1, esi.numel)))
 
 
 def _checked(ratio: object) -> float:

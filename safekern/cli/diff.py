@@ -12,8 +12,8 @@ from safekern.tables import Column, Table, printable
 _DESCRIPTION = """\
 Compares two masks of the same model: how many weights each selects, how many they share, and the Jaccard index (shared
 weights as a share of those that either selects), for the whole model, each component and each layer. "if random" is the
-Jaccard index that two masks of these sizes would have by chance: masks that agree no better than that have found
-nothing in common.
+Jaccard index that masks of these sizes would have by chance, drawn from the parameters that either selects from: masks
+that agree no better than that have nothing in common.
 
 Exit status, as of diff: 0 where the masks are equal, 1 where they differ, 2 for an error.
 """

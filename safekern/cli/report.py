@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from safekern import files
-from safekern.cli.demo import heat_map
 from safekern.errors import InvalidArgumentError
 from safekern.report import Audit, to_html
 from safekern.tables import printable
@@ -71,13 +70,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _text(audit: Audit) -> str:
-    marks = {True: "yes ", False: "NO  ", None: "open"}
+    marks = {True: "yes ", False: "NO  ", None: "note"}
     parts = [
         f"{printable(audit.files[0].name)}: {audit.mask}",
         "\n".join(f"{marks[check.holds]}  {printable(check.text)}" for check in audit.checks()),
     ]
     if audit.summary:
-        parts += [heat_map(audit.summary), str(audit.summary.table("component")), str(audit.summary.table("layer"))]
+        parts += [audit.summary.heat_map(), str(audit.summary.table("component")), str(audit.summary.table("layer"))]
     if audit.experts:
         parts.append(str(audit.experts.table()))
     if audit.ranking:
