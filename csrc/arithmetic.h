@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define SAFEKERN_HOST_DEVICE __host__ __device__
@@ -22,6 +23,16 @@ SAFEKERN_HOST_DEVICE inline uint32_t float_bits(float x) {
 }
 
 SAFEKERN_HOST_DEVICE inline bool is_finite_bits(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+
+template <class T>
+SAFEKERN_HOST_DEVICE bool same_bits(T a, T b) {
+  using Narrow = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  using Word = std::conditional_t<sizeof(T) == 8, uint64_t, Narrow>;
+  Word a_bits, b_bits;
+  std::memcpy(&a_bits, &a, sizeof a);
+  std::memcpy(&b_bits, &b, sizeof b);
+  return a_bits == b_bits;
+}
 
 // The ranking key of one weight: the bits of ESI = |grad| * sigma. Non-negative floats order as their bits do.
 // A NaN gives a key above kInfinityKey.

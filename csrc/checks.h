@@ -155,8 +155,8 @@ inline void check_saved(const Tensors& params, const Tensors& indices, const Ten
 
 inline void check_steps(const std::vector<double>& step_sizes, const std::vector<double>& bias_correction2_sqrts,
                         size_t count) {
-  check_count(step_sizes.size(), count, "step sizes");
-  check_count(bias_correction2_sqrts.size(), count, "bias corrections");
+  STD_TORCH_CHECK(step_sizes.size() == count && bias_correction2_sqrts.size() == count, "safekern: expected ", count,
+                  " step sizes and bias corrections");
 }
 
 inline void check_set_adamw(const Tensors& params, const Tensors& grads, const Tensors& indices,
@@ -204,8 +204,8 @@ inline void check_spa_adamw(const Tensors& params, const Tensors& grads, const T
 inline void check_perturb(const Tensors& params, const Tensors& indices, const std::vector<double>& scales,
                           const std::vector<int64_t>& streams) {
   check_count(indices.size(), params.size(), "index tensors");
-  check_count(scales.size(), params.size(), "scales");
-  check_count(streams.size(), params.size(), "streams");
+  STD_TORCH_CHECK(scales.size() == params.size() && streams.size() == params.size(), "safekern: expected ",
+                  params.size(), " scales and streams");
   for (size_t t = 0; t < params.size(); t++) {
     check_float(params[t], "a parameter");
     check_index(indices[t]);

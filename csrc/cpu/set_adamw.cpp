@@ -6,11 +6,6 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 13;
 
-template <class Param>
-bool same_bits(Param a, Param b) {
-  return std::memcmp(&a, &b, sizeof a) == 0;
-}
-
 // The state of one parameter, as raw pointers; master is null when the parameter itself holds the full value.
 template <class Param, class Index>
 struct Selected {
