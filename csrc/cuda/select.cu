@@ -101,8 +101,13 @@ struct Slab {
   static __device__ int position(int row) { return (row * kThreads + static_cast<int>(threadIdx.x)) * V; }
 
   __device__ void load_rows(float (&values)[kRows][V]) const {
+    if (aligned && size == kSlab) {
 #pragma unroll
-    for (int row = 0; row < kRows; row++) load(values[row], position(row));
+      for (int row = 0; row < kRows; row++) load_aligned(values[row], grad + position(row));
+    } else {
+#pragma unroll
+      for (int row = 0; row < kRows; row++) load(values[row], position(row));
+    }
   }
 
   __device__ bool is_nan(float value) const { return esi_key(value, sigma) > kInfinityKey; }
