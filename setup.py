@@ -88,10 +88,13 @@ class BuildKernels(BuildExtension):
         call(link)
 
 
-def call(command: list[str]) -> None:
+def call(command: list[str]) -> str:
+    """Runs a compiler and returns what it said, which is also shown."""
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stdout}{ran.stderr}")
+    sys.stderr.write(ran.stderr)
+    return ran.stdout + ran.stderr
 
 
 def flags() -> list[str]:

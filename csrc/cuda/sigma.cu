@@ -52,7 +52,10 @@ __global__ void __launch_bounds__(kMomentThreads)
   fetch(next, 0);
   double pivot = 0, sum = 0, square = 0;
   for (int step = 0; step < steps; step++) {
-    store_aligned(tile + lane * kLanes, next);
+    uint4 words[sizeof next / sizeof(uint4)];
+    std::memcpy(words, next, sizeof next);
+#pragma unroll
+    for (int w = 0; w < sizeof next / sizeof(uint4); w++) reinterpret_cast<uint4*>(tile + lane * kLanes)[w] = words[w];
     __syncwarp();
     if (step + 1 < steps) fetch(next, step + 1);
     if (step == 0) {
