@@ -31,7 +31,7 @@ struct Moments {
 template <class Param>
 __global__ void __launch_bounds__(kMomentThreads)
     moments(const __grid_constant__ Table<Entry<Param>> table, Moments* __restrict__ partial) {
-  __shared__ alignas(16) Param tiles[kChunksPerBlock][kTile + 8];
+  __shared__ __align__(16) Param tiles[kChunksPerBlock][kTile + 8];
   const int t = table.find(blockIdx.x);
   const Entry<Param>& entry = table.entries[t];
   const int lane = threadIdx.x % kLanes;
