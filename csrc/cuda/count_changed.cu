@@ -58,9 +58,8 @@ Tensor count_changed(Tensors params, Tensors indices, Tensors values) {
           entries.push_back({static_cast<const Word*>(params[t].const_data_ptr()), index, value, params[t].numel(),
                              changed + t, align<V>(indices[t].numel(), index, value)});
         }
-        for_each_table(entries, sparse_blocks<Entry<Word, Index>>, [&](const auto& table) {
-          count<<<table.blocks(), kThreads, 0, device.stream()>>>(table);
-        });
+        for_each_table(entries, sparse_blocks<Entry<Word, Index>>,
+                       [&](const auto& table) { count<<<table.blocks(), kThreads, 0, device.stream()>>>(table); });
       });
     });
   }

@@ -43,12 +43,11 @@ void launch(const Tensors& outs, const Tensors& srcs, const Tensors& indices, bo
   for (const size_t t : tensors) {
     Out* out = outs[t].mutable_data_ptr<Out>();
     const Index* index = indices[t].const_data_ptr<Index>();
-    entries.push_back({out, srcs[t].const_data_ptr<Src>(), index, flags + t, srcs[t].numel(),
-                       align<V>(outs[t].numel(), out, index)});
+    entries.push_back(
+        {out, srcs[t].const_data_ptr<Src>(), index, flags + t, srcs[t].numel(), align<V>(outs[t].numel(), out, index)});
   }
-  for_each_table(entries, sparse_blocks<Entry<Out, Src, Index>>, [&](const auto& table) {
-    gather<<<table.blocks(), kThreads, 0, device.stream()>>>(table);
-  });
+  for_each_table(entries, sparse_blocks<Entry<Out, Src, Index>>,
+                 [&](const auto& table) { gather<<<table.blocks(), kThreads, 0, device.stream()>>>(table); });
 }
 
 void gather_(Tensors outs, Tensors srcs, Tensors indices, Tensor nonfinite) {

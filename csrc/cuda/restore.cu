@@ -50,9 +50,8 @@ void restore_(Tensors params, Tensors indices, Tensors values) {
           entries.push_back({static_cast<Word*>(params[t].mutable_data_ptr()), index, value, params[t].numel(),
                              align<V>(indices[t].numel(), index, value)});
         }
-        for_each_table(entries, sparse_blocks<Entry<Word, Index>>, [&](const auto& table) {
-          restore<<<table.blocks(), kThreads, 0, device.stream()>>>(table);
-        });
+        for_each_table(entries, sparse_blocks<Entry<Word, Index>>,
+                       [&](const auto& table) { restore<<<table.blocks(), kThreads, 0, device.stream()>>>(table); });
       });
     });
   }

@@ -1,9 +1,9 @@
 // The exact k largest (or smallest) ESI keys over a list of tensors, ties to the earlier element.
 //
-// As on the CPU (csrc/cpu/select.cpp): a sample gives a low guess of the k-th key, one streaming pass keeps what reaches
-// it, and histograms over those candidates find the exact key. When the sample guessed badly, and for short lists or a
-// large k, the same histograms run over all the elements instead. Neither changes the result: counts are integers, and
-// positions are sorted by bitmaps.
+// As on the CPU (csrc/cpu/select.cpp): a sample gives a low guess of the k-th key, one streaming pass keeps what
+// reaches it, and histograms over those candidates find the exact key. When the sample guessed badly, and for short
+// lists or a large k, the same histograms run over all the elements instead. Neither changes the result: counts are
+// integers, and positions are sorted by bitmaps.
 //
 // Bytes: 4 per element and 4 (or 8) per selected one; moves 4.1 per element and about 35 per selected one, or 20 per
 // element without candidates. Extra memory: 28 bytes per 8192 elements and 6 per candidate, of which there may be as
@@ -145,8 +145,8 @@ struct KeptElements {
   }
 };
 
-// The keys of `lines` runs of kSampleLine elements, each at a hashed place of its stride: weights repeat with the period
-// of a matrix row.
+// The keys of `lines` runs of kSampleLine elements, each at a hashed place of its stride: weights repeat with the
+// period of a matrix row.
 __global__ void __launch_bounds__(kThreads)
     sample(const __grid_constant__ Table<Entry> table, const float* sigmas, uint32_t flip, int64_t slabs, int64_t lines,
            uint32_t* __restrict__ keys) {
@@ -163,8 +163,8 @@ __global__ void __launch_bounds__(kThreads)
   const Slab slab(table.entries[t], block - table.first_block[t], sigmas, flip);
   // A slab at the end of a tensor may have fewer lines.
   const int full = (slab.size + kSampleLine - 1) / kSampleLine;
-  const int position = static_cast<int>(place % kSlab) / kSampleLine % full * kSampleLine +
-                       static_cast<int>(thread % kSampleLine);
+  const int position =
+      static_cast<int>(place % kSlab) / kSampleLine % full * kSampleLine + static_cast<int>(thread % kSampleLine);
   keys[thread] = position < slab.size ? slab.key(slab.grad[position]) : 0;
 }
 
@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kSearchThreads = 1024;
 
-// Finds the bin that holds the wanted rank, appends its digit to the key, and clears the totals for the next digit. When
-// there are fewer keys than that, nothing is found; the caller compares the numbers.
+// Finds the bin that holds the wanted rank, appends its digit to the key, and clears the totals for the next digit.
+// When there are fewer keys than that, nothing is found; the caller compares the numbers.
 __global__ void __launch_bounds__(kSearchThreads) find_bin(unsigned long long* totals, Digit digit, Search* search) {
   static_assert(kBins == 2 * kSearchThreads);
   using Scan = cub::BlockScan<unsigned long long, kSearchThreads, cub::BLOCK_SCAN_WARP_SCANS>;
@@ -262,9 +262,8 @@ __global__ void start_search(Search* search, int64_t rank) { *search = {rank, 0}
 
 // Keeps the elements that reach the guess: each slab gets a place among the candidates as it comes. Every element is
 // read even when there is no more room, because a NaN may be among them.
-__global__ void __launch_bounds__(kThreads, 4)
-    filter(const __grid_constant__ Table<Entry> table, const float* sigmas, uint32_t flip, Candidates candidates,
-           Slabs slabs, State* state) {
+__global__ void __launch_bounds__(kThreads, 4) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
+                                                      uint32_t flip, Candidates candidates, Slabs slabs, State* state) {
   using Scan = cub::BlockScan<int, kThreads>;
   __shared__ typename Scan::TempStorage storage;
   __shared__ int64_t place;
@@ -433,7 +432,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = 0; i < kOwn; i++) {
     // Of the ties, the first ones.
     const int available = __popc(ties[i]);
-    for (int excess = available - max(left, 0); excess > 0 && ties[i]; excess--) ties[i] ^= 0x80000000u >> __clz(ties[i]);
+    for (int excess = available - max(left, 0); excess > 0 && ties[i]; excess--)
+      ties[i] ^= 0x80000000u >> __clz(ties[i]);
     left -= available;
     words[i] = chosen[lane * kOwn + i] | ties[i];
     count += __popc(words[i]);
@@ -493,8 +493,8 @@ class Selection {
       const Candidates candidates = keep();
       const KeptElements kept{candidates, slabs_.offset, slabs_.count};
       find(&state_->cutoff, k_, [&](Digit digit) {
-        histogram_keys<<<blocks_, kThreads, 0, device_.stream()>>>(candidates.keys, candidates.capacity,
-                                                                   &state_->candidates, digit, &state_->cutoff, totals_);
+        histogram_keys<<<blocks_, kThreads, 0, device_.stream()>>>(
+            candidates.keys, candidates.capacity, &state_->candidates, digit, &state_->cutoff, totals_);
         check_cuda(cudaGetLastError());
       });
       const State state = count(kept);
@@ -535,7 +535,7 @@ class Selection {
     auto* keys = reinterpret_cast<uint32_t*>(sampled.mutable_data_ptr<int32_t>());
     for_each_table(entries_, slabs_of, [&](const auto& table) {
       sample<<<static_cast<int>(ceil_div(size, kThreads)), kThreads, 0, device_.stream()>>>(table, sigmas_, flip_,
-                                                                                          slab_count_, lines, keys);
+                                                                                            slab_count_, lines, keys);
     });
     find(&state_->guess, rank, [&](Digit digit) {
       histogram_keys<<<blocks_, kThreads, 0, device_.stream()>>>(keys, size, nullptr, digit, &state_->guess, totals_);
@@ -590,8 +590,7 @@ class Selection {
     Tensors outputs;
     for (size_t t = 0; t < entries_.size(); t++) {
       const bool fits = entries_[t].numel <= INT32_MAX;
-      outputs.push_back(
-          torch::stable::new_empty(small_, {sizes_[t]}, fits ? ScalarType::Int : ScalarType::Long));
+      outputs.push_back(torch::stable::new_empty(small_, {sizes_[t]}, fits ? ScalarType::Int : ScalarType::Long));
       entries_[t].out = outputs.back().mutable_data_ptr();
     }
     for_each_table(entries_, slabs_of, [&](const auto& table) {

@@ -157,9 +157,7 @@ Tensor sigma(Tensors params) {
       }
       for_each_table(
           entries, [](const auto& entry) { return ceil_div(entry.groups.numel, int64_t{kChunksPerBlock} * kChunk); },
-          [&](const auto& table) {
-            moments<<<table.blocks(), kMomentThreads, 0, device.stream()>>>(table, partial);
-          });
+          [&](const auto& table) { moments<<<table.blocks(), kMomentThreads, 0, device.stream()>>>(table, partial); });
     });
   }
   std::vector<Combined> totals;

@@ -120,8 +120,8 @@ void spa_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
   if (params.empty()) return;
   const Device device(params[0]);
   device.check({&params, &grads, &indices, &exp_avgs, &exp_avg_sqs});
-  const Lists lists{params,     grads, indices, exp_avgs, exp_avg_sqs, step_sizes, bias_correction2_sqrts, beta1, beta2,
-                    eps,        decay};
+  const Lists lists{params, grads, indices, exp_avgs, exp_avg_sqs, step_sizes, bias_correction2_sqrts,
+                    beta1,  beta2, eps,     decay};
   const auto kind = [&](size_t t) {
     return std::tuple(params[t].scalar_type(), grads[t].scalar_type(), exp_avgs[t].scalar_type(),
                       indices[t].scalar_type());
