@@ -1,12 +1,19 @@
 """Builds the compiled kernels; everything declarative is in pyproject.toml."""
 
 import os
+import re
+import shutil
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.modified import newer_group
 
 try:
+    import torch
+    from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     sys.exit(
@@ -18,8 +25,11 @@ except ImportError:
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
 
+HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
+
+
 class BuildKernels(BuildExtension):
-    """Compiles the kernels, or says once that safekern will run on its plain PyTorch reference instead."""
+    """Compiles the kernels, or says once that safekern will run on something slower instead."""
 
     def run(self) -> None:
         try:
@@ -35,6 +45,57 @@ class BuildKernels(BuildExtension):
             )
             self.extensions = []
 
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name != CUDA_NAME:
+            super().build_extension(ext)
+            return
+        try:
+            self.build_cuda(ext)
+        except Exception as error:
+            if "1" in (os.environ.get("SAFEKERN_REQUIRE_KERNELS"), os.environ.get("SAFEKERN_BUILD_CUDA")):
+                raise
+            self.warn(
+                f"safekern's CUDA kernels were not compiled ({type(error).__name__}: {error}); on a GPU it will run on "
+                "its Triton kernels (SAFEKERN_REQUIRE_KERNELS=1 makes this an error)."
+            )
+            self.extensions = [other for other in self.extensions if other is not ext]
+
+    def build_cuda(self, ext: Extension) -> None:
+        """Calls nvcc itself: torch's helper guesses the toolkit and takes no CUDA sources where torch has no CUDA."""
+        home = cuda_home()
+        if home is None:
+            raise RuntimeError("there is no nvcc on PATH, and CUDA_HOME is not set")
+        nvcc = str(home / "bin" / "nvcc")
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-c", *cuda_flags(), *(f"-I{path}" for path in cpp_extension.include_paths())]
+
+        def compile_one(source: str) -> str:
+            target = str(folder / f"{Path(source).stem}.o")
+            if self.force or newer_group([source, *HEADERS, __file__], target):
+                call([*command, source, "-o", target])
+            return target
+
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+            objects = list(pool.map(compile_one, ext.depends))
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        libraries = Path(torch.__file__).parent / "lib"
+        link = [nvcc, "-shared", "-cudart", "static", *objects, "-o", str(library), f"-L{libraries}", "-ltorch_cpu"]
+        if (libraries / "libtorch_cuda.so").exists():
+            # What the kernels need from it is a weak symbol, for which a linker may not record the library.
+            link += ["-Xlinker", "--no-as-needed", "-ltorch_cuda"]
+        call(link)
+
+
+def call(command: list[str]) -> str:
+    """Runs a compiler and returns what it said, which is also shown."""
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{ran.stdout}{ran.stderr}")
+    sys.stderr.write(ran.stderr)
+    return ran.stdout + ran.stderr
+
 
 def flags() -> list[str]:
     if sys.platform == "win32":
@@ -44,17 +105,55 @@ def flags() -> list[str]:
     return ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 
 
+def cuda_flags() -> list[str]:
+    # Without a list torch asks the GPUs, of which a machine that builds may have none.
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    # The same rounding as on the CPU: nothing fused, nothing approximated, denormals kept.
+    exact = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+    host = "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"
+    macro = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+    return ["-O3", *exact, host, macro, *cpp_extension._get_cuda_arch_flags()]
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: CUDA_HOME, or the one that the nvcc on PATH, perhaps a script, says it belongs to."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return Path(home)
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    folder = re.search(r"^#\$ _HERE_=(.+)$", said, re.MULTILINE)
+    return Path(folder[1] if folder else Path(nvcc).parent).parent
+
+
+def builds_cuda() -> bool:
+    """Never asks for a GPU: a machine that builds may have none. SAFEKERN_BUILD_CUDA=1 asks for no CUDA in torch."""
+    if os.environ.get("SAFEKERN_BUILD_CUDA") == "1":
+        return True
+    return torch.version.cuda is not None and cuda_home() is not None
+
+
+CUDA_NAME = "safekern._C_cuda"
+
+extensions = [
+    CppExtension(
+        "safekern._C_cpu",
+        sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
+        depends=HEADERS,
+        py_limited_api=True,
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
+        extra_compile_args={"cxx": flags()},
+    )
+]
+if builds_cuda():
+    # As dependencies, since torch refuses CUDA sources where it has no CUDA; BuildKernels compiles them.
+    kernels = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
+    extensions.append(Extension(CUDA_NAME, [], depends=kernels, py_limited_api=True))
+
 setup(
-    ext_modules=[
-        CppExtension(
-            "safekern._C_cpu",
-            sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-            py_limited_api=True,
-            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
-            extra_compile_args={"cxx": flags()},
-        )
-    ],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

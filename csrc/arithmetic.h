@@ -1,24 +1,44 @@
-// The arithmetic that every backend must reproduce bit for bit, written once for C++ (and, later, CUDA).
-// Compile with -ffp-contract=off: a fused multiply-add rounds differently from the plain-torch reference.
+// The arithmetic that every backend must reproduce bit for bit, written once for C++ and CUDA.
+// Compile with -ffp-contract=off (nvcc: -fmad=false): a fused multiply-add rounds differently from the plain-torch
+// reference.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+
+#ifdef __CUDACC__
+#define SAFEKERN_HOST_DEVICE __host__ __device__
+#else
+#define SAFEKERN_HOST_DEVICE
+#endif
 
 namespace safekern {
 
-inline uint32_t float_bits(float x) {
+SAFEKERN_HOST_DEVICE inline uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
 
-inline bool is_finite_bits(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+SAFEKERN_HOST_DEVICE inline bool is_finite_bits(uint32_t bits) { return (bits & 0x7f800000u) != 0x7f800000u; }
+
+template <class T>
+SAFEKERN_HOST_DEVICE bool same_bits(T a, T b) {
+  using Narrow = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  using Word = std::conditional_t<sizeof(T) == 8, uint64_t, Narrow>;
+  Word a_bits, b_bits;
+  std::memcpy(&a_bits, &a, sizeof a);
+  std::memcpy(&b_bits, &b, sizeof b);
+  return a_bits == b_bits;
+}
 
 // The ranking key of one weight: the bits of ESI = |grad| * sigma. Non-negative floats order as their bits do.
 // A NaN gives a key above kInfinityKey.
-inline uint32_t esi_key(float grad, float sigma) { return float_bits(std::fabs(grad) * sigma) & 0x7fffffffu; }
+SAFEKERN_HOST_DEVICE inline uint32_t esi_key(float grad, float sigma) {
+  return float_bits(std::fabs(grad) * sigma) & 0x7fffffffu;
+}
 
 constexpr uint32_t kInfinityKey = 0x7f800000u;
 
@@ -26,19 +46,29 @@ constexpr uint32_t kInfinityKey = 0x7f800000u;
 constexpr uint32_t kFlipKey = 0x7fffffffu;
 
 // One AdamW step (decoupled weight decay, https://arxiv.org/abs/1711.05101), in the order of operations of
-// torch.optim.AdamW's single-tensor path. Real is the type of the arithmetic, to which the hyperparameters are rounded.
+// torch.optim.AdamW's single-tensor path. Value is the type of the weight, Real that of the gradient and the moments;
+// the hyperparameters come in fp64 and are rounded to these types once.
+template <class Value, class Real = Value>
 struct AdamW {
-  double decay;  // 1 - lr * weight_decay
-  double one_minus_beta1, beta2, one_minus_beta2, eps;
-  double step_size;              // lr / (1 - beta1^step)
-  double bias_correction2_sqrt;  // sqrt(1 - beta2^step)
+  Value decay;  // 1 - lr * weight_decay
+  Real one_minus_beta1, beta2, one_minus_beta2, eps;
+  Real step_size;              // lr / (1 - beta1^step)
+  Real bias_correction2_sqrt;  // sqrt(1 - beta2^step)
 
-  template <class Value, class Real>
-  Value update(Value value, Real grad, Real& exp_avg, Real& exp_avg_sq) const {
-    exp_avg += (grad - exp_avg) * static_cast<Real>(one_minus_beta1);
-    exp_avg_sq = exp_avg_sq * static_cast<Real>(beta2) + (grad * static_cast<Real>(one_minus_beta2)) * grad;
-    const Real denom = std::sqrt(exp_avg_sq) / static_cast<Real>(bias_correction2_sqrt) + static_cast<Real>(eps);
-    return value * static_cast<Value>(decay) - (exp_avg * static_cast<Real>(step_size)) / denom;
+  AdamW(double beta1, double beta2, double eps, double decay, double step_size, double bias_correction2_sqrt)
+      : decay(static_cast<Value>(decay)),
+        one_minus_beta1(static_cast<Real>(1.0 - beta1)),
+        beta2(static_cast<Real>(beta2)),
+        one_minus_beta2(static_cast<Real>(1.0 - beta2)),
+        eps(static_cast<Real>(eps)),
+        step_size(static_cast<Real>(step_size)),
+        bias_correction2_sqrt(static_cast<Real>(bias_correction2_sqrt)) {}
+
+  SAFEKERN_HOST_DEVICE Value update(Value value, Real grad, Real& exp_avg, Real& exp_avg_sq) const {
+    exp_avg += (grad - exp_avg) * one_minus_beta1;
+    exp_avg_sq = exp_avg_sq * beta2 + (grad * one_minus_beta2) * grad;
+    const Real denom = std::sqrt(exp_avg_sq) / bias_correction2_sqrt + eps;
+    return value * decay - (exp_avg * step_size) / denom;
   }
 };
 
@@ -46,7 +76,7 @@ struct AdamW {
 struct Philox {
   uint32_t word[4];  // the counter, lowest word first, and afterwards the random bits
 
-  void run(uint32_t key0, uint32_t key1) {
+  SAFEKERN_HOST_DEVICE void run(uint32_t key0, uint32_t key1) {
     for (int round = 0; round < 10; round++) {
       const uint64_t product0 = uint64_t{0xd2511f53u} * word[0], product1 = uint64_t{0xcd9e8d57u} * word[2];
       const uint32_t high0 = static_cast<uint32_t>(product0 >> 32), high1 = static_cast<uint32_t>(product1 >> 32);
@@ -61,7 +91,7 @@ struct Philox {
 };
 
 // The natural logarithm of a positive normal number, by the polynomial of Moshier's Cephes library.
-inline float log_by_polynomial(float x) {
+SAFEKERN_HOST_DEVICE inline float log_by_polynomial(float x) {
   int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // relative to sqrt(1/2)
@@ -84,7 +114,7 @@ inline float log_by_polynomial(float x) {
 
 // The standard normal number of one weight, in the order of operations of the plain-torch reference: the inverse of
 // the distribution function by PPND7 (Wichura, algorithm AS 241, Applied Statistics 37(3), 1988).
-inline float normal(uint64_t seed, uint64_t stream, uint64_t index) {
+SAFEKERN_HOST_DEVICE inline float normal(uint64_t seed, uint64_t stream, uint64_t index) {
   Philox philox{{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), static_cast<uint32_t>(stream),
                  static_cast<uint32_t>(stream >> 32)}};
   philox.run(static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));

@@ -18,15 +18,7 @@ bool accumulate(float* __restrict acc, const Grad* __restrict grad, int64_t nume
 }
 
 void accumulate_(Tensors accs, Tensors grads, Tensor nonfinite, bool absolute) {
-  check_count(grads, accs.size(), "gradients");
-  check_flags(nonfinite, accs.size());
-  for (size_t t = 0; t < accs.size(); t++) {
-    check_dtype(accs[t], ScalarType::Float, "an accumulator");
-    check_contiguous(accs[t], "an accumulator");
-    check_contiguous(grads[t], "a gradient");
-    check_numel(grads[t], accs[t].numel(), "a gradient");
-    with_float_type(grads[t].scalar_type(), [](auto*) {});
-  }
+  check_accumulate(accs, grads, nonfinite);
   parallel_flagged(cut(accs, kChunk), nonfinite, [&](const Chunk& chunk) {
     bool found = false;
     with_float_type(grads[chunk.tensor].scalar_type(), [&](auto* type) {

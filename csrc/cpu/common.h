@@ -1,68 +1,16 @@
-// What the CPU kernels share: dtype dispatch, argument checks, and the cutting of tensor lists into chunks.
+// What the CPU kernels share: prefetching, and the cutting of tensor lists into chunks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
+#include "../checks.h"
+
 namespace safekern {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-// Calls f with a null pointer of the C++ type of a floating dtype, which carries the type and nothing else.
-template <class F>
-void with_float_type(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<Half*>(nullptr));
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::Double:
-      return f(static_cast<double*>(nullptr));
-    default:
-      STD_TORCH_CHECK(false, "safekern: expected a bfloat16, float16, float32 or float64 tensor, got ",
-                      torch::headeronly::toString(dtype));
-  }
-}
-
-template <class F>
-void with_index_type(ScalarType dtype, F&& f) {
-  if (dtype == ScalarType::Int) return f(static_cast<int32_t*>(nullptr));
-  STD_TORCH_CHECK(dtype == ScalarType::Long, "safekern: indices must be int32 or int64, got ",
-                  torch::headeronly::toString(dtype));
-  f(static_cast<int64_t*>(nullptr));
-}
-
-inline void check_contiguous(const Tensor& tensor, const char* what) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), "safekern: ", what, " must be contiguous");
-}
-
-inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* what) {
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "safekern: ", what, " must be ", torch::headeronly::toString(dtype),
-                  ", got ", torch::headeronly::toString(tensor.scalar_type()));
-}
-
-inline void check_count(const Tensors& tensors, size_t count, const char* what) {
-  STD_TORCH_CHECK(tensors.size() == count, "safekern: expected ", count, " ", what, ", got ", tensors.size());
-}
-
-inline void check_numel(const Tensor& tensor, int64_t numel, const char* what) {
-  STD_TORCH_CHECK(tensor.numel() == numel, "safekern: ", what, " must have ", numel, " elements, got ", tensor.numel());
-}
 
 // Scattered elements are loaded and stored a tile at a time around plain arrays, so that what lies between vectorises.
 constexpr int64_t kTile = 64;
@@ -113,18 +61,8 @@ void parallel_flagged(const std::vector<Chunk>& chunks, const Tensor& nonfinite,
   for (size_t c = 0; c < chunks.size(); c++) flags[chunks[c].tensor] |= found[c] != 0;
 }
 
-inline void check_flags(const Tensor& nonfinite, size_t count) {
-  check_contiguous(nonfinite, "nonfinite");
-  check_dtype(nonfinite, ScalarType::Bool, "nonfinite");
-  check_numel(nonfinite, static_cast<int64_t>(count), "nonfinite");
-}
-
 // Indices come from masks, which are checked when they are made; a wrong one here would write outside its tensor.
 inline void check_indices(const Tensors& indices, const Tensors& tensors) {
-  for (size_t t = 0; t < tensors.size(); t++) {
-    check_contiguous(indices[t], "indices");
-    with_index_type(indices[t].scalar_type(), [](auto*) {});
-  }
   const std::vector<Chunk> chunks = cut(indices, 1 << 16);
   std::vector<uint8_t> inside(chunks.size());
   parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {

@@ -36,17 +36,7 @@ bool gather_chunk(const Tensor& out, const Tensor& src, const Tensor& indices, c
 }
 
 void gather_(Tensors outs, Tensors srcs, Tensors indices, Tensor nonfinite) {
-  check_count(srcs, outs.size(), "source tensors");
-  check_count(indices, outs.size(), "index tensors");
-  check_flags(nonfinite, outs.size());
-  for (size_t t = 0; t < outs.size(); t++) {
-    check_contiguous(outs[t], "an output");
-    check_contiguous(srcs[t], "a source tensor");
-    check_numel(indices[t], outs[t].numel(), "an index tensor");
-    with_float_type(srcs[t].scalar_type(), [](auto*) {});
-    STD_TORCH_CHECK(outs[t].scalar_type() == ScalarType::Float || outs[t].scalar_type() == srcs[t].scalar_type(),
-                    "safekern: an output of gather_ must be float32 or of its source's dtype");
-  }
+  check_gather(outs, srcs, indices, nonfinite);
   check_indices(indices, srcs);
   parallel_flagged(cut(outs, kChunk), nonfinite, [&](const Chunk& chunk) {
     const Tensor &out = outs[chunk.tensor], &src = srcs[chunk.tensor], &index = indices[chunk.tensor];

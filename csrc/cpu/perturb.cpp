@@ -32,15 +32,8 @@ void perturb(Param* param, const Index* index, int64_t begin, int64_t end, int64
 }
 
 void perturb_(Tensors params, Tensors indices, std::vector<double> scales, std::vector<int64_t> streams, int64_t seed) {
-  const size_t count = params.size();
-  check_count(indices, count, "index tensors");
-  STD_TORCH_CHECK(scales.size() == count && streams.size() == count, "safekern: expected ", count,
-                  " scales and streams");
-  for (size_t t = 0; t < count; t++) {
-    check_contiguous(params[t], "a parameter");
-    with_float_type(params[t].scalar_type(), [](auto*) {});
-    check_indices(indices[t], params[t].numel());
-  }
+  check_perturb(params, indices, scales, streams);
+  check_indices(indices, params);
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
     const int64_t t = chunks[c].tensor;

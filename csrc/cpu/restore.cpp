@@ -14,36 +14,16 @@ void each_selected(const Word* param, const Index* index, int64_t begin, int64_t
   }
 }
 
-// Calls f with null pointers of an unsigned integer of the parameter's size, because only bits count, and of the index.
 template <class F>
 void with_types(const Tensor& param, const Tensor& index, F&& f) {
-  with_index_type(index.scalar_type(), [&](auto* index_type) {
-    switch (param.element_size()) {
-      case 2:
-        return f(static_cast<uint16_t*>(nullptr), index_type);
-      case 4:
-        return f(static_cast<uint32_t*>(nullptr), index_type);
-      default:
-        return f(static_cast<uint64_t*>(nullptr), index_type);
-    }
+  with_word_type(param.scalar_type(), [&](auto* word_type) {
+    with_index_type(index.scalar_type(), [&](auto* index_type) { f(word_type, index_type); });
   });
 }
 
-void check(const Tensors& params, const Tensors& indices, const Tensors& values) {
-  check_count(indices, params.size(), "index tensors");
-  check_count(values, params.size(), "value tensors");
-  for (size_t t = 0; t < params.size(); t++) {
-    check_contiguous(params[t], "a parameter");
-    check_contiguous(values[t], "a value tensor");
-    with_float_type(params[t].scalar_type(), [](auto*) {});
-    check_dtype(values[t], params[t].scalar_type(), "a value tensor");
-    check_numel(values[t], indices[t].numel(), "a value tensor");
-  }
-  check_indices(indices, params);
-}
-
 void restore_(Tensors params, Tensors indices, Tensors values) {
-  check(params, indices, values);
+  check_saved(params, indices, values);
+  check_indices(indices, params);
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
     const auto [t, begin, end] = chunks[c];
@@ -59,7 +39,8 @@ void restore_(Tensors params, Tensors indices, Tensors values) {
 }
 
 Tensor count_changed(Tensors params, Tensors indices, Tensors values) {
-  check(params, indices, values);
+  check_saved(params, indices, values);
+  check_indices(indices, params);
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   std::vector<int64_t> counts(chunks.size());
   parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {

@@ -219,16 +219,9 @@ bool has_nan(const Problem& problem) {
 }
 
 Tensors select(Tensors grads, Tensor sigma, int64_t k, bool largest) {
-  check_dtype(sigma, ScalarType::Float, "sigma");
-  check_contiguous(sigma, "sigma");
-  check_numel(sigma, static_cast<int64_t>(grads.size()), "sigma");
+  check_select(grads, sigma, k);
   Problem problem{grads, sigma.const_data_ptr<float>(), k, 0, largest ? 0 : kFlipKey, cut(grads, kBlock)};
-  for (const Tensor& grad : grads) {
-    check_dtype(grad, ScalarType::Float, "an accumulator");
-    check_contiguous(grad, "an accumulator");
-    problem.numel += grad.numel();
-  }
-  STD_TORCH_CHECK(k >= 1 && k <= problem.numel, "safekern: cannot select ", k, " of ", problem.numel, " elements");
+  for (const Tensor& grad : grads) problem.numel += grad.numel();
   STD_TORCH_CHECK(!has_nan(problem), "safekern: a score is NaN");
 
   const uint32_t guess = guess_cutoff(problem);

@@ -52,10 +52,7 @@ Moments moments(const Param* param, int64_t numel) {
 }
 
 Tensor sigma(Tensors params) {
-  for (const Tensor& param : params) {
-    check_contiguous(param, "a parameter");
-    with_float_type(param.scalar_type(), [](auto*) {});
-  }
+  check_sigma(params);
   const std::vector<Chunk> chunks = cut(params, kChunk);
   std::vector<Moments> partial(chunks.size());
   parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {

@@ -1,0 +1,626 @@
+// The exact k largest (or smallest) ESI keys over a list of tensors, ties to the earlier element.
+//
+// As on the CPU (csrc/cpu/select.cpp): a sample gives a low guess of the k-th key, one streaming pass keeps what
+// reaches it, and histograms over those candidates find the exact key. When the sample guessed badly, and for short
+// lists or a large k, the same histograms run over all the elements instead. Neither changes the result: counts are
+// integers, and positions are sorted by bitmaps.
+//
+// Bytes: 4 per element and 4 (or 8) per selected one; moves 4.1 per element and about 35 per selected one, or 20 per
+// element without candidates. Extra memory: 28 bytes per 8192 elements and 6 per candidate, of which there may be as
+// many as one in 80 elements (together 2% of the scores) or 1.25 per selected one. It waits for the device once, for
+// the sizes of the outputs, and a second time if the candidates did not hold the answer.
+#include <cub/block/block_scan.cuh>
+
+#include "common.cuh"
+
+namespace safekern {
+namespace {
+
+constexpr int kSlab = 1 << 13;  // elements that are filtered together; a position inside a slab fits 16 bits
+constexpr int V = 4;
+constexpr int kRows = kSlab / (kThreads * V);
+constexpr int kWarps = kThreads / 32;
+constexpr int kWords = kSlab / 32;
+constexpr unsigned kWarp = 0xffffffff;
+
+// A 31-bit key in three digits: the histogram of one fits in shared memory on every GPU.
+constexpr int kBins = 1 << 11;
+constexpr int kDigitBits[] = {11, 10, 10};
+constexpr int kDigitShift[] = {20, 10, 0};
+
+constexpr int64_t kSampleFrom = 1 << 24;  // shorter lists fit in the cache, where a sample saves nothing
+constexpr int kSampleLine = 16;
+
+struct Entry {
+  const float* grad;
+  int64_t numel;
+  int64_t first_slab;  // in the list of all slabs
+  void* out;           // int64 where positions do not fit int32, otherwise int32
+  int32_t tensor;
+  bool aligned;
+};
+
+int64_t slabs_of(const Entry& entry) { return ceil_div(entry.numel, kSlab); }
+
+// A key found digit by digit: after the last one `key` is the rank-th largest key (from 1), and `rank` is which of its
+// equals that is.
+struct Search {
+  int64_t rank;
+  uint32_t key;
+};
+
+struct State {
+  Search guess, cutoff;
+  unsigned long long candidates;  // how many elements reached the guess, kept or not
+  unsigned long long nan;         // whether a key is NaN
+};
+
+// What is known per slab; arrays on the device.
+struct Slabs {
+  int64_t* offset;    // of its candidates
+  int32_t* count;     // of its candidates
+  int32_t* above;     // elements above the cutoff
+  int32_t* ties;      // elements equal to it; afterwards how many of them are selected
+  int64_t* selected;  // in all slabs before; one entry more than slabs
+};
+
+struct Candidates {
+  uint32_t* keys;
+  uint16_t* positions;
+  int64_t capacity;
+};
+
+// One slab of a tensor.
+struct Slab {
+  const float* grad;
+  float sigma;
+  uint32_t flip;
+  int64_t begin;  // in the tensor
+  int size;
+  bool aligned;
+
+  __device__ Slab(const Entry& entry, int64_t slab, const float* sigmas, uint32_t flip)
+      : grad(entry.grad + slab * kSlab),
+        sigma(sigmas[entry.tensor]),
+        flip(flip),
+        begin(slab * kSlab),
+        size(static_cast<int>(min(int64_t{kSlab}, entry.numel - slab * kSlab))),
+        aligned(entry.aligned) {}
+
+  // The values at [position, position + V), zeros outside.
+  __device__ void load(float (&values)[V], int position) const {
+    if (aligned && position + V <= size) {
+      load_aligned(values, grad + position);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; v++) values[v] = position + v < size ? grad[position + v] : 0.0f;
+    }
+  }
+
+  // The rows of a slab that the threads of a block take: the keys of V elements from position(row) each.
+  static __device__ int position(int row) { return (row * kThreads + static_cast<int>(threadIdx.x)) * V; }
+
+  __device__ void load_rows(float (&values)[kRows][V]) const {
+    if (aligned && size == kSlab) {
+#pragma unroll
+      for (int row = 0; row < kRows; row++) load_aligned(values[row], grad + position(row));
+    } else {
+#pragma unroll
+      for (int row = 0; row < kRows; row++) load(values[row], position(row));
+    }
+  }
+
+  __device__ bool is_nan(float value) const { return esi_key(value, sigma) > kInfinityKey; }
+  __device__ uint32_t key(float value) const { return esi_key(value, sigma) ^ flip; }
+};
+
+// Calls f(key, position) for the elements of a slab, or for its candidates, in any order; the lanes of a warp share it.
+struct EveryElement {
+  const float* sigmas;
+  uint32_t flip;
+
+  template <class F>
+  __device__ void visit(const Entry& entry, int64_t local, int lane, const F& f) const {
+    const Slab slab(entry, local, sigmas, flip);
+    for (int position = lane * V; position < slab.size; position += 32 * V) {
+      float values[V];
+      slab.load(values, position);
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        if (position + v < slab.size) f(slab.key(values[v]), position + v);
+      }
+    }
+  }
+};
+
+struct KeptElements {
+  Candidates candidates;
+  const int64_t* offset;
+  const int32_t* count;
+
+  template <class F>
+  __device__ void visit(const Entry& entry, int64_t local, int lane, const F& f) const {
+    const int64_t slab = entry.first_slab + local, begin = offset[slab], end = begin + count[slab];
+    for (int64_t c = begin + lane; c < end; c += 32) f(candidates.keys[c], static_cast<int>(candidates.positions[c]));
+  }
+};
+
+// The keys of `lines` runs of kSampleLine elements, each at a hashed place of its stride: weights repeat with the
+// period of a matrix row.
+__global__ void __launch_bounds__(kThreads)
+    sample(const __grid_constant__ Table<Entry> table, const float* sigmas, uint32_t flip, int64_t slabs, int64_t lines,
+           uint32_t* __restrict__ keys) {
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t line = thread / kSampleLine;
+  if (line >= lines) return;
+  uint32_t hash = static_cast<uint32_t>(line) * 0x9e3779b1u;
+  hash = (hash ^ hash >> 15) * 0x85ebca77u;
+  const double stride = static_cast<double>(slabs) * kSlab / static_cast<double>(lines);
+  const auto place = static_cast<int64_t>(stride * (static_cast<double>(line) + (hash >> 8) * 0x1p-24));
+  const int64_t block = min(place / kSlab, slabs - 1) - table.entries[0].first_slab;
+  if (block < 0 || block >= table.blocks()) return;
+  const int t = table.find(static_cast<int32_t>(block));
+  const Slab slab(table.entries[t], block - table.first_block[t], sigmas, flip);
+  // A slab at the end of a tensor may have fewer lines.
+  const int full = (slab.size + kSampleLine - 1) / kSampleLine;
+  const int position =
+      static_cast<int>(place % kSlab) / kSampleLine % full * kSampleLine + static_cast<int>(thread % kSampleLine);
+  keys[thread] = position < slab.size ? slab.key(slab.grad[position]) : 0;
+}
+
+__device__ void clear(uint32_t (&bins)[kBins]) {
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) bins[bin] = 0;
+  __syncthreads();
+}
+
+// Fewer than 2^32 elements meet in one block's histogram, so only the totals need 64 bits.
+__device__ void flush(const uint32_t (&bins)[kBins], unsigned long long* totals) {
+  __syncthreads();
+  for (int bin = threadIdx.x; bin < kBins; bin += kThreads) {
+    if (bins[bin]) atomicAdd(&totals[bin], static_cast<unsigned long long>(bins[bin]));
+  }
+}
+
+// One digit of the keys that agree with `prefix` in the digits before.
+struct Digit {
+  int shift, bits;
+
+  __device__ void count(uint32_t (&bins)[kBins], uint32_t key, uint32_t prefix) const {
+    if (key >> (shift + bits) == prefix) atomicAdd(&bins[key >> shift & ((1u << bits) - 1)], 1u);
+  }
+};
+
+__global__ void __launch_bounds__(kThreads)
+    histogram_keys(const uint32_t* __restrict__ keys, int64_t size, const unsigned long long* used, Digit digit,
+                   const Search* search, unsigned long long* totals) {
+  __shared__ uint32_t bins[kBins];
+  clear(bins);
+  if (used) size = min(size, static_cast<int64_t>(*used));
+  const uint32_t prefix = search->key;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < size; i += threads) {
+    digit.count(bins, keys[i], prefix);
+  }
+  flush(bins, totals);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    histogram_elements(const __grid_constant__ Table<Entry> table, const float* sigmas, uint32_t flip, Digit digit,
+                       const Search* search, unsigned long long* totals, State* state) {
+  __shared__ uint32_t bins[kBins];
+  clear(bins);
+  const uint32_t prefix = search->key;
+  bool nan = false;
+  for (int64_t block = blockIdx.x; block < table.blocks(); block += gridDim.x) {
+    const int t = table.find(static_cast<int32_t>(block));
+    const Slab slab(table.entries[t], block - table.first_block[t], sigmas, flip);
+    float values[kRows][V];
+    slab.load_rows(values);
+#pragma unroll
+    for (int row = 0; row < kRows; row++) {
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        if (slab.position(row) + v >= slab.size) continue;
+        nan |= slab.is_nan(values[row][v]);
+        digit.count(bins, slab.key(values[row][v]), prefix);
+      }
+    }
+  }
+  flush(bins, totals);
+  if (nan) state->nan = 1;
+}
+
+constexpr int kSearchThreads = 1024;
+
+// Finds the bin that holds the wanted rank, appends its digit to the key, and clears the totals for the next digit.
+// When there are fewer keys than that, nothing is found; the caller compares the numbers.
+__global__ void __launch_bounds__(kSearchThreads) find_bin(unsigned long long* totals, Digit digit, Search* search) {
+  static_assert(kBins == 2 * kSearchThreads);
+  using Scan = cub::BlockScan<unsigned long long, kSearchThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename Scan::TempStorage storage;
+  const int64_t rank = search->rank;
+  const uint32_t prefix = search->key;
+  // From the largest bin down, two per thread.
+  const int bin = kBins - 1 - 2 * static_cast<int>(threadIdx.x);
+  const unsigned long long counts[2] = {totals[bin], totals[bin - 1]};
+  totals[bin] = totals[bin - 1] = 0;
+  unsigned long long before;
+  Scan(storage).ExclusiveSum(counts[0] + counts[1], before);
+  // No thread writes the search before all have read it.
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int64_t left = rank - static_cast<int64_t>(before);
+    if (left > 0 && left <= static_cast<int64_t>(counts[i])) {
+      *search = {left, prefix << digit.bits | static_cast<uint32_t>(bin - i)};
+    }
+    before += counts[i];
+  }
+}
+
+__global__ void start_search(Search* search, int64_t rank) { *search = {rank, 0}; }
+
+// Keeps the elements that reach the guess: each slab gets a place among the candidates as it comes. Every element is
+// read even when there is no more room, because a NaN may be among them.
+__global__ void __launch_bounds__(kThreads, 4) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
+                                                      uint32_t flip, Candidates candidates, Slabs slabs, State* state) {
+  using Scan = cub::BlockScan<int, kThreads>;
+  __shared__ typename Scan::TempStorage storage;
+  __shared__ int64_t place;
+  const int t = table.find(blockIdx.x);
+  const Entry& entry = table.entries[t];
+  const int64_t local = blockIdx.x - table.first_block[t];
+  const Slab slab(entry, local, sigmas, flip);
+  const uint32_t guess = state->guess.key;
+  float values[kRows][V];
+  slab.load_rows(values);
+
+  int count = 0;
+  bool nan = false;
+#pragma unroll
+  for (int row = 0; row < kRows; row++) {
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      const bool exists = slab.position(row) + v < slab.size;
+      nan |= exists && slab.is_nan(values[row][v]);
+      count += exists && slab.key(values[row][v]) >= guess;
+    }
+  }
+  if (nan) state->nan = 1;
+  int before, total;
+  Scan(storage).ExclusiveSum(count, before, total);
+  if (threadIdx.x == 0) {
+    const auto begin = static_cast<int64_t>(total ? atomicAdd(&state->candidates, total) : 0);
+    const bool fits = begin + total <= candidates.capacity;
+    place = begin;
+    slabs.offset[entry.first_slab + local] = begin;
+    slabs.count[entry.first_slab + local] = fits ? total : 0;
+  }
+  __syncthreads();
+  if (total == 0 || place + total > candidates.capacity) return;
+  int64_t next = place + before;
+#pragma unroll
+  for (int row = 0; row < kRows; row++) {
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      const int position = slab.position(row) + v;
+      const uint32_t key = slab.key(values[row][v]);
+      if (position < slab.size && key >= guess) {
+        candidates.keys[next] = key;
+        candidates.positions[next] = static_cast<uint16_t>(position);
+        next++;
+      }
+    }
+  }
+}
+
+// From here on, one warp per slab.
+__device__ int64_t warp_index() { return static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32; }
+
+template <class Source>
+__global__ void __launch_bounds__(kThreads)
+    count_selected(const __grid_constant__ Table<Entry> table, Source source, Slabs slabs, const State* state) {
+  const int64_t block = warp_index();
+  if (block >= table.blocks()) return;
+  const int t = table.find(static_cast<int32_t>(block));
+  const Entry& entry = table.entries[t];
+  const int64_t local = block - table.first_block[t];
+  const int lane = threadIdx.x % 32;
+  const uint32_t cutoff = state->cutoff.key;
+  int above = 0, ties = 0;
+  source.visit(entry, local, lane, [&](uint32_t key, int) {
+    above += key > cutoff;
+    ties += key == cutoff;
+  });
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) {
+    above += __shfl_xor_sync(kWarp, above, distance);
+    ties += __shfl_xor_sync(kWarp, ties, distance);
+  }
+  if (lane == 0) {
+    slabs.above[entry.first_slab + local] = above;
+    slabs.ties[entry.first_slab + local] = ties;
+  }
+}
+
+constexpr int kScanItems = 8;  // slabs per thread and round
+
+// Gives the ties to the earliest slabs and adds up what is selected before each; one block.
+__global__ void __launch_bounds__(kSearchThreads) scan_slabs(Slabs slabs, int64_t count, const State* state) {
+  // Both counts of a round in one number: a round has fewer than 2^32 elements.
+  static_assert(int64_t{kSearchThreads} * kScanItems * kSlab < int64_t{1} << 32);
+  using Scan = cub::BlockScan<unsigned long long, kSearchThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  __shared__ typename Scan::TempStorage storage;
+  const int64_t quota = state->cutoff.rank;
+  int64_t above = 0, ties = 0;  // in the rounds before
+  for (int64_t first = 0; first < count; first += kSearchThreads * kScanItems) {
+    const int64_t begin = first + threadIdx.x * kScanItems;
+    unsigned long long counts[kScanItems], before[kScanItems], total;
+#pragma unroll
+    for (int i = 0; i < kScanItems; i++) {
+      counts[i] = begin + i < count ? static_cast<unsigned long long>(slabs.above[begin + i]) << 32 |
+                                          static_cast<unsigned long long>(slabs.ties[begin + i])
+                                    : 0;
+    }
+    Scan(storage).ExclusiveSum(counts, before, total);
+#pragma unroll
+    for (int i = 0; i < kScanItems; i++) {
+      if (begin + i >= count) continue;
+      const int64_t ties_before = ties + static_cast<int64_t>(before[i] & 0xffffffff);
+      const int64_t left = max(int64_t{0}, quota - ties_before);
+      slabs.selected[begin + i] = above + static_cast<int64_t>(before[i] >> 32) + min(ties_before, quota);
+      slabs.ties[begin + i] = static_cast<int32_t>(min(left, static_cast<int64_t>(counts[i] & 0xffffffff)));
+    }
+    above += static_cast<int64_t>(total >> 32);
+    ties += static_cast<int64_t>(total & 0xffffffff);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) slabs.selected[count] = above + min(ties, quota);
+}
+
+// Where the selected elements of each tensor begin, in the order of all tensors.
+__global__ void __launch_bounds__(kThreads)
+    collect(const __grid_constant__ Table<Entry> table, const int64_t* selected, int64_t* starts) {
+  for (int t = threadIdx.x; t < table.count; t += kThreads) {
+    starts[table.entries[t].tensor] = selected[table.entries[t].first_slab];
+  }
+}
+
+__device__ int warp_exclusive_sum(int value, int lane) {
+  int sum = value;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(kWarp, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  return sum - value;
+}
+
+// Writes the positions of the selected elements in ascending order. A bitmap puts them in order, and each lane of the
+// warp owns a run of its words.
+template <class Source>
+__global__ void __launch_bounds__(kThreads)
+    emit(const __grid_constant__ Table<Entry> table, Source source, Slabs slabs, const State* state) {
+  constexpr int kOwn = kWords / 32;
+  __shared__ uint32_t chosen_words[kWarps][kWords], tied_words[kWarps][kWords];
+  const int64_t block = warp_index();
+  if (block >= table.blocks()) return;
+  const int t = table.find(static_cast<int32_t>(block));
+  const Entry& entry = table.entries[t];
+  const int64_t local = block - table.first_block[t], slab = entry.first_slab + local;
+  if (slabs.selected[slab] == slabs.selected[slab + 1]) return;
+  const int lane = threadIdx.x % 32;
+  uint32_t *chosen = chosen_words[threadIdx.x / 32], *tied = tied_words[threadIdx.x / 32];
+  for (int w = lane; w < kWords; w += 32) chosen[w] = tied[w] = 0;
+  __syncwarp();
+  const uint32_t cutoff = state->cutoff.key;
+  source.visit(entry, local, lane, [&](uint32_t key, int position) {
+    if (key >= cutoff) atomicOr(&(key > cutoff ? chosen : tied)[position / 32], 1u << (position % 32));
+  });
+  __syncwarp();
+
+  uint32_t words[kOwn], ties[kOwn];
+  int count = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) {
+    ties[i] = tied[lane * kOwn + i];
+    count += __popc(ties[i]);
+  }
+  int left = slabs.ties[slab] - warp_exclusive_sum(count, lane);
+  count = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) {
+    // Of the ties, the first ones.
+    const int available = __popc(ties[i]);
+    for (int excess = available - max(left, 0); excess > 0 && ties[i]; excess--)
+      ties[i] ^= 0x80000000u >> __clz(ties[i]);
+    left -= available;
+    words[i] = chosen[lane * kOwn + i] | ties[i];
+    count += __popc(words[i]);
+  }
+  int64_t next = slabs.selected[slab] - slabs.selected[entry.first_slab] + warp_exclusive_sum(count, lane);
+  const bool wide = entry.numel > INT32_MAX;
+  const int64_t begin = local * kSlab + lane * kOwn * 32;
+#pragma unroll
+  for (int i = 0; i < kOwn; i++) {
+    for (uint32_t bits = words[i]; bits; bits &= bits - 1) {
+      const int64_t position = begin + i * 32 + __ffs(static_cast<int>(bits)) - 1;
+      if (wide) {
+        static_cast<int64_t*>(entry.out)[next++] = position;
+      } else {
+        static_cast<int32_t*>(entry.out)[next++] = static_cast<int32_t>(position);
+      }
+    }
+  }
+}
+
+// A call of the op, with what it keeps on the device.
+class Selection {
+ public:
+  Selection(const Tensors& grads, const Tensor& sigma, int64_t k, bool largest)
+      : device_(sigma), sigmas_(sigma.const_data_ptr<float>()), k_(k), flip_(largest ? 0 : kFlipKey) {
+    device_.check({&grads});
+    for (size_t t = 0; t < grads.size(); t++) {
+      const float* grad = grads[t].const_data_ptr<float>();
+      const bool aligned = reinterpret_cast<uintptr_t>(grad) % kAccessBytes<V, float> == 0;
+      entries_.push_back({grad, grads[t].numel(), slab_count_, nullptr, static_cast<int32_t>(t), aligned});
+      numel_ += grads[t].numel();
+      slab_count_ += slabs_of(entries_.back());
+    }
+    blocks_ = 8 * device_.multiprocessors();
+    // The state, the starts of the tensors and the totals of a histogram share one buffer, the first two to be read
+    // back together.
+    const auto head = static_cast<int64_t>(sizeof(State) / sizeof(int64_t) + grads.size());
+    small_ = torch::stable::new_zeros(sigma, {head + kBins}, ScalarType::Long);
+    auto* words = small_.mutable_data_ptr<int64_t>();
+    state_ = reinterpret_cast<State*>(words);
+    starts_ = words + sizeof(State) / sizeof(int64_t);
+    totals_ = reinterpret_cast<unsigned long long*>(words + head);
+    wide_ = torch::stable::new_empty(sigma, {2 * slab_count_ + 1}, ScalarType::Long);
+    narrow_ = torch::stable::new_empty(sigma, {3 * slab_count_}, ScalarType::Int);
+    int64_t* wide = wide_.mutable_data_ptr<int64_t>();
+    int32_t* narrow = narrow_.mutable_data_ptr<int32_t>();
+    slabs_ = {wide, narrow, narrow + slab_count_, narrow + 2 * slab_count_, wide + slab_count_};
+  }
+
+  Tensors run() {
+    const double sampled = static_cast<double>(sample_lines()) * kSampleLine;
+    const double expected = static_cast<double>(k_) / static_cast<double>(numel_) * sampled;
+    // The lines of a sample are correlated: six standard deviations of an independent sample leave room for that.
+    const auto rank = static_cast<int64_t>(1.05 * expected + 6 * std::sqrt(expected) + 16);
+    if (numel_ >= kSampleFrom && k_ <= numel_ / 16) {
+      guess(rank);
+      const Candidates candidates = keep();
+      const KeptElements kept{candidates, slabs_.offset, slabs_.count};
+      find(&state_->cutoff, k_, [&](Digit digit) {
+        histogram_keys<<<blocks_, kThreads, 0, device_.stream()>>>(
+            candidates.keys, candidates.capacity, &state_->candidates, digit, &state_->cutoff, totals_);
+        check_cuda(cudaGetLastError());
+      });
+      const State state = count(kept);
+      const auto reached = static_cast<int64_t>(state.candidates);
+      if (reached >= k_ && reached <= candidates.capacity) return write(kept);
+      keys_ = positions_ = Tensor();
+    }
+    const EveryElement every{sigmas_, flip_};
+    find(&state_->cutoff, k_, [&](Digit digit) {
+      for_each_table(entries_, slabs_of, [&](const auto& table) {
+        histogram_elements<<<std::min(blocks_, table.blocks()), kThreads, 0, device_.stream()>>>(
+            table, sigmas_, flip_, digit, &state_->cutoff, totals_, state_);
+      });
+    });
+    count(every);
+    return write(every);
+  }
+
+ private:
+  int64_t sample_lines() const { return std::clamp<int64_t>(numel_ / 4096, 1 << 14, 1 << 16); }
+
+  // Runs one histogram per digit and leaves the rank-th largest key in search.
+  template <class Histogram>
+  void find(Search* search, int64_t rank, const Histogram& histogram) {
+    start_search<<<1, 1, 0, device_.stream()>>>(search, rank);
+    check_cuda(cudaGetLastError());
+    for (int d = 0; d < 3; d++) {
+      const Digit digit{kDigitShift[d], kDigitBits[d]};
+      histogram(digit);
+      find_bin<<<1, kSearchThreads, 0, device_.stream()>>>(totals_, digit, search);
+      check_cuda(cudaGetLastError());
+    }
+  }
+
+  void guess(int64_t rank) {
+    const int64_t lines = sample_lines(), size = lines * kSampleLine;
+    const Tensor sampled = torch::stable::new_empty(small_, {size}, ScalarType::Int);
+    auto* keys = reinterpret_cast<uint32_t*>(sampled.mutable_data_ptr<int32_t>());
+    for_each_table(entries_, slabs_of, [&](const auto& table) {
+      sample<<<static_cast<int>(ceil_div(size, kThreads)), kThreads, 0, device_.stream()>>>(table, sigmas_, flip_,
+                                                                                            slab_count_, lines, keys);
+    });
+    find(&state_->guess, rank, [&](Digit digit) {
+      histogram_keys<<<blocks_, kThreads, 0, device_.stream()>>>(keys, size, nullptr, digit, &state_->guess, totals_);
+      check_cuda(cudaGetLastError());
+    });
+  }
+
+  Candidates keep() {
+    const int64_t capacity = std::max(numel_ / 80, k_ + k_ / 4);
+    keys_ = torch::stable::new_empty(small_, {capacity}, ScalarType::Int);
+    positions_ = torch::stable::new_empty(small_, {capacity}, ScalarType::Short);
+    const Candidates candidates{reinterpret_cast<uint32_t*>(keys_.mutable_data_ptr<int32_t>()),
+                                reinterpret_cast<uint16_t*>(positions_.mutable_data_ptr<int16_t>()), capacity};
+    for_each_table(entries_, slabs_of, [&](const auto& table) {
+      filter<<<table.blocks(), kThreads, 0, device_.stream()>>>(table, sigmas_, flip_, candidates, slabs_, state_);
+    });
+    return candidates;
+  }
+
+  // Counts what is selected in every slab and reads back the state and the sizes of the outputs.
+  template <class Source>
+  State count(const Source& source) {
+    for_each_table(entries_, slabs_of, [&](const auto& table) {
+      count_selected<<<static_cast<int>(ceil_div(table.blocks(), kWarps)), kThreads, 0, device_.stream()>>>(
+          table, source, slabs_, state_);
+    });
+    scan_slabs<<<1, kSearchThreads, 0, device_.stream()>>>(slabs_, slab_count_, state_);
+    check_cuda(cudaGetLastError());
+    for_each_table(entries_, slabs_of, [&](const auto& table) {
+      collect<<<1, kThreads, 0, device_.stream()>>>(table, slabs_.selected, starts_);
+    });
+    std::vector<int64_t> words(sizeof(State) / sizeof(int64_t) + entries_.size());
+    check_cuda(cudaMemcpyAsync(words.data(), state_, words.size() * sizeof(int64_t), cudaMemcpyDeviceToHost,
+                               device_.stream()));
+    check_cuda(cudaStreamSynchronize(device_.stream()));
+    State state;
+    std::memcpy(&state, words.data(), sizeof state);
+    STD_TORCH_CHECK(!state.nan, "safekern: a score is NaN");
+    sizes_.assign(entries_.size(), 0);
+    int64_t end = k_;
+    for (size_t t = entries_.size(); t-- > 0;) {
+      if (entries_[t].numel == 0) continue;
+      const int64_t start = words[sizeof(State) / sizeof(int64_t) + t];
+      sizes_[t] = end - start;
+      end = start;
+    }
+    return state;
+  }
+
+  template <class Source>
+  Tensors write(const Source& source) {
+    Tensors outputs;
+    for (size_t t = 0; t < entries_.size(); t++) {
+      const bool fits = entries_[t].numel <= INT32_MAX;
+      outputs.push_back(torch::stable::new_empty(small_, {sizes_[t]}, fits ? ScalarType::Int : ScalarType::Long));
+      entries_[t].out = outputs.back().mutable_data_ptr();
+    }
+    for_each_table(entries_, slabs_of, [&](const auto& table) {
+      emit<<<static_cast<int>(ceil_div(table.blocks(), kWarps)), kThreads, 0, device_.stream()>>>(table, source, slabs_,
+                                                                                                  state_);
+    });
+    return outputs;
+  }
+
+  Device device_;
+  const float* sigmas_;
+  int64_t k_, numel_ = 0, slab_count_ = 0;
+  uint32_t flip_;
+  int blocks_;
+  std::vector<Entry> entries_;
+  std::vector<int64_t> sizes_;
+  Tensor small_, wide_, narrow_, keys_, positions_;
+  State* state_;
+  int64_t* starts_;
+  unsigned long long* totals_;
+  Slabs slabs_;
+};
+
+Tensors select(Tensors grads, Tensor sigma, int64_t k, bool largest) {
+  check_select(grads, sigma, k);
+  return Selection(grads, sigma, k, largest).run();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(safekern, CUDA, m) { m.impl("select", TORCH_BOX(&select)); }
+
+}  // namespace safekern

@@ -1,0 +1,175 @@
+// Bytes: every weight once; moves 16 bytes per 4096 weights more.
+//
+// The sums are those of the CPU kernel (csrc/cpu/sigma.cpp) in the same order: per chunk of 4096 elements, fp64
+// deviations from the mean of its first 64, in eight interleaved lanes; then the chunks one after the other. So sigma
+// is the same on both, bit for bit, and with it every mask.
+#include "common.cuh"
+
+namespace safekern {
+namespace {
+
+constexpr int kChunk = 4096;
+constexpr int kLanes = 8;
+constexpr int kTile = 64;  // elements that the lanes of a chunk fetch at a time, kLanes consecutive ones each
+constexpr int kMomentThreads = 128;
+constexpr int kChunksPerBlock = kMomentThreads / kLanes;
+constexpr unsigned kWarp = 0xffffffff;
+
+template <class Param>
+struct Entry {
+  const Param* param;
+  int64_t first_chunk;  // in the list of all chunks
+  Groups groups;
+};
+
+struct Moments {
+  double mean, squares;  // squares: the sum of squared deviations from the mean
+};
+
+// Eight threads per chunk, one per lane. What a thread fetches in 16-byte accesses belongs to all lanes, so a tile
+// passes through shared memory. Padded: the chunks of a warp use different banks.
+template <class Param>
+__global__ void __launch_bounds__(kMomentThreads)
+    moments(const __grid_constant__ Table<Entry<Param>> table, Moments* __restrict__ partial) {
+  __shared__ __align__(16) Param tiles[kChunksPerBlock][kTile + 8];
+  const int t = table.find(blockIdx.x);
+  const Entry<Param>& entry = table.entries[t];
+  const int lane = threadIdx.x % kLanes;
+  Param* tile = tiles[threadIdx.x / kLanes];
+  const int64_t numel = entry.groups.numel;
+  const int64_t chunk =
+      static_cast<int64_t>(blockIdx.x - table.first_block[t]) * kChunksPerBlock + threadIdx.x / kLanes;
+  const int64_t begin = chunk * kChunk;
+  const int size = static_cast<int>(max(int64_t{0}, min(int64_t{kChunk}, numel - begin)));
+  // A warp walks its chunks together; its first one is the longest.
+  const int steps = __shfl_sync(kWarp, (size + kTile - 1) / kTile, 0);
+
+  const auto fetch = [&](Param(&values)[kLanes], int step) {
+    const Group<kLanes> group(entry.groups, (begin + step * kTile) / kLanes + lane);
+    group.load(values, entry.param);
+  };
+  Param next[kLanes];
+  fetch(next, 0);
+  double pivot = 0, sum = 0, square = 0;
+  for (int step = 0; step < steps; step++) {
+    uint4 words[sizeof next / sizeof(uint4)];
+    std::memcpy(words, next, sizeof next);
+#pragma unroll
+    for (int w = 0; w < sizeof next / sizeof(uint4); w++) reinterpret_cast<uint4*>(tile + lane * kLanes)[w] = words[w];
+    __syncwarp();
+    if (step + 1 < steps) fetch(next, step + 1);
+    if (step == 0) {
+      const int head = min(size, kTile);
+      for (int i = 0; i < head; i++) pivot += static_cast<double>(tile[i]);
+      pivot /= static_cast<double>(head);
+    }
+#pragma unroll
+    for (int row = 0; row < kTile / kLanes; row++) {
+      if (step * kTile + row * kLanes + lane < size) {
+        const double deviation = static_cast<double>(tile[row * kLanes + lane]) - pivot;
+        sum += deviation;
+        square += deviation * deviation;
+      }
+    }
+    __syncwarp();
+  }
+
+  double total = 0, total_square = 0;
+#pragma unroll
+  for (int other = 0; other < kLanes; other++) {
+    total += __shfl_sync(kWarp, sum, other, kLanes);
+    total_square += __shfl_sync(kWarp, square, other, kLanes);
+  }
+  if (lane == 0 && size > 0) {
+    const double count = size, squares = total_square - total * total / count;
+    partial[entry.first_chunk + chunk] = {pivot + total / count, 0.0 < squares ? squares : 0.0};
+  }
+}
+
+struct Combined {
+  const Moments* partial;
+  int64_t numel;
+  float* sigma;
+};
+
+// One block per tensor. Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+// variances" (1979): the weights of an update depend on counts alone and are prepared by all threads, the rest of it is
+// a chain.
+__global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Table<Combined> table) {
+  __shared__ double means[kThreads], squares[kThreads], shares[kThreads], weights[kThreads];
+  const Combined& entry = table.entries[blockIdx.x];
+  const int64_t chunks = (entry.numel + kChunk - 1) / kChunk;
+  double mean = 0, square = 0;
+  for (int64_t first = 0; first < chunks; first += kThreads) {
+    const int64_t chunk = first + threadIdx.x;
+    if (chunk < chunks) {
+      const double before = static_cast<double>(chunk * kChunk);
+      const double count = static_cast<double>(min(int64_t{kChunk}, entry.numel - chunk * kChunk));
+      const double total = before + count;
+      means[threadIdx.x] = entry.partial[chunk].mean;
+      squares[threadIdx.x] = entry.partial[chunk].squares;
+      shares[threadIdx.x] = count / total;
+      weights[threadIdx.x] = before * count / total;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const int size = static_cast<int>(min(int64_t{kThreads}, chunks - first));
+#pragma unroll 8
+      for (int i = 0; i < size; i++) {
+        const double delta = means[i] - mean;
+        square += squares[i] + delta * delta * weights[i];
+        mean += delta * shares[i];
+      }
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0 && entry.numel > 1) {
+    *entry.sigma = static_cast<float>(std::sqrt(square / static_cast<double>(entry.numel - 1)));
+  }
+}
+
+Tensor sigma(Tensors params) {
+  check_sigma(params);
+  if (params.empty()) return torch::stable::empty({0}, ScalarType::Float);
+  const Device device(params[0]);
+  device.check({&params});
+  std::vector<int64_t> first_chunk(params.size());
+  int64_t chunks = 0;
+  for (size_t t = 0; t < params.size(); t++) {
+    first_chunk[t] = chunks;
+    chunks += ceil_div(params[t].numel(), kChunk);
+  }
+  const Tensor partials = torch::stable::new_empty(params[0], {2 * chunks}, ScalarType::Double);
+  auto* partial = reinterpret_cast<Moments*>(partials.mutable_data_ptr<double>());
+  // Tensors of one element or none keep their 0.
+  Tensor result = torch::stable::new_zeros(params[0], {static_cast<int64_t>(params.size())}, ScalarType::Float);
+  float* out = result.mutable_data_ptr<float>();
+
+  for (const auto& [dtype, tensors] : group_by(params.size(), [&](size_t t) { return params[t].scalar_type(); })) {
+    with_float_type(dtype, [&, &tensors = tensors](auto* type) {
+      using Param = std::remove_pointer_t<decltype(type)>;
+      std::vector<Entry<Param>> entries;
+      for (const size_t t : tensors) {
+        const Param* param = params[t].const_data_ptr<Param>();
+        // Chunks start where they start on the CPU: a tensor that is not aligned there is read element by element.
+        const bool aligned = reinterpret_cast<uintptr_t>(param) % kAccessBytes<kLanes, Param> == 0;
+        entries.push_back({param, first_chunk[t], {params[t].numel(), 0, aligned}});
+      }
+      for_each_table(
+          entries, [](const auto& entry) { return ceil_div(entry.groups.numel, int64_t{kChunksPerBlock} * kChunk); },
+          [&](const auto& table) { moments<<<table.blocks(), kMomentThreads, 0, device.stream()>>>(table, partial); });
+    });
+  }
+  std::vector<Combined> totals;
+  for (size_t t = 0; t < params.size(); t++) totals.push_back({partial + first_chunk[t], params[t].numel(), out + t});
+  for_each_table(
+      totals, [](const Combined& entry) { return int64_t{entry.numel > 0}; },
+      [&](const auto& table) { combine<<<table.blocks(), kThreads, 0, device.stream()>>>(table); });
+  return result;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(safekern, CUDA, m) { m.impl("sigma", TORCH_BOX(&sigma)); }
+
+}  // namespace safekern
