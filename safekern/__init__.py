@@ -7,6 +7,7 @@
 
 from safekern import integrations, objectives
 from safekern._version import __version__
+from safekern.diagnosis import selftest
 from safekern.errors import (
     BackendError,
     FileAccessError,
@@ -57,4 +58,5 @@ __all__ = [
     "protect",
     "refusal_rate",
     "score",
+    "selftest",
 ]
