@@ -291,7 +291,7 @@ def _layout(
 
 def _load(file: BinaryIO, path: StrPath, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> Tensor:
     try:
-        raw = torch.empty(count, dtype=torch.uint8)
+        raw = torch.empty(count, dtype=torch.uint8, device="cpu")
     except RuntimeError as error:
         raise FileAccessError(f"{os.fspath(path)}: no memory for a tensor of {count:,} bytes; free some.") from error
     if file.readinto(raw.numpy().data) != count:  # type: ignore[attr-defined]

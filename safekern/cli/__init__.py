@@ -1,18 +1,18 @@
-"""The ``safekern`` command: one module per subcommand, each with ``add_parser`` and ``run``."""
+"""The ``safekern`` command: a module per subcommand, with ``add_parser`` and ``run``, which may return a status."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from safekern._version import __version__
-from safekern.cli import demo
+from safekern.cli import demo, doctor
 from safekern.errors import SafekernError
 
-_COMMANDS = (demo,)
+_COMMANDS = (demo, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0, 1 for an error that was explained, 130 for Ctrl-C."""
+    """Runs the command line and returns its exit status: 0, 1 for an error or a bad finding, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="safekern",
         description="Find and edit the safety-critical 1% of a language model's weights.",
@@ -24,11 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except SafekernError as error:
         print(f"safekern {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"safekern {args.command}: interrupted", file=sys.stderr)
         return 130
-    return 0

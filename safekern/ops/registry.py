@@ -159,10 +159,10 @@ def _load_cuda() -> None:
 def _load_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise _UnavailableError("the package triton is not installed")
-    if not _INTERPRETED and torch.version.cuda is None:
+    if not INTERPRETED and torch.version.cuda is None:
         raise _UnavailableError("this PyTorch is built without CUDA")
     for name in OPS:
-        _LIBRARY.impl(name, _from_triton(name), "CPU" if _INTERPRETED else "CUDA")
+        _LIBRARY.impl(name, _from_triton(name), "CPU" if INTERPRETED else "CUDA")
 
 
 def _from_triton(name: str) -> Callable[..., Any]:
@@ -175,11 +175,11 @@ def _from_triton(name: str) -> Callable[..., Any]:
 
 
 # Triton reads this at its own import: in such a process its kernels run on the CPU, in its interpreter.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Per kind of device, best first.
 _BACKENDS: dict[str, dict[str, Callable[[], None]]] = {
     "cpu": {"cpu": lambda: _load_library("_C_cpu")},
     "cuda": {"cuda": _load_cuda},
 }
-_BACKENDS["cpu" if _INTERPRETED else "cuda"]["triton"] = _load_triton
+_BACKENDS["cpu" if INTERPRETED else "cuda"]["triton"] = _load_triton
