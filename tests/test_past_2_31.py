@@ -1,4 +1,4 @@
-"""Positions past 2^31 in one tensor, as fused expert weights have: on the CPU, in memory that is mostly never touched."""
+"""Positions past 2^31 in one tensor, as fused expert weights have: on the CPU, in memory mostly never touched."""
 
 import mmap
 
