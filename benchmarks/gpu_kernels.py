@@ -6,8 +6,9 @@
 Baselines are plain PyTorch done well (`add_`, `std`, `topk`, `AdamW(fused=True)`, indexing) and the way of published
 research code: dense moments with a dense mask multiplied into the update; a threshold from a 1% sample, then `nonzero`
 per tensor and `topk` on the host. What is compared takes turns after three warm-ups; figures are medians of CUDA event
-times, of three where one run takes a quarter of a second. Each backend runs in a process of its own. Bytes are those that have to be moved (in sectors of 32 bytes where
-access is scattered); "copy" is the bandwidth of `copy_`, read and write counted.
+times, of three where one run takes a quarter of a second. Each backend runs in a process of its own. Bytes are those
+that have to be moved (in sectors of 32 bytes where access is scattered); "copy" is the bandwidth of `copy_`, read and
+write counted.
 
 Times of one weight tensor per launch or of all at once depend on the shapes: here they are 4096 x 4096 matrices, and
 `ms_8b` is the time scaled to 8 billion weights.
