@@ -7,19 +7,19 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="also run the slow tests")
+    parser.addoption("--full", action="store_true", help="also run the tests marked full, which take minutes")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "full: a slow test, which runs with --full")
-    config.addinivalue_line("markers", "gpu: a test of tests/gpu, which needs a CUDA device")
+    config.addinivalue_line("markers", "full: runs with --full only")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--full"):
         for item in items:
             if item.get_closest_marker("full"):
-                item.add_marker(pytest.mark.skip(reason="slow: runs with --full"))
+                item.add_marker(pytest.mark.skip(reason="runs with --full only"))
 
 
 @pytest.fixture
