@@ -5,11 +5,14 @@
 >>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)        # doctest: +SKIP
 """
 
-from safekern import integrations, objectives
+from safekern import integrations, objectives, prompts, training
 from safekern._version import __version__
+from safekern.delta import apply_delta, save_delta
 from safekern.diagnosis import selftest
 from safekern.errors import (
     BackendError,
+    DeltaAppliedError,
+    DeltaMismatchError,
     FileAccessError,
     FileFormatError,
     InvalidArgumentError,
@@ -33,6 +36,8 @@ from safekern.scoring import score
 
 __all__ = [
     "BackendError",
+    "DeltaAppliedError",
+    "DeltaMismatchError",
     "FileAccessError",
     "FileFormatError",
     "InvalidArgumentError",
@@ -50,13 +55,17 @@ __all__ = [
     "StepError",
     "UnknownNameError",
     "__version__",
+    "apply_delta",
     "attack_success_rate",
     "integrations",
     "merge_lora",
     "objectives",
     "perturb",
+    "prompts",
     "protect",
     "refusal_rate",
+    "save_delta",
     "score",
     "selftest",
+    "training",
 ]

@@ -95,23 +95,16 @@ class _Selected:
 
 
 def _select(model: nn.Module, mask: Mask) -> list[_Selected]:
-    params = dict(model.named_parameters(remove_duplicate=False))
-    selected: dict[int, _Selected] = {}
-    for masked, given in mask.resolve(params).items():
-        param, indices = params[given], mask.compact(masked)
-        check_plain(given, param)
+    selected = []
+    for name, (param, indices) in mask.parameters(model).items():
+        check_plain(name, param)
         if not param.is_contiguous():
             raise InvalidArgumentError(
-                f"parameter {given} is not contiguous, so noise cannot be added in place: "
+                f"parameter {name} is not contiguous, so noise cannot be added in place: "
                 "make it so first (param.data = param.data.contiguous())"
             )
-        # The mask may name a tied parameter more than once.
-        tied = selected.get(id(param))
-        if tied is None:
-            selected[id(param)] = _Selected(masked, param, param.shape, indices.to(param.device), torch.empty(0))
-        else:
-            tied.indices = torch.cat([tied.indices, indices.to(param.device)]).unique()
-    return list(selected.values())
+        selected.append(_Selected(name, param, param.shape, indices.to(param.device), torch.empty(0)))
+    return selected
 
 
 def _scales(group: list[_Selected], noise: float) -> list[float]:

@@ -3,14 +3,16 @@
 import importlib
 
 import pytest
-import test_ops
 import torch
 from gpu_device import DEVICE, require_device
-from test_ops import *  # noqa: F403
 
 from safekern import ops
 
 require_device()
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
+import test_ops  # noqa: E402
+from test_ops import *  # noqa: E402, F403
 
 # Kernels on a device cannot look at indices without waiting for it, and have no threads of ours.
 for _name in [name for name in globals() if name.endswith(("threads", "_is_checked", "would_corrupt_memory"))]:
