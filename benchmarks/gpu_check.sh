@@ -8,8 +8,8 @@
 # the tree. A stage that fails is named in the table, does not stop the later ones, and makes the status 1; what was
 # skipped is called so, with the reason.
 #
-# Options, as environment variables: OUT (folder), NUMEL (weights of the kernel benchmarks), SIZES (of the models: "1b 8b"),
-# SECONDS_IN_ALL (budget), PYTHON.
+# Options, as environment variables: OUT (folder), NUMEL (weights of the kernel benchmarks), SIZES (of the models:
+# "1b 8b"), SECONDS_IN_ALL (budget), PYTHON.
 set -uo pipefail
 
 here=$(cd "$(dirname "$0")/.." && pwd)
@@ -34,18 +34,16 @@ log=$out/log.txt
 stages=$out/stages.tsv
 rm -f "$out"/{log.txt,stages.tsv,doctor.json,kernels.csv,models.csv,table.txt}
 scratch=$(mktemp -d)
-builder=
+background=()
 cleanup() {
-  if [ -n "$builder" ]; then kill "$builder" 2>/dev/null; fi
+  for process in "${background[@]}"; do kill "$process" 2>/dev/null; done
   rm -rf "$scratch"
 }
 trap cleanup EXIT
-failed=0
 
 # note STAGE RESULT SECONDS DETAIL: a line of the table.
 note() {
   printf '%s\t%s\t%s\t%s\n' "$1" "$2" "$3" "$4" | tee -a "$stages"
-  case $2 in failed | "timed out" | "no time") failed=1 ;; esac
 }
 
 # verdict STATUS FILE: what a stage came to; its detail is the last line it printed. Of pytest, tests that were all
@@ -64,30 +62,29 @@ verdict() {
 
 # stage NAME LIMIT COMMAND...: runs a command for at most LIMIT seconds, and less where less is left.
 stage() {
-  local name=$1 limit=$2 begin=$SECONDS result detail status
+  local name=$1 limit=$2 begin=$SECONDS said result detail
   shift 2
   if [ $((deadline - SECONDS)) -lt "$limit" ]; then limit=$((deadline - SECONDS)); fi
   if [ "$limit" -lt 10 ]; then
     note "$name" "no time" 0 "the budget was used up before it"
     return
   fi
-  printf '\n===== %s: %s\n' "$name" "$*" >>"$log"
-  timeout --kill-after=5 "$limit" "$@" >"$scratch/said" 2>&1
-  status=$?
-  cat "$scratch/said" >>"$log"
-  verdict "$status" "$scratch/said"
+  said=$(mktemp -p "$scratch")
+  timeout --kill-after=5 "$limit" "$@" >"$said" 2>&1
+  verdict $? "$said"
+  { printf '\n===== %s: %s\n' "$name" "$*" && cat "$said"; } >>"$log"
   note "$name" "$result" $((SECONDS - begin)) "$detail"
 }
 
 build() {
   local arch
-  arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || return 1
-  SAFEKERN_REQUIRE_KERNELS=1 TORCH_CUDA_ARCH_LIST=$arch MAX_JOBS=${MAX_JOBS:-16} \
-    timeout --kill-after=5 240 "$python" setup.py -q build_ext --inplace --build-temp "$scratch/build"
+  arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+  stage build 240 env -C "$tree" SAFEKERN_REQUIRE_KERNELS=1 TORCH_CUDA_ARCH_LIST="$arch" MAX_JOBS="${MAX_JOBS:-16}" \
+    "$python" setup.py -q build_ext --inplace --build-temp "$scratch/build"
 }
 
 tests() {
-  stage "tests $1" "$2" env PYTHONPATH="$3" SAFEKERN_BACKEND="$1" SAFEKERN_TEST_DEVICE=$device \
+  stage "tests $1" "$2" env -C "$3" PYTHONPATH="$3" SAFEKERN_BACKEND="$1" SAFEKERN_TEST_DEVICE=$device \
     "$python" -m pytest -q --full -p no:cacheprovider -W "ignore:safekern runs on its:UserWarning" \
     --rootdir "$3" -c "$3/pyproject.toml" "$3/tests/gpu"
 }
@@ -108,70 +105,77 @@ print(f"{len(OPS)} ops, {wrong} wrong")
 sys.exit(wrong > 0)
 '
 
+# The doctor, with its JSON in a file.
+diagnosed='
+import contextlib, json, sys
+from pathlib import Path
+from safekern.cli import main
+path = Path(sys.argv[1])
+with path.open("w") as file, contextlib.redirect_stdout(file):
+    status = main(["doctor", "--json"])
+checks = json.loads(path.read_text())["selftest"]
+counts = {result: sum(check["status"] == result for check in checks) for result in ("passed", "failed", "skipped")}
+print("ops compared with the reference:", ", ".join(f"{count} {result}" for result, count in counts.items() if count))
+sys.exit(status)
+'
+
 sanitize() {
   local program name="$1 $2"
-  program=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null)
+  program=$(PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin command -v compute-sanitizer)
   if [ -z "$program" ]; then
     note "$name" skipped 0 "no compute-sanitizer on PATH or in CUDA_HOME/bin"
     return
   fi
-  stage "$name" 60 env PYTHONPATH="$tree" SAFEKERN_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  stage "$name" 45 env -C "$tree" PYTHONPATH="$tree" SAFEKERN_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     "$program" --tool "$1" --error-exitcode 99 --print-limit 20 "$python" -c "$sanitized"
 }
 
 tree=$here
-backends=(cuda triton)
 if [ $device = cpu ]; then
   backends=(cpu torch)
   numel=500000
   sizes=(tiny)
   note build skipped 0 "dry run"
-elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  note device failed 0 "PyTorch sees no CUDA device; --dry-run tries the scripts without one"
-else
+  for backend in "${backends[@]}"; do tests "$backend" 200 "$tree"; done
+  for tool in memcheck racecheck; do note "$tool" skipped 0 "dry run"; done
+elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  backends=(cuda triton)
   tree=$scratch/tree
   mkdir "$tree"
-  tar -C "$here" --exclude=./.git --exclude=./build --exclude='*.so' --exclude='__pycache__' -cf - . | tar -C "$tree" -xf -
-  # Triton needs nothing compiled: its tests run from a copy of their own meanwhile.
+  tar -C "$here" --exclude=./.git --exclude=./build --exclude='*.so' --exclude=__pycache__ -cf - . |
+    tar -C "$tree" -xf -
+  # Triton needs nothing built: its tests run from a copy of their own, beside the build and the other tests. Nothing is
+  # timed until they have ended.
   cp -r "$tree" "$scratch/plain"
-  (cd "$tree" && build >"$scratch/built" 2>&1) &
-  builder=$!
+  tests triton 250 "$scratch/plain" &
+  background+=($!)
+  build
+  tests cuda 120 "$tree"
+  sanitize memcheck cuda
+  sanitize racecheck cuda
+  wait
+else
+  backends=()
+  note device failed 0 "PyTorch sees no CUDA device; --dry-run tries the scripts without one"
 fi
-rm -f "$scratch/said"
 
-if [ "$failed" = 0 ]; then
-  if [ $device = cuda ]; then
-    begin=$SECONDS
-    tests triton 150 "$scratch/plain"
-    wait "$builder"
-    status=$?
-    builder=
-    printf '\n===== build\n' >>"$log"
-    cat "$scratch/built" >>"$log"
-    verdict "$status" "$scratch/built"
-    note build "$result" $((SECONDS - begin)) "$(cd "$tree/safekern" && ls _C_*.so 2>/dev/null | tr '\n' ' ')"
-    tests cuda 110 "$tree"
-  else
-    for backend in "${backends[@]}"; do tests "$backend" 200 "$tree"; done
-  fi
-  kernel_options=(--device $device --numel "$numel" --backends "${backends[@]}" --out "$out/kernels.csv")
-  model_options=(--device $device --sizes "${sizes[@]}" --out "$out/models.csv")
+# Python looks for modules where it is started, before PYTHONPATH.
+cd "$tree" || exit 1
+export PYTHONPATH=$tree
+if [ ${#backends[@]} -gt 0 ]; then
+  kernel_options=(--device "$device" --numel "$numel" --backends "${backends[@]}" --out "$out/kernels.csv")
+  model_options=(--device "$device" --sizes "${sizes[@]}" --out "$out/models.csv")
   if [ $device = cpu ]; then
     kernel_options+=(--side 128 --repeats 3)
     model_options+=(--steps 3 --tokens 2 16)
   fi
-  stage kernels 100 env PYTHONPATH="$tree" "$python" "$tree/benchmarks/gpu_kernels.py" "${kernel_options[@]}" --seconds 48
-  stage models 130 env PYTHONPATH="$tree" "$python" "$tree/benchmarks/gpu_models.py" "${model_options[@]}"
-  stage doctor 90 env PYTHONPATH="$tree" bash -c '"$1" -m safekern doctor --json >"$2"; status=$?; tail -n 2 "$2" | head -n 1; exit $status' \
-    doctor "$python" "$out/doctor.json"
-  # Last, since they take what time there is.
-  for tool in memcheck racecheck; do
-    if [ $device = cuda ]; then sanitize $tool cuda; else note $tool skipped 0 "dry run"; fi
-  done
+  stage kernels 115 "$python" "$tree/benchmarks/gpu_kernels.py" "${kernel_options[@]}"
+  stage models 130 "$python" "$tree/benchmarks/gpu_models.py" "${model_options[@]}"
+  stage doctor 90 "$python" -c "$diagnosed" "$out/doctor.json"
 fi
 
 # The table comes last, and in a file of its own.
-PYTHONPATH=$tree "$python" - "$out" <<'PYTHON' 2>&1 | tee "$out/table.txt"
+"$python" -W ignore - "$out" <<'PYTHON' 2>&1 | tee "$out/table.txt"
 import csv
 import sys
 from pathlib import Path
@@ -205,4 +209,4 @@ for name in ("kernels.csv", "models.csv"):
         break
 print(table([["stage", "result", "seconds", ""], *rows("stages.tsv", "\t")]))
 PYTHON
-exit $failed
+if grep -qP '^[^\t]*\t(failed|timed out|no time)\t' "$stages"; then exit 1; fi

@@ -41,14 +41,14 @@ SECTOR = 32
 
 
 def main() -> int:
-    """Runs the benchmark; the status is 1 if a backend could not be measured."""
+    """Runs the benchmark; the status is 1 if a backend was not measured to the end."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=1_000_000_000, help="weights in all (default: 1e9)")
     parser.add_argument("--side", type=int, default=4096, help="rows and columns of a matrix (default: 4096)")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
-    parser.add_argument("--seconds", type=float, default=60.0, help="limit per backend (default: 60)")
+    parser.add_argument("--seconds", type=float, default=50.0, help="limit per backend (default: 50)")
     parser.add_argument("--out", type=Path, help="also write a CSV file")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -58,8 +58,8 @@ def main() -> int:
     rows: list[dict[str, str]] = []
     failed = False
     for backend in args.backends:
-        found = elsewhere(backend, args)
-        failed |= not found
+        found, complete = elsewhere(backend, args)
+        failed |= not complete
         rows += found
     if rows:
         print(as_table(rows))
@@ -68,23 +68,25 @@ def main() -> int:
     return int(failed)
 
 
-def elsewhere(backend: str, args: argparse.Namespace) -> list[dict[str, str]]:
-    """The rows of a backend, measured in a process of its own."""
+def elsewhere(backend: str, args: argparse.Namespace) -> tuple[list[dict[str, str]], bool]:
+    """The rows of a backend, measured in a process of its own, and whether these are all."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.csv"
         command = [sys.executable, __file__, "--here", "--out", str(path)]
         for option in ("numel", "side", "repeats", "device"):
             command += [f"--{option}", str(getattr(args, option))]
         try:
-            ran = subprocess.run(command, env={**os.environ, "SAFEKERN_BACKEND": backend}, timeout=args.seconds)
-            if ran.returncode:
-                print(f"{backend}: the measurement ended with status {ran.returncode}", file=sys.stderr)
+            environment = {**os.environ, "SAFEKERN_BACKEND": backend}
+            status = subprocess.run(command, env=environment, timeout=args.seconds, check=False).returncode
         except subprocess.TimeoutExpired:
-            print(f"{backend}: not finished after {args.seconds:.0f} s; what was measured until then follows")
+            status = -1
+            print(f"{backend}: not finished after {args.seconds:.0f} s", file=sys.stderr)
+        if status > 0:
+            print(f"{backend}: the measurement ended with status {status}", file=sys.stderr)
         if not path.exists():
-            return []
+            return [], False
         with path.open(newline="") as file:
-            return list(csv.DictReader(file))
+            return list(csv.DictReader(file)), status == 0
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, str]]:
