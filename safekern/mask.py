@@ -9,8 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -18,14 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from safekern import files, names
-from safekern.errors import (
-    FileFormatError,
-    InvalidArgumentError,
-    MaskMismatchError,
-    MissingDependencyError,
-    UnknownNameError,
-)
+from safekern.errors import FileFormatError, InvalidArgumentError, MaskMismatchError, UnknownNameError
 from safekern.files import StrPath
+from safekern.tables import Column, Table, printable
 
 Shape = Sequence[int]
 _Default = TypeVar("_Default")
@@ -405,23 +399,38 @@ class Mask(Mapping[str, Tensor]):
             cell = cells.setdefault((names.layer(name), names.component(name)), [0, 0])
             cell[0] += indices.numel()
             cell[1] += _numel(self._shapes[name])
-        rows = [
-            SummaryRow(
-                layer=layer,
-                component=component,
-                selected=selected,
-                numel=numel,
-                share=selected / self.numel,
-                density=selected / numel,
-                enrichment=selected / numel / self.density,
-            )
-            for (layer, component), (selected, numel) in cells.items()
-        ]
-        rows.sort(key=lambda row: (row.layer is None, row.layer or 0, _component_order(row.component)))
-        return Summary(rows)
+        rows = [self._row(layer, component, cell) for (layer, component), cell in cells.items()]
+        rows.sort(key=lambda row: (*names.layer_order(row.layer), names.component_order(row.component)))
+        return Summary(rows, self.density)
+
+    def expert_summary(self) -> "Summary":
+        """Counts the selected weights per layer and expert of a mixture of experts.
+
+        Experts are the slices of a fused 3-D tensor along its first dimension, or modules with a number. Shared experts
+        and routers are left out. An expert with modules of its own in which nothing was selected has no row.
+
+        Returns:
+            One row per layer and expert, over all of the expert's tensors; empty where the mask holds no experts.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> name = "layers.0.mlp.experts.down_proj"
+            >>> rows = Mask.from_indices({name: [0, 1, 7]}, {name: (2, 2, 2)}).expert_summary()
+            >>> [(row.expert, row.selected) for row in rows]
+            [(0, 2), (1, 1)]
+        """
+        cells: dict[tuple[int | None, int], list[int]] = {}
+        for name, indices in self._indices.items():
+            for expert, selected, numel in _per_expert(name, indices, self._shapes[name]):
+                cell = cells.setdefault((names.layer(name), expert), [0, 0])
+                cell[0] += selected
+                cell[1] += numel
+        rows = [self._row(layer, "experts", cell, expert) for (layer, expert), cell in cells.items()]
+        rows.sort(key=lambda row: (*names.layer_order(row.layer), row.expert or 0))
+        return Summary(rows, self.density)
 
     def plot(self, path: StrPath) -> None:
-        """Draws the density of each component in each layer as a heat map.
+        """Draws the density of each component in each layer as a heat map, and below it that of each expert.
 
         Args:
             path: The image to write; its suffix chooses the format (``.png``, ``.svg``, ``.pdf``; without one, PNG).
@@ -437,50 +446,10 @@ class Mask(Mapping[str, Tensor]):
             >>> mask = Mask.from_indices({"layers.0.q_proj.weight": [0, 3]}, {"layers.0.q_proj.weight": (2, 4)})
             >>> mask.plot(pathlib.Path(tempfile.mkdtemp(), "mask.png"))
         """
-        try:
-            from matplotlib.figure import Figure
-            from matplotlib.ticker import PercentFormatter
-        except ImportError as error:
-            raise MissingDependencyError('Plotting needs matplotlib: pip install "safekern[plot]".') from error
-        if not self._indices:
-            raise InvalidArgumentError("The mask selects nothing, so there is nothing to plot.")
-        figure = Figure(layout="constrained")
-        suffix = Path(path).suffix[1:].lower() or "png"
-        if suffix not in figure.canvas.get_supported_filetypes():
-            raise InvalidArgumentError(f"{path}: matplotlib has no image format {suffix!r}; use .png, .svg or .pdf.")
+        # Where matplotlib is missing, that is said only when something is drawn.
+        from safekern import plots
 
-        summary = self.summary()
-        numbers = sorted({row.layer for row in summary if row.layer is not None})
-        has_rest = any(row.layer is None for row in summary)
-        components = sorted(dict.fromkeys(row.component for row in summary), key=_component_order)
-        columns: list[int | None] = [*numbers, *([None] if has_rest else [])]
-        grid = np.full((len(components), len(columns)), np.nan)
-        for row in summary:
-            grid[components.index(row.component), columns.index(row.layer)] = 100 * row.density
-
-        figure.set_size_inches(min(max(6.0, 0.24 * len(columns) + 2.6), 14.0), max(2.6, 0.34 * len(components) + 1.3))
-        axes = figure.add_subplot(facecolor="#e8e8e8")
-        mesh = axes.pcolormesh(grid, cmap="viridis", vmin=0, edgecolors="white", linewidth=0.6)
-        step = math.ceil(len(numbers) / 40) or 1
-        ticks = list(range(0, len(numbers), step))
-        labels = [str(numbers[tick]) for tick in ticks]
-        if has_rest:
-            ticks.append(len(numbers))
-            labels.append("none")
-        axes.set_xticks([tick + 0.5 for tick in ticks], labels, fontsize=8)
-        axes.set_yticks([tick + 0.5 for tick in range(len(components))], components, fontsize=9)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.invert_yaxis()
-        axes.set_xlabel("layer (grey: nothing selected)")
-        axes.set_title(
-            f"Selected weights: {self.numel:,} of {self.model_numel:,} ({_percent(self.density)})", fontsize=10
-        )
-        bar = figure.colorbar(mesh, ax=axes, pad=0.02, format=PercentFormatter(decimals=None))
-        bar.set_label("selected share of the cell", fontsize=9)
-        bar.outline.set_visible(False)
-        with files.replacing(path) as file:
-            figure.savefig(file, format=suffix, dpi=150)
+        plots.write(plots.mask_figure(self), path)
 
     def save(self, path: StrPath) -> None:
         """Writes the mask to a file: at a density of 1%, 1.1 bytes per selected weight.
@@ -559,6 +528,13 @@ class Mask(Mapping[str, Tensor]):
             f"in {_count(len(self), 'parameter')})"
         )
 
+    def _row(self, layer: int | None, component: str, counts: list[int], expert: int | None = None) -> "SummaryRow":
+        selected, numel = counts
+        density = selected / numel
+        return SummaryRow(
+            layer, component, selected, numel, selected / self.numel, density, density / self.density, expert
+        )
+
     def _check_shapes(self, other: "Mask") -> None:
         for name, shape in self._shapes.items():
             if other._shapes.get(name, shape) != shape:
@@ -579,7 +555,7 @@ class Mask(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """What a mask selects of one component of one layer.
+    """What a mask selects of one component or one expert of one layer.
 
     Attributes:
         layer: The number of the layer; None outside the layers.
@@ -589,6 +565,7 @@ class SummaryRow:
         share: ``selected`` as a share of all selected weights.
         density: ``selected`` as a share of ``numel``.
         enrichment: ``density`` relative to the density over the whole model; above 1 where the mask concentrates.
+        expert: The number of the expert, in the rows of :meth:`Mask.expert_summary`.
     """
 
     layer: int | None
@@ -598,36 +575,90 @@ class SummaryRow:
     share: float
     density: float
     enrichment: float
+    expert: int | None = None
 
 
 class Summary(tuple[SummaryRow, ...]):
-    """The rows of :meth:`Mask.summary`, by layer and component; printed as a table."""
+    """The rows of :meth:`Mask.summary` or :meth:`Mask.expert_summary`; printed as a table.
 
-    __slots__ = ()
+    Attributes:
+        density: The share of the whole model's weights that the mask selects.
+    """
+
+    density: float
+
+    def __new__(cls, rows: Iterable[SummaryRow], density: float) -> "Summary":
+        """Keeps the rows in their order."""
+        summary = super().__new__(cls, rows)
+        summary.density = density
+        return summary
+
+    def table(self, by: Literal["cell", "component", "layer"] = "cell") -> Table:
+        """The rows as a table, as they are or added up.
+
+        Args:
+            by: ``"cell"`` keeps every row; ``"component"`` adds up the layers, ``"layer"`` the components.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> shapes = {f"layers.{i}.q_proj.weight": (2, 2) for i in range(2)}
+            >>> print(Mask.from_indices(dict.fromkeys(shapes, [0]), shapes).summary().table("component"))
+            component  selected  of  density    share  enrichment
+            q_proj            2   8   25.00%  100.00%       1.00x
+        """
+        numbers = (
+            Column("selected", "{:,}"),
+            Column("numel", "{:,}", "of"),
+            Column("density", "{:.2%}"),
+            Column("share", "{:.2%}"),
+            Column("enrichment", "{:.2f}x"),
+        )
+        if by == "cell":
+            keys = ("layer", "expert") if any(row.expert is not None for row in self) else ("layer", "component")
+            fields = (*keys, *(column.key for column in numbers))
+            columns = [*map(Column, keys), *numbers]
+            return Table(columns, [tuple(getattr(row, field) for field in fields) for row in self])
+        merged: dict[Any, list[float]] = {}
+        for row in self:
+            total = merged.setdefault(getattr(row, by), [0, 0, 0.0])
+            for position, value in enumerate((row.selected, row.numel, row.share)):
+                total[position] += value
+        rows = []
+        for key in sorted(merged, key=names.ORDERS[by]):
+            selected, numel, share = merged[key]
+            density = selected / numel
+            rows.append((key, selected, numel, density, share, density / self.density))
+        return Table([Column(by), *numbers], rows)
+
+    def heat_map(self) -> str:
+        """The rows as text: a line per component, a character per layer, darker where more of the cell is selected.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> name = "layers.0.q_proj.weight"
+            >>> print(Mask.from_indices({name: [0]}, {name: (2, 4)}).summary().heat_map())
+                    layer 0
+            q_proj  █        100.0% of the mask, 12.50% of its weights
+        """
+        layers = sorted({row.layer for row in self if row.layer is not None})
+        densest = max((row.density for row in self), default=0.0)
+        width = max((len(printable(row.component)) for row in self), default=0)
+        scale = f"layer {layers[0]}" + (f" to {layers[-1]}" if len(layers) > 1 else "") if layers else ""
+        span = max(len(layers), len(scale))
+        lines = [f"{'':{width}}  {scale}".rstrip()]
+        for component, _, _, density, share, _ in self.table("component").rows:
+            cells = {row.layer: row.density for row in self if row.component == component}
+            shades = "".join(_shade(cells.get(layer, 0.0) / densest) for layer in layers)
+            label = printable(component)
+            lines.append(f"{label:{width}}  {shades:{span}}  {share:.1%} of the mask, {density:.2%} of its weights")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
-        header = ("layer", "component", "selected", "of", "density", "share", "enrichment")
-        table = [header]
-        for row in self:
-            table.append(
-                (
-                    "-" if row.layer is None else str(row.layer),
-                    row.component,
-                    f"{row.selected:,}",
-                    f"{row.numel:,}",
-                    f"{row.density:.2%}",
-                    f"{row.share:.2%}",
-                    f"{row.enrichment:.2f}x",
-                )
-            )
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(width) if title == "component" else cell.rjust(width)
-                for cell, width, title in zip(line, widths, header, strict=True)
-            ).rstrip()
-            for line in table
-        )
+        return str(self.table())
+
+
+def _shade(level: float) -> str:
+    return " ░▒▓█"[min(4, int(level * 4 + 0.999))]
 
 
 def _size(name: str, shape: Any) -> torch.Size:
@@ -727,9 +758,17 @@ def _decode(name: str, codes: Tensor, shape: torch.Size) -> Tensor:
     return torch.from_numpy(indices)
 
 
-def _component_order(component: str) -> tuple[int, str]:
-    known = component in names.COMPONENTS
-    return (names.COMPONENTS.index(component) if known else len(names.COMPONENTS), component)
+def _per_expert(name: str, indices: Tensor, shape: torch.Size) -> list[tuple[int, int, int]]:
+    """Expert, selected weights and all weights, for each expert that a parameter holds."""
+    number = names.expert(name)
+    if number is not None:
+        return [(number, indices.numel(), _numel(shape))]
+    # DBRX stacks the rows of all experts in one matrix, whose first dimension is not the expert.
+    if not names.component(name).startswith("experts") or len(shape) != 3:
+        return []
+    numel = shape[1] * shape[2]
+    selected = np.bincount(indices.numpy() // numel, minlength=shape[0])
+    return [(expert, int(count), numel) for expert, count in enumerate(selected)]
 
 
 def _percent(share: float) -> str:

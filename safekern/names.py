@@ -1,6 +1,7 @@
 """Parameter names: seeing through wrappers, and sorting parameters into layers and components for reports."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from safekern.errors import MaskMismatchError
 
@@ -129,6 +130,45 @@ def component(name: str) -> str:
     return last
 
 
+def expert(name: str) -> int | None:
+    """The number of the expert whose module holds a parameter, or None for anything else, fused experts too.
+
+    Args:
+        name: A parameter's name.
+
+    Example:
+        >>> from safekern.names import expert
+        >>> expert("model.layers.12.mlp.experts.7.w1.weight"), expert("model.layers.12.mlp.experts.down_proj")
+        (7, None)
+    """
+    parts = canonical(name).split(".")
+    if "experts" not in parts:
+        return None
+    number = parts[parts.index("experts") + 1 :][:1]
+    return int(number[0]) if number and _is_number(number[0]) else None
+
+
+def component_order(component: str) -> tuple[int, str]:
+    """Sorts components as reports show them: those of :data:`COMPONENTS` first, then by name.
+
+    Example:
+        >>> from safekern.names import component_order
+        >>> sorted(["lm_head", "mixer", "q_proj"], key=component_order)
+        ['q_proj', 'lm_head', 'mixer']
+    """
+    known = component in COMPONENTS
+    return (COMPONENTS.index(component) if known else len(COMPONENTS), component)
+
+
+def layer_order(layer: int | None) -> tuple[bool, int]:
+    """Sorts layers by number, what is outside of them last."""
+    return (layer is None, layer or 0)
+
+
+ORDERS: dict[str, Callable[[Any], Any]] = {"component": component_order, "layer": layer_order}
+"""The order of the rows of a report, by what its rows stand for."""
+
+
 def _layer_position(parts: list[str]) -> int | None:
     for position, part in enumerate(parts[:-1]):
         if part == "experts":
@@ -139,4 +179,5 @@ def _layer_position(parts: list[str]) -> int | None:
 
 
 def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdecimal()
+    # Python refuses to turn thousands of digits into a number, and no model has that many layers.
+    return part.isascii() and part.isdecimal() and len(part) < 10

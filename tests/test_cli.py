@@ -140,24 +140,7 @@ def test_interrupt(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_heat_map_has_a_row_per_component_and_a_column_per_layer():
-    shapes = {f"layers.{i}.self_attn.{kind}_proj.weight": (10, 10) for i in range(3) for kind in "qv"}
-    indices = {
-        "layers.0.self_attn.q_proj.weight": range(50),
-        "layers.2.self_attn.q_proj.weight": range(13),
-        "layers.1.self_attn.v_proj.weight": range(1),
-    }
-    shown = demo.heat_map(Mask.from_indices({name: list(r) for name, r in indices.items()}, shapes).summary())
-    assert shown.splitlines() == [
-        "        layer 0 to 2",
-        "q_proj  █ ▒           98.4% of the mask, 31.50% of its weights",
-        "v_proj   ░            1.6% of the mask, 1.00% of its weights",
-    ]
-    outside = demo.heat_map(Mask.from_indices({"lm_head.weight": [0]}, {"lm_head.weight": (2, 2)}).summary())
-    assert "lm_head" in outside
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["report", "--help"], ["--version"]])
 def test_help_and_module(arguments):
     environment = {**os.environ, "COLUMNS": "100"}
     ran = subprocess.run(

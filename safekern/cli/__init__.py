@@ -1,18 +1,25 @@
-"""The ``safekern`` command: a module per subcommand, with ``add_parser`` and ``run``, which may return a status."""
+"""The ``safekern`` command: one module per subcommand, each with ``add_parser`` and ``run``.
+
+``run`` returns the exit status, or None for 0. A subcommand whose status 1 says something other than "error" sets
+``error_status`` on its parser.
+"""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
 from safekern._version import __version__
-from safekern.cli import demo, doctor
+from safekern.cli import demo, diff, doctor, report
 from safekern.errors import SafekernError
 
-_COMMANDS = (demo, doctor)
+_COMMANDS = (demo, report, diff, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0, 1 for an error or a bad finding, 130 for Ctrl-C."""
+    """Runs the command line and returns its exit status: 0, 1 for an error that was explained, 130 for Ctrl-C.
+
+    ``safekern diff`` is like ``diff``: 1 says that the masks differ, and 2 that there was an error.
+    """
     parser = argparse.ArgumentParser(
         prog="safekern",
         description="Find and edit the safety-critical 1% of a language model's weights.",
@@ -24,10 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:
-        return args.run(args) or 0
+        status: int | None = args.run(args)
     except SafekernError as error:
         print(f"safekern {args.command}: {error}", file=sys.stderr)
-        return 1
+        return int(getattr(args, "error_status", 1))
     except KeyboardInterrupt:
         print(f"safekern {args.command}: interrupted", file=sys.stderr)
         return 130
+    return status or 0

@@ -18,7 +18,7 @@ from safekern import files, ops
 from safekern._version import __version__
 from safekern.errors import FileAccessError, InvalidArgumentError, MissingDependencyError, SafekernError
 from safekern.evaluation import attack_success_rate, mean_nll, refusal_rate
-from safekern.mask import Mask, Summary
+from safekern.mask import Mask
 from safekern.models import load_smollm2
 from safekern.objectives import refusal
 from safekern.optim import SETAdamW
@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
         scores = score(model, in_order(tokenizer, harmful[: effort.scored], _BATCH_SIZE), refusal)
     with clock.stage("select"):
         mask = scores.top(_RATIO)
-    print(f"\n{mask}\n\n{heat_map(mask.summary())}\n", flush=True)
+    print(f"\n{mask}\n\n{mask.summary().heat_map()}\n", flush=True)
     if args.out is not None:
         mask.save(args.out / "mask.safetensors")
         with contextlib.suppress(MissingDependencyError):
@@ -180,36 +180,6 @@ def run(args: argparse.Namespace) -> None:
     with files.replacing(args.out / "report.json") as file:
         file.write((json.dumps(report, indent=2) + "\n").encode())
     print(f"Written to {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
-
-
-def heat_map(summary: Summary) -> str:
-    """A mask's summary as text: a row per component, a column per layer, darker where more of the cell is selected.
-
-    Example:
-        >>> from safekern.mask import Mask
-        >>> name = "layers.0.q_proj.weight"
-        >>> print(heat_map(Mask.from_indices({name: [0]}, {name: (2, 4)}).summary()))
-                layer 0
-        q_proj  █        100.0% of the mask, 12.50% of its weights
-    """
-    layers = sorted({row.layer for row in summary if row.layer is not None})
-    components = list(dict.fromkeys(row.component for row in summary))
-    densest = max(row.density for row in summary)
-    width = max(map(len, components))
-    scale = f"layer {layers[0]}" + (f" to {layers[-1]}" if len(layers) > 1 else "") if layers else ""
-    span = max(len(layers), len(scale))
-    lines = [f"{'':{width}}  {scale}".rstrip()]
-    for component in components:
-        cells = {row.layer: row for row in summary if row.component == component}
-        shades = "".join(_shade(cells[layer].density / densest if layer in cells else 0.0) for layer in layers)
-        density = sum(row.selected for row in cells.values()) / sum(row.numel for row in cells.values())
-        share = sum(row.share for row in cells.values())
-        lines.append(f"{component:{width}}  {shades:{span}}  {share:.1%} of the mask, {density:.2%} of its weights")
-    return "\n".join(lines)
-
-
-def _shade(level: float) -> str:
-    return " ░▒▓█"[min(4, int(level * 4 + 0.999))]
 
 
 def _prepare(folder: Path) -> None:
