@@ -8,6 +8,7 @@
 from safekern import integrations, objectives, prompts, training
 from safekern._version import __version__
 from safekern.delta import apply_delta, save_delta
+from safekern.diagnosis import selftest
 from safekern.errors import (
     BackendError,
     DeltaAppliedError,
@@ -65,5 +66,6 @@ __all__ = [
     "refusal_rate",
     "save_delta",
     "score",
+    "selftest",
     "training",
 ]

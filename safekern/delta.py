@@ -177,7 +177,7 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _scan_all(weights: Mapping[str, Weights], indices: Mapping[str, Tensor]) -> dict[str, _Scan]:
-    nothing = torch.empty(0, dtype=torch.int32)
+    nothing = torch.empty(0, dtype=torch.int32, device="cpu")
 
     def scan(name: str) -> _Scan:
         return _scan(weights[name], indices.get(name, nothing).numpy())

@@ -337,7 +337,7 @@ def _load(file: BinaryIO, path: StrPath, name: str, entry: Entry) -> Tensor:
     if entry.code not in DTYPES:
         _damaged(path, f"{name!r} has the unknown dtype {entry.code!r}")
     try:
-        raw = torch.empty(entry.size, dtype=torch.uint8)
+        raw = torch.empty(entry.size, dtype=torch.uint8, device="cpu")
     except RuntimeError as error:
         raise FileAccessError(
             f"{os.fspath(path)}: no memory for a tensor of {entry.size:,} bytes; free some."

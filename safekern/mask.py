@@ -188,7 +188,7 @@ class Mask(Mapping[str, Tensor]):
             tensor([[False,  True]])
         """
         indices = self.compact(name)
-        dense = torch.zeros(_numel(self._shapes[name]), dtype=torch.bool)
+        dense = torch.zeros(_numel(self._shapes[name]), dtype=torch.bool, device="cpu")
         dense.numpy()[indices.numpy()] = True
         return dense.view(self._shapes[name])
 
@@ -685,13 +685,14 @@ def _check_indices(name: str, values: Any, shape: torch.Size) -> Tensor:
     """Sorted indices of the stored dtype that share no memory with what was given."""
     try:
         # Copied first, because torch warns of read-only arrays and refuses reversed ones.
-        given = torch.as_tensor(np.array(values) if isinstance(values, np.ndarray) else values).detach().cpu()
+        copied = np.array(values) if isinstance(values, np.ndarray) else values
+        given = torch.as_tensor(copied, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InvalidArgumentError(f"{name!r}: the indices are not integers ({error}).") from error
     if given.dim() != 1:
         raise InvalidArgumentError(f"{name!r}: flat indices are needed (1-D), got shape {_text(given.shape)}.")
     if not given.numel():
-        return torch.empty(0, dtype=_index_dtype(shape))
+        return torch.empty(0, dtype=_index_dtype(shape), device="cpu")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         hint = "; for bool tensors there is Mask.from_bool" if given.dtype == torch.bool else ""
         raise InvalidArgumentError(f"{name!r}: integer indices are needed, got {given.dtype}{hint}.")

@@ -210,7 +210,7 @@ class Scores(Mapping[str, Tensor]):
         """
         gradients, meta = files.read(path, "scores", _VERSION)
         try:
-            sigma = torch.tensor([float(value) for value in meta["sigma"].values()], dtype=torch.float32)
+            sigma = torch.tensor([float(value) for value in meta["sigma"].values()], dtype=torch.float32, device="cpu")
             # The order of the parameters decides ties; a safetensors file keeps its tensors in another order.
             ordered = {name: gradients.pop(name) for name in meta["sigma"]}
             if gradients or not ordered or any(g.dtype != torch.float32 for g in ordered.values()):
@@ -236,7 +236,8 @@ class Scores(Mapping[str, Tensor]):
 
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
         counts = self._counts(_checked(ratio), per)
-        gradients, sigma = list(self._gradients.values()), torch.stack(list(self.sigma.values()))
+        gradients = list(self._gradients.values())
+        sigma = torch.stack(list(self.sigma.values())).to(gradients[0].device)
         try:
             if per == "model":
                 selected = ops.select(gradients, sigma, counts[0], largest)

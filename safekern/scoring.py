@@ -211,7 +211,7 @@ def _dropped_gradients_raise() -> Iterator[None]:
 
 def _sigma(params: Mapping[str, nn.Parameter]) -> Tensor:
     tensors = [param.detach() for param in params.values()]
-    sigma = torch.empty(len(tensors))
+    sigma = torch.empty(len(tensors), device="cpu")
     for device in dict.fromkeys(tensor.device for tensor in tensors):
         here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
         dense = [i for i in here if tensors[i].is_contiguous()]

@@ -308,7 +308,7 @@ HYPERPARAMETERS = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decay": 1 - 1e-3 
 
 
 def set_adamw_arguments(dtype, *, master, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     params = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
     indices = [torch.randperm(p.numel(), generator=generator)[: p.numel() // 2 + 1].sort().values.int() for p in params]
     state = [[torch.randn(i.shape, generator=generator) * 1e-2 for i in indices] for _ in range(3)]
@@ -413,7 +413,7 @@ def test_set_adamw_does_not_depend_on_threads():
 
 
 def spa_adamw_arguments(dtype, *, moment=None, grad=None, index_dtype=torch.int32, shapes=SHAPES, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def random(dtype, scale=1.0):
         return [(torch.randn(shape, generator=generator) * scale).to(dtype) for shape in shapes]
@@ -627,7 +627,7 @@ def test_count_changed_does_not_depend_on_threads():
 
 
 def perturb_arguments(dtype, index_dtype=torch.int32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     params = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
     indices = [torch.randperm(p.numel(), generator=generator)[: p.numel() // 2 + 1].to(index_dtype) for p in params]
     scales = [0.01 * (t + 1) for t in range(len(params))]

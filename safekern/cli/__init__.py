@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from safekern._version import __version__
-from safekern.cli import demo, diff, report
+from safekern.cli import demo, diff, doctor, report
 from safekern.errors import SafekernError
 
-_COMMANDS = (demo, report, diff)
+_COMMANDS = (demo, report, diff, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,10 +3,11 @@
 Bytes moved: per element the gradient once and the accumulator twice (10 bytes for a bf16 gradient).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from torch import Tensor, float32
+from torch import Tensor, float32, full, ones, tensor, zeros
 
+from safekern.ops.cases import DENORMAL, DTYPES, Case, Inputs, no_flags
 from safekern.ops.registry import define
 
 
@@ -30,8 +31,33 @@ def fake(accs: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Tensor, abs
     return None
 
 
+def cases(large: bool) -> Iterator[Case]:
+    for dtype in DTYPES:
+        for absolute in (False, True):
+            inputs = Inputs(large)
+            accs, grads = inputs.normal(), inputs.normal(dtype)
+            for acc, grad in zip(accs, grads, strict=True):
+                if acc.numel() > 5:
+                    acc.view(-1)[:5] = tensor([-0.0, -0.0, DENORMAL, 0.0, 1e-3])
+                    grad.view(-1)[:5] = tensor([0.0, -0.0, DENORMAL, -DENORMAL, -1e-3]).to(dtype)
+            yield Case(f"{dtype}, absolute={absolute}", (accs, grads, no_flags(accs), absolute))
+    many = Inputs(many=True)
+    accs, grads = many.normal(), many.normal(DTYPES[0])
+    yield Case("many tensors", (accs, grads, no_flags(accs), False))
+    accs = [zeros(70_001), zeros(70_001), zeros(70_001, dtype=float32), full((3,), 3e38), zeros(3), zeros(3)]
+    grads = [zeros(70_001, dtype=dtype) for dtype in DTYPES[:3]] + [full((3,), 3e38), ones(3), full((3,), 3e38)]
+    for grad, value in zip(grads, (float("nan"), float("inf"), float("-inf")), strict=False):
+        grad[66_000] = value
+    grads += [full((3,), 1e300, dtype=DTYPES[3])]
+    accs += [zeros(3)]
+    flags = no_flags(accs)
+    flags[4] = True
+    yield Case("not finite", (accs, grads, flags, False))
+
+
 accumulate_ = define(
     "accumulate_(Tensor(a!)[] accs, Tensor[] grads, Tensor(b!) nonfinite, bool absolute) -> ()",
     reference=reference,
     fake=fake,
+    cases=cases,
 )

@@ -3,14 +3,13 @@
 Bytes moved: the cache lines that hold a selected element, the indices and the values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from safekern.ops.cases import DTYPES, INDEX_DTYPES, INTEGERS, Case, Inputs, at
 from safekern.ops.registry import define
-
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def reference(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -27,7 +26,7 @@ def reference(params: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
     device = params[0].device if params else None
     counts = torch.zeros(len(params), dtype=torch.int64, device=device)
     for t, (param, index, value) in enumerate(zip(params, indices, values, strict=True)):
-        integer = _INTEGER[param.element_size()]
+        integer = INTEGERS[param.element_size()]
         counts[t] = (param.view(-1)[index].view(integer) != value.view(integer)).sum()
     return counts
 
@@ -36,6 +35,29 @@ def fake(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[T
     return torch.empty(len(params), dtype=torch.int64, device=params[0].device if params else None)
 
 
+def cases(large: bool) -> Iterator[Case]:
+    for dtype in DTYPES:
+        for index_dtype in INDEX_DTYPES:
+            inputs = Inputs(large)
+            params, indices = inputs.normal(dtype), inputs.indices(0.5, index_dtype)
+            params[4].view(-1)[:3] = torch.tensor([float("nan"), 0.0, -0.0]).to(dtype)
+            indices[4] = torch.arange(params[4].numel(), dtype=index_dtype)
+            values = at(params, indices)
+            yield Case(f"{dtype}, {index_dtype}, none", (params, indices, values), verbatim=True)
+            # A bit of a NaN, a sign of zero, last bits.
+            changed = [value.clone() for value in values]
+            changed[4].view(INTEGERS[dtype.itemsize])[0] ^= 1
+            changed[4][1] = -0.0
+            changed[-1].view(INTEGERS[dtype.itemsize])[::3] ^= 1
+            yield Case(f"{dtype}, {index_dtype}, some", (params, indices, changed), verbatim=True)
+    many = Inputs(many=True)
+    params, indices = many.normal(), many.indices(0.5)
+    yield Case("many tensors", (params, indices, many.normal_at(indices)))
+
+
 count_changed = define(
-    "count_changed(Tensor[] params, Tensor[] indices, Tensor[] values) -> Tensor", reference=reference, fake=fake
+    "count_changed(Tensor[] params, Tensor[] indices, Tensor[] values) -> Tensor",
+    reference=reference,
+    fake=fake,
+    cases=cases,
 )

@@ -8,11 +8,12 @@ numbers: as easy as 1, 2, 3", SC 2011) and the inverse of the normal distributio
 Bytes moved: the cache lines that hold a selected element, twice, and the indices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from safekern.ops.cases import DTYPES, INDEX_DTYPES, Case, Inputs, mark
 from safekern.ops.registry import define
 
 _WORD = 0xFFFFFFFF
@@ -126,8 +127,27 @@ def fake(
     return None
 
 
+def cases(large: bool) -> Iterator[Case]:
+    seed = -(2**40) - 3
+    for dtype in DTYPES:
+        for index_dtype in INDEX_DTYPES:
+            inputs = Inputs(large)
+            params, indices = inputs.normal(dtype), inputs.indices(0.5, index_dtype)
+            # What has no room for noise, what overflows, and what is not finite.
+            special = [float("inf"), float("-inf"), float("nan"), torch.finfo(dtype).max, -0.0]
+            params[4].view(-1)[indices[4][:5].long()] = torch.tensor(special).to(dtype)
+            scales = [0.01 * (t + 1) for t in range(len(params))]
+            streams = [-(2**63), 2**63 - 1, 0, 1, -1, 2**32, *range(len(params))][: len(params)]
+            kept = mark(params, indices, inside=False)
+            yield Case(f"{dtype}, {index_dtype}", (params, indices, scales, streams, seed), kept=kept)
+    many = Inputs(many=True)
+    params, indices = many.normal(DTYPES[0]), many.indices(0.5)
+    yield Case("many tensors", (params, indices, [0.5] * len(params), list(range(len(params))), 1))
+
+
 perturb_ = define(
     "perturb_(Tensor(a!)[] params, Tensor[] indices, float[] scales, int[] streams, int seed) -> ()",
     reference=reference,
     fake=fake,
+    cases=cases,
 )

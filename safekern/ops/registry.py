@@ -1,8 +1,9 @@
 """Where ops are defined and their backends are chosen.
 
 An op is one module of this package: its schema, its plain-torch reference (the default kernel on every device, and the
-oracle of the tests) and its fake. A backend brings faster kernels for all ops on one kind of device, and registers them
-with torch's dispatcher, so callers never choose: they call ``torch.ops.safekern.<op>``.
+oracle of the tests), its fake, and the cases on which its kernels are compared with the reference. A backend brings
+faster kernels for all ops on one kind of device, and registers them with torch's dispatcher, so callers never choose:
+they call ``torch.ops.safekern.<op>``.
 
 To add an op, write its module here, ``csrc/cpu/<op>.cpp``, ``csrc/cuda/<op>.cu`` and ``safekern/ops/triton/<op>.py``;
 nothing lists them. To add a backend, add a line to `_BACKENDS` with a function that registers its kernels.
@@ -12,7 +13,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,45 @@ from typing import Any
 import torch
 
 from safekern.errors import BackendError
+from safekern.ops.cases import Case
 
 _LIBRARY = torch.library.Library("safekern", "DEF")
-_OPS: list[str] = []
 
 
-def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+@dataclass(frozen=True)
+class Op:
+    """An op as it was defined.
+
+    Attributes:
+        call: the op itself, which the dispatcher sends to the backend of the arguments' device.
+        reference: its plain-torch implementation.
+        cases: ``cases(large)`` gives the inputs on which every kernel has to agree with the reference; with ``large``
+            also some that pass the sizes at which kernels change their ways.
+    """
+
+    call: Callable[..., Any]
+    reference: Callable[..., Any]
+    cases: Callable[[bool], Iterable[Case]]
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cases: Callable[[bool], Iterable[Case]],
+) -> Any:
     """Defines ``safekern::<schema>`` with its reference and fake kernels; returns the op."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"safekern::{name}", fake, lib=_LIBRARY)
-    _OPS.append(name)
-    return getattr(getattr(torch.ops.safekern, name), "default")  # noqa: B009 - mypy cannot see ops' overloads
+    op = getattr(getattr(torch.ops.safekern, name), "default")  # noqa: B009 - mypy cannot see ops' overloads
+    OPS[name] = Op(op, reference, cases)
+    return op
 
 
 class _UnavailableError(Exception):
@@ -73,6 +100,16 @@ def load_kernels() -> dict[str, Served]:
             "or leave it unset"
         )
     return {device: _choose(device, wanted) for device in _BACKENDS}
+
+
+def backends(device: str) -> list[str]:
+    """The names of all backends for a kind of device, best first, whether they are available or not."""
+    return list(_BACKENDS[device])
+
+
+def has_kernel(op: str, device: str) -> bool:
+    """Whether the backend that serves a kind of device has a kernel of its own for an op; else the reference runs."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"safekern::{op}", device.upper()))
 
 
 def _choose(device: str, wanted: str) -> Served:
@@ -122,10 +159,10 @@ def _load_cuda() -> None:
 def _load_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise _UnavailableError("the package triton is not installed")
-    if not _INTERPRETED and torch.version.cuda is None:
+    if not INTERPRETED and torch.version.cuda is None:
         raise _UnavailableError("this PyTorch is built without CUDA")
-    for name in _OPS:
-        _LIBRARY.impl(name, _from_triton(name), "CPU" if _INTERPRETED else "CUDA")
+    for name in OPS:
+        _LIBRARY.impl(name, _from_triton(name), "CPU" if INTERPRETED else "CUDA")
 
 
 def _from_triton(name: str) -> Callable[..., Any]:
@@ -138,11 +175,11 @@ def _from_triton(name: str) -> Callable[..., Any]:
 
 
 # Triton reads this at its own import: in such a process its kernels run on the CPU, in its interpreter.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Per kind of device, best first.
 _BACKENDS: dict[str, dict[str, Callable[[], None]]] = {
     "cpu": {"cpu": lambda: _load_library("_C_cpu")},
     "cuda": {"cuda": _load_cuda},
 }
-_BACKENDS["cpu" if _INTERPRETED else "cuda"]["triton"] = _load_triton
+_BACKENDS["cpu" if INTERPRETED else "cuda"]["triton"] = _load_triton

@@ -3,10 +3,11 @@
 Bytes moved: the cache lines that hold a selected element, twice, the indices and the values.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from safekern.ops.cases import DTYPES, INDEX_DTYPES, Case, Inputs
 from safekern.ops.registry import define
 
 
@@ -26,6 +27,21 @@ def fake(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[T
     return None
 
 
+def cases(large: bool) -> Iterator[Case]:
+    for dtype in DTYPES:
+        for index_dtype in INDEX_DTYPES:
+            inputs = Inputs(large)
+            params, indices = inputs.normal(dtype), inputs.indices(0.5, index_dtype)
+            values = inputs.bits_at(indices, dtype)
+            yield Case(f"{dtype}, {index_dtype}", (params, indices, values), verbatim=True)
+    many = Inputs(many=True)
+    params, indices = many.normal(DTYPES[0]), many.indices(0.5)
+    yield Case("many tensors", (params, indices, many.bits_at(indices, DTYPES[0])), verbatim=True)
+
+
 restore_ = define(
-    "restore_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values) -> ()", reference=reference, fake=fake
+    "restore_(Tensor(a!)[] params, Tensor[] indices, Tensor[] values) -> ()",
+    reference=reference,
+    fake=fake,
+    cases=cases,
 )

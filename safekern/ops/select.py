@@ -3,11 +3,12 @@
 Bytes moved: every accumulator once, plus a few bytes per selected element.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from safekern.ops.cases import DENORMAL, Case, Inputs
 from safekern.ops.registry import define
 
 # |x| * sigma as its 31 bits: non-negative floats order as their bits do.
@@ -58,7 +59,7 @@ def _find_cutoff(keys: Callable[[int], Tensor], count: int, k: int) -> tuple[int
     """The k-th largest key and how many elements equal to it are selected, from a histogram per 16-bit digit."""
     prefix, rank = 0, k
     for shift, bins in ((16, 1 << 15), (0, 1 << 16)):
-        counts = torch.zeros(bins, dtype=torch.int64)
+        counts = torch.zeros(bins, dtype=torch.int64, device="cpu")
         for t in range(count):
             key = keys(t)
             if shift == 0:
@@ -80,8 +81,48 @@ def fake(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> list[
     ]
 
 
+def cases(large: bool) -> Iterator[Case]:
+    inputs = Inputs(large)
+    normal = inputs.normal()
+    sigma = torch.linspace(0.5, 1.5, len(normal))
+    rounded = [grad.bfloat16().float() for grad in normal]
+    few = [grad * (torch.arange(grad.numel()).view(grad.shape) % 1000 == 500) for grad in normal]
+    values = torch.tensor([0.0, -0.0, DENORMAL, -DENORMAL, 1.0, -1.0, 1.0000001, 3e38, float("inf"), 1e-30])
+    nasty = [values.repeat(count) for count in (1, 7, 300)]
+    for name, grads, scale in (
+        ("normal", normal, sigma),
+        ("ties", rounded, torch.ones_like(sigma)),
+        ("few are not zero", few, sigma),
+        ("all are equal", [torch.full_like(grad, 2.0) for grad in normal], torch.ones_like(sigma)),
+        ("zeros", [torch.zeros_like(grad) for grad in normal], sigma),
+        ("extremes", nasty, torch.tensor([1.0, 0.5, 1e-8])),
+        ("many tensors", Inputs(many=True).normal(), torch.ones(300)),
+    ):
+        numel = sum(grad.numel() for grad in grads)
+        for k in (1, numel // 100 + 1, numel // 3, numel - 1, numel):
+            for largest in (True, False):
+                yield Case(f"{name}, k={k}, largest={largest}", (grads, scale, k, largest))
+    if large:
+        # Beyond the size from which kernels sample.
+        generator = torch.Generator("cpu").manual_seed(0)
+        grads = [torch.randn(numel, generator=generator) for numel in (1_300_007, 0, 700_001)]
+        clustered = [grad * 1e-3 for grad in grads]
+        clustered[0][600_000:610_000] += 10
+        for name, chosen in (("sampled", grads), ("clustered", clustered)):
+            for k in (1, 20_000, 1_000_000):
+                yield Case(f"{name}, k={k}", (chosen, torch.tensor([1.0, 7.0, 0.5]), k, True))
+    numel = sum(grad.numel() for grad in normal)
+    for k in (0, -1, numel + 1):
+        yield Case(f"k={k}", (normal, sigma, k, True), refused="cannot select")
+    broken = [grad.clone() for grad in normal]
+    broken[-1][1234] = float("nan")
+    for largest in (True, False):
+        yield Case(f"NaN, largest={largest}", (broken, sigma, 3, largest), refused="NaN")
+
+
 select = define(
     "select(Tensor[] grads, Tensor sigma, int k, bool largest) -> Tensor[]",
     reference=reference,
     fake=fake,
+    cases=cases,
 )

@@ -4,11 +4,12 @@ Bytes moved: the cache lines of the parameter that hold a selected element, twic
 gradient and state per selected element.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from safekern.ops.cases import DTYPES, HYPERPARAMETERS, INDEX_DTYPES, Case, Inputs, at, mark, steps
 from safekern.ops.registry import define
 
 
@@ -83,10 +84,34 @@ def fake(
     return None
 
 
+def cases(large: bool) -> Iterator[Case]:
+    for dtype in DTYPES:
+        for index_dtype in INDEX_DTYPES:
+            for master in (False, True)[: 2 if dtype.itemsize == 2 else 1]:
+                name = f"{dtype}, {index_dtype}, master={master}"
+                yield _case(name, Inputs(large), dtype, index_dtype, master)
+    yield _case("many tensors", Inputs(many=True), DTYPES[0], INDEX_DTYPES[0], True)
+
+
+def _case(name: str, inputs: Inputs, dtype: torch.dtype, index_dtype: torch.dtype, master: bool) -> Case:
+    params, indices = inputs.normal(dtype), inputs.indices(0.5, index_dtype)
+    grads, exp_avgs = inputs.normal_at(indices), inputs.normal_at(indices, 1e-2)
+    exp_avg_sqs = [value.square() for value in inputs.normal_at(indices, 1e-2)]
+    # Between two weights of the parameter's dtype, and every third stale.
+    masters = [value.float() * (1 + 1e-4) for value in at(params, indices)]
+    for value in masters:
+        value[::3] += 1
+    if not master:
+        masters = [torch.empty(0) for _ in params]
+    arguments = (params, grads, indices, exp_avgs, exp_avg_sqs, masters, *steps(len(params)), *HYPERPARAMETERS)
+    return Case(name, arguments, ulps=1, kept=mark(params, indices, inside=False))
+
+
 set_adamw_ = define(
     "set_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, float[] step_sizes, float[] bias_correction2_sqrts, "
     "float beta1, float beta2, float eps, float decay) -> ()",
     reference=reference,
     fake=fake,
+    cases=cases,
 )

@@ -3,11 +3,12 @@
 Bytes moved: every weight once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from safekern.ops.cases import DTYPES, Case, Inputs
 from safekern.ops.registry import define
 
 
@@ -35,4 +36,20 @@ def fake(params: Sequence[Tensor]) -> Tensor:
     return torch.empty(len(params), dtype=torch.float32, device=device)
 
 
-sigma = define("sigma(Tensor[] params) -> Tensor", reference=reference, fake=fake)
+def cases(large: bool) -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield Case(str(dtype), (Inputs(large).normal(dtype, 0.02),), relative=1e-6)
+    yield Case("many tensors", (Inputs(many=True).normal(DTYPES[0]),), relative=1e-6)
+    normal = torch.randn(10_000, generator=torch.Generator("cpu").manual_seed(0))
+    outlier = normal * 0.01
+    outlier[0] = 1e6
+    extreme = [outlier, normal * 0.01 + 1e4, torch.full_like(normal, 3.0), normal * 1e-30, normal * 1e37]
+    extreme += [normal[:4097].double() * 1e-12 + 1]
+    yield Case("outliers, offsets and extremes", (extreme,), relative=1e-6)
+    broken = [normal.to(dtype) for dtype in DTYPES]
+    for param, value in zip(broken, ("nan", "inf", "-inf", "nan"), strict=True):
+        param[7777] = float(value)
+    yield Case("not finite", (broken,), relative=1e-6)
+
+
+sigma = define("sigma(Tensor[] params) -> Tensor", reference=reference, fake=fake, cases=cases)

@@ -4,11 +4,12 @@ Bytes moved: per element the gradient once and the parameter and both moments tw
 bf16 with fp32 moments), plus the indices.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from safekern.ops.cases import DTYPES, EXTREMES, HYPERPARAMETERS, INDEX_DTYPES, Case, Inputs, mark, steps
 from safekern.ops.registry import define
 
 
@@ -76,10 +77,51 @@ def fake(
     return None
 
 
+def cases(large: bool) -> Iterator[Case]:
+    fp32 = torch.float32
+    for dtype in DTYPES:
+        # The order of a set of dtypes is not that of another process.
+        for moment in (dtype, fp32)[: 1 if dtype == fp32 else 2]:
+            for grad in (dtype, fp32)[: 1 if dtype == fp32 else 2]:
+                for index_dtype in INDEX_DTYPES:
+                    name = f"{dtype}, moments {moment}, gradients {grad}, {index_dtype}"
+                    yield _case(name, Inputs(large), dtype, moment, grad, index_dtype)
+                name = f"extremes, {dtype}, moments {moment}, gradients {grad}"
+                yield _case(name, Inputs(large), dtype, moment, grad, torch.int32, extremes=True)
+    yield _case("many tensors", Inputs(many=True), DTYPES[0], DTYPES[0], DTYPES[0], torch.int32)
+
+
+def _case(
+    name: str,
+    inputs: Inputs,
+    dtype: torch.dtype,
+    moment: torch.dtype,
+    grad: torch.dtype,
+    index_dtype: torch.dtype,
+    extremes: bool = False,
+) -> Case:
+    params, grads, exp_avgs = inputs.normal(dtype), inputs.normal(grad), inputs.normal(moment, 1e-2)
+    exp_avg_sqs = [value.square() for value in inputs.normal(moment, 1e-2)]
+    if extremes:
+        # Every extreme value meets every other one, as weight, gradient and moment, as far as there is room.
+        for position, tensors in enumerate((params, grads, exp_avgs, exp_avg_sqs)):
+            pattern = torch.tensor(EXTREMES, dtype=torch.float64).repeat_interleave(len(EXTREMES) ** position)
+            for tensor in tensors[4:]:
+                places = torch.arange(tensor.numel()) % pattern.numel()
+                tensor.view(-1).copy_(pattern[places])
+    indices = inputs.indices(0.3, index_dtype, ascending=True)
+    indices[2] = indices[2][:0]
+    arguments = (params, grads, indices, exp_avgs, exp_avg_sqs, *steps(len(params)), *HYPERPARAMETERS)
+    # Torch's own fp64 root is not always the correctly rounded one.
+    ulps = 1 if dtype != torch.float64 else 2
+    return Case(name, arguments, ulps=ulps, kept=mark(params, indices, inside=True))
+
+
 spa_adamw_ = define(
     "spa_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, float[] step_sizes, float[] bias_correction2_sqrts, float beta1, float beta2, "
     "float eps, float decay) -> ()",
     reference=reference,
     fake=fake,
+    cases=cases,
 )

@@ -86,7 +86,7 @@ def memory_indices(param: Tensor, indices: Tensor) -> Tensor:
     """Where in :func:`flat_view` the elements with these row-major indices lie, on the parameter's device."""
     if param.is_contiguous():
         return indices.to(param.device)
-    rest, position = indices.long(), torch.zeros(indices.shape, dtype=torch.int64)
+    rest, position = indices.long(), torch.zeros(indices.shape, dtype=torch.int64, device=indices.device)
     for size, stride in zip(reversed(param.shape), reversed(param.stride()), strict=True):
         position += rest % size * stride
         rest = rest // size

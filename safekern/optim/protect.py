@@ -104,7 +104,7 @@ class Protection:
         self._optimizer = _with_hooks(optimizer)
         named = dict(pair for group in named_groups(named_parameters) for pair in group["params"])
         self._mask = mask
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, device="cpu")
         self._saved = [
             _Saved(name, masked_name, named[name], None, (), None, nothing, nothing, nothing, (nothing, nothing))
             for masked_name, name in mask.resolve(named).items()

@@ -183,7 +183,7 @@ class SETAdamW(Optimizer):
 
     def _initial_state(self, name: str, param: Tensor) -> dict[str, Tensor]:
         # Strict checkpoint loaders want an entry for every parameter: those outside the mask have a step too.
-        state = {"step": torch.tensor(0.0)}
+        state = {"step": torch.tensor(0.0, device="cpu")}
         if name in self._selections:
             indices = self._indices(name, param)
             state["exp_avg"] = torch.zeros(indices.numel(), dtype=torch.float32, device=param.device)

@@ -1,0 +1,219 @@
+"""What is particular to kernels on a device: streams, graphs, devices, sizes past 2^31."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gpu_device import DEVICE, need_memory, on_cuda, require_device
+
+import safekern
+from safekern import diagnosis, ops
+from safekern.ops.registry import OPS, has_kernel
+
+require_device()
+
+ROOT = Path(__file__).parents[2]
+SERVED = ops.BACKENDS[DEVICE.type].backend
+# select waits for the device to know the sizes of its results.
+CAPTURABLE = [name for name in OPS if name != "select"]
+
+
+def test_the_backend_is_the_one_asked_for():
+    assert os.environ.get("SAFEKERN_BACKEND", SERVED) == SERVED
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_the_backend_has_a_kernel_for_every_op(name):
+    assert SERVED == "torch" or has_kernel(name, DEVICE.type)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("name", OPS)
+def test_selftest(name):
+    _, problem = diagnosis._run(OPS[name], DEVICE, large=True)
+    assert problem is None
+
+
+def test_importing_initialises_no_cuda():
+    code = "import torch, safekern; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def accepted_cases(name):
+    """The first case and the one with hundreds of tensors."""
+    cases = [case for case in diagnosis._made_on_cpu(OPS[name].cases(False)) if case.refused is None]
+    return [cases[0], next(case for case in cases if "many tensors" in case.name)]
+
+
+def placed(case, device=DEVICE):
+    return diagnosis._copied(case.arguments, device, 11, [])
+
+
+def assert_agrees(name, case, arguments, result):
+    expected = diagnosis._copied(case.arguments, torch.device("cpu"), 0, [])
+    wanted = OPS[name].reference(*expected)
+    mine = [*diagnosis._tensors(arguments, "argument"), *diagnosis._tensors((result,), "result")]
+    right = [*diagnosis._tensors(expected, "argument"), *diagnosis._tensors((wanted,), "result")]
+    before = [*diagnosis._tensors(case.arguments, "argument"), *diagnosis._tensors((wanted,), "result")]
+    for (place, got), (_, want), (_, old) in zip(mine, right, before, strict=True):
+        assert not diagnosis._difference(got.cpu(), want, old, case), (case.name, place)
+
+
+def refill(arguments, source):
+    for (_, mine), (_, given) in zip(
+        diagnosis._tensors(arguments, "argument"), diagnosis._tensors(source, "argument"), strict=True
+    ):
+        mine.copy_(given)
+
+
+@on_cuda
+@pytest.mark.parametrize("name", OPS)
+def test_ops_run_on_the_current_stream(name):
+    stream = torch.cuda.Stream()
+    for case in accepted_cases(name):
+        arguments, source = placed(case), placed(case)
+        for _, tensor in diagnosis._tensors(arguments, "argument"):
+            tensor.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            # An op on another stream would see zeros.
+            torch.cuda._sleep(20_000_000)
+            refill(arguments, source)
+            result = OPS[name].call(*arguments)
+        torch.cuda.synchronize()
+        assert_agrees(name, case, arguments, result)
+
+
+@on_cuda
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_ops_can_be_captured_in_a_graph(name):
+    for case in accepted_cases(name):
+        arguments, source = placed(case), placed(case)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # Compiles what is compiled at the first call.
+            OPS[name].call(*arguments)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = OPS[name].call(*arguments)
+        # Other calls reuse whatever memory on the host the captured one may have left.
+        for other in CAPTURABLE:
+            for another in accepted_cases(other):
+                OPS[other].call(*placed(another))
+        refill(arguments, source)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_agrees(name, case, arguments, result)
+
+
+@on_cuda
+@pytest.mark.parametrize("name", CAPTURABLE)
+def test_ops_do_not_wait_for_the_device(name):
+    for case in accepted_cases(name):
+        arguments = placed(case)
+        OPS[name].call(*placed(case))
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = OPS[name].call(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert_agrees(name, case, arguments, result)
+
+
+@on_cuda
+@pytest.mark.parametrize("name", OPS)
+def test_ops_run_on_the_device_of_their_arguments(name):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two devices")
+    for case in accepted_cases(name):
+        arguments = placed(case, torch.device("cuda:1"))
+        with torch.cuda.device(0):
+            result = OPS[name].call(*arguments)
+        assert_agrees(name, case, arguments, result)
+
+
+# Sizes past 2^31
+
+NUMEL = 2**31 + 4099
+PLACES = [0, 2**31 - 1, 2**31, 2**31 + 7, NUMEL - 1]
+
+
+@pytest.fixture
+def places():
+    return torch.tensor(PLACES, device=DEVICE)
+
+
+def marked(dtype, places):
+    tensor = torch.zeros(NUMEL, dtype=dtype, device=DEVICE)
+    tensor[places] = torch.arange(1, len(PLACES) + 1, device=DEVICE).to(dtype)
+    return tensor
+
+
+@on_cuda
+def test_accumulate_and_select_past_2_31(places):
+    need_memory(24_000_000_000)
+    grad, acc = marked(torch.bfloat16, places), torch.zeros(NUMEL, device=DEVICE)
+    flag = torch.zeros(1, dtype=torch.bool, device=DEVICE)
+    ops.accumulate_([acc], [grad], flag, False)
+    assert acc[places].tolist() == [1, 2, 3, 4, 5] and int(acc.count_nonzero()) == 5 and not flag.item()
+    del grad
+    sigma = torch.ones(1, device=DEVICE)
+    for k, want in ((5, PLACES), (2, PLACES[3:]), (7, [0, 1, 2, *PLACES[1:]])):
+        (index,) = ops.select([acc], sigma, k, True)
+        assert index.dtype == torch.int64 and index.tolist() == want
+    acc[NUMEL - 2] = float("inf")
+    ops.accumulate_([acc], [acc.to(torch.bfloat16)], flag, True)
+    assert flag.item()
+
+
+@on_cuda
+def test_sigma_past_2_31(places):
+    need_memory(5_000_000_000)
+    (sigma,) = ops.sigma([marked(torch.bfloat16, places)]).tolist()
+    total, squares = 15.0, 55.0
+    assert sigma == pytest.approx(((squares - total**2 / NUMEL) / (NUMEL - 1)) ** 0.5, rel=1e-6)
+
+
+@on_cuda
+def test_scattered_ops_past_2_31(places):
+    need_memory(14_000_000_000)
+    param = marked(torch.bfloat16, places)
+    values = torch.empty(5, dtype=torch.bfloat16, device=DEVICE)
+    flag = torch.zeros(1, dtype=torch.bool, device=DEVICE)
+    ops.gather_([values], [param], [places], flag)
+    assert values.tolist() == [1, 2, 3, 4, 5] and not flag.item()
+    assert ops.count_changed([param], [places], [values]).tolist() == [0]
+    ops.perturb_([param], [places], [1.0], [3], 0)
+    assert ops.count_changed([param], [places], [values]).item() >= 4
+    assert int(param.count_nonzero()) == 5
+    ops.restore_([param], [places], [values])
+    assert param[places].tolist() == [1, 2, 3, 4, 5] and int(param.count_nonzero()) == 5
+    state = [torch.zeros(5, device=DEVICE) for _ in range(2)]
+    grad, master = torch.ones(5, device=DEVICE), values.float()
+    ops.set_adamw_([param], [grad], [places], state[:1], state[1:], [master], [0.5], [1.0], 0.9, 0.999, 1e-8, 1.0)
+    assert not torch.equal(param[places], values) and int(param.count_nonzero()) == 5
+
+
+@on_cuda
+def test_spa_adamw_past_2_31(places):
+    need_memory(22_000_000_000)
+    param = marked(torch.bfloat16, places)
+    grad = torch.full_like(param, 1.0)
+    moments = [torch.zeros_like(param) for _ in range(2)]
+    spared = places[1:]
+    ops.spa_adamw_([param], [grad], [spared], moments[:1], moments[1:], [0.1], [0.0316], 0.9, 0.999, 1e-8, 1.0)
+    assert param[spared].tolist() == [2, 3, 4, 5]
+    rest = param[1 : 2**20].unique()
+    assert rest.numel() == 1 and rest.item() != 0
+    assert torch.equal(param[2**31 + 8 : -1].unique(), rest) and param[0].item() != 1
+
+
+def test_a_public_selftest_of_the_device():
+    result = safekern.selftest(device=DEVICE, quick=True)
+    assert result.ok or SERVED == "torch", str(result)

@@ -1,0 +1,41 @@
+"""The tests of the ops on tensors of the device: "kernels" are those of its backend, "torch" is the reference there."""
+
+import importlib
+
+import pytest
+import torch
+from gpu_device import DEVICE, require_device
+
+from safekern import ops
+
+require_device()
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
+import test_ops  # noqa: E402
+from test_ops import *  # noqa: E402, F403
+
+# Kernels on a device cannot look at indices without waiting for it, and have no threads of ours.
+for _name in [name for name in globals() if name.endswith(("threads", "_is_checked", "would_corrupt_memory"))]:
+    del globals()[_name]
+del test_spa_adamw_refuses_moments_of_two_dtypes  # noqa: F821
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_the_device():
+    test_ops.large_cases.cache_clear()
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+    test_ops.large_cases.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_the_device(monkeypatch):
+    def kernel(name, backend):
+        if backend == "torch":
+            return importlib.import_module(f"safekern.ops.{name.rstrip('_')}").reference
+        if ops.BACKENDS[DEVICE.type].backend == "torch":
+            pytest.skip(f"no kernels for {DEVICE.type} are installed")
+        return getattr(ops, name)
+
+    monkeypatch.setattr(test_ops, "kernel", kernel)

@@ -1,0 +1,88 @@
+"""A model on the CPU works while torch's default device is another, as after ``torch.set_default_device("cuda")``.
+
+The meta device stands for it here: it is always there, and a tensor that was made on it by mistake cannot be computed.
+"""
+
+import pytest
+import torch
+from small_net import Net, full_mask, random_mask
+
+import safekern
+
+
+@pytest.fixture
+def model():
+    return Net(torch.bfloat16)
+
+
+@pytest.fixture
+def mask(model):
+    return random_mask(model)
+
+
+@pytest.fixture
+def batches():
+    return [torch.randn(8, 13) for _ in range(2)]
+
+
+def objective(model, batch):
+    return model(batch).float().square().mean()
+
+
+def train(model, optimizer, batches):
+    before = [param.detach().clone() for param in model.parameters()]
+    for batch in batches:
+        objective(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert any(not torch.equal(param, old) for param, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_set_adamw(model, mask, batches, in_backward, transposed):
+    if transposed:
+        model.first.weight.data = model.first.weight.data.t().contiguous().t()
+    with torch.device("meta"):
+        optimizer = safekern.SETAdamW(model.named_parameters(), mask, in_backward=in_backward)
+        train(model, optimizer, batches)
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, batches)
+    assert all(value.device.type == "cpu" for state in optimizer.state.values() for value in state.values())
+
+
+def test_spa_adamw(model, mask, batches):
+    with torch.device("meta"):
+        optimizer = safekern.SPAAdamW(model.named_parameters(), mask)
+        train(model, optimizer, batches)
+        optimizer.load_state_dict(optimizer.state_dict())
+        train(model, optimizer, batches)
+
+
+def test_protect(model, mask, batches):
+    with torch.device("meta"):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with safekern.protect(optimizer, mask, model.named_parameters()):
+            train(model, optimizer, batches)
+
+
+def test_perturb(model, mask):
+    before = model.first.weight.detach().clone()
+    with torch.device("meta"), safekern.perturb(model, mask):
+        assert not torch.equal(model.first.weight, before)
+    assert torch.equal(model.first.weight, before)
+
+
+def test_score_and_masks(model, batches, tmp_path):
+    with torch.device("meta"):
+        scores = safekern.score(model, batches, objective)
+        scores.save(tmp_path / "scores.safetensors")
+        loaded = safekern.Scores.load(tmp_path / "scores.safetensors")
+        masks = [loaded.top(0.1), loaded.bottom(0.1, per="tensor"), loaded.random(0.1)]
+        for mask in masks:
+            mask.save(tmp_path / "mask.safetensors")
+            assert safekern.Mask.load(tmp_path / "mask.safetensors") == mask
+            assert all(mask.bool(name).device.type == "cpu" for name in mask)
+        assert masks[0] == scores.top(0.1)
+        assert safekern.Mask.from_indices({"w": [1, 3]}, {"w": (2, 2)}).numel == 2
+    assert full_mask(model).numel == scores.model_numel
