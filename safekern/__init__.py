@@ -9,6 +9,7 @@ from safekern import integrations, objectives
 from safekern._version import __version__
 from safekern.errors import (
     BackendError,
+    BenchmarkError,
     FileAccessError,
     FileFormatError,
     InvalidArgumentError,
@@ -31,6 +32,7 @@ from safekern.scoring import score
 
 __all__ = [
     "BackendError",
+    "BenchmarkError",
     "FileAccessError",
     "FileFormatError",
     "InvalidArgumentError",

@@ -5,14 +5,17 @@ import sys
 from collections.abc import Sequence
 
 from safekern._version import __version__
-from safekern.cli import demo
+from safekern.cli import bench, demo
 from safekern.errors import SafekernError
 
-_COMMANDS = (demo,)
+_COMMANDS = (demo, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0, 1 for an error that was explained, 130 for Ctrl-C."""
+    """Runs the command line and returns its exit status.
+
+    0, what the command decides, 1 for an error that was explained, or 130 for Ctrl-C.
+    """
     parser = argparse.ArgumentParser(
         prog="safekern",
         description="Find and edit the safety-critical 1% of a language model's weights.",
@@ -23,12 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(commands)
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        args.run(args)
+        return int(args.run(args) or 0)
     except SafekernError as error:
         print(f"safekern {args.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"safekern {args.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
