@@ -81,8 +81,8 @@ def peak_memory(run: Run, device: str = "cpu") -> int | None:
     On a CPU this is the resident memory of the process, whose high-water mark Linux can reset; it comes in pages, and
     includes what kernels take without torch's knowledge.
     """
-    gc.collect()
     if device != "cpu":
+        gc.collect()
         _wait(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
