@@ -11,6 +11,7 @@ from safekern.delta import apply_delta, save_delta
 from safekern.diagnosis import selftest
 from safekern.errors import (
     BackendError,
+    BenchmarkError,
     DeltaAppliedError,
     DeltaMismatchError,
     FileAccessError,
@@ -36,6 +37,7 @@ from safekern.scoring import score
 
 __all__ = [
     "BackendError",
+    "BenchmarkError",
     "DeltaAppliedError",
     "DeltaMismatchError",
     "FileAccessError",

@@ -67,3 +67,7 @@ class MissingDependencyError(SafekernError, ImportError):
 
 class BackendError(SafekernError, RuntimeError):
     """A kernel backend that was asked for is not available here."""
+
+
+class BenchmarkError(SafekernError, RuntimeError):
+    """A result that is wrong where its speed was to be measured, or a benchmark that could not run."""

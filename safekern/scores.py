@@ -17,7 +17,8 @@ from safekern.errors import FileFormatError, InvalidArgumentError, NonFiniteErro
 from safekern.mask import Mask
 from safekern.tables import Column, Table
 
-_VERSION = 1
+# The layout of all scores, and that of top candidates only, which older releases refuse by its number.
+_VERSION, _TOP_VERSION = 1, 2
 
 # Weights whose scores are held at once for a report.
 _PART = 1 << 24
@@ -53,6 +54,7 @@ class Scores(Mapping[str, Tensor]):
         meta: Mapping[str, Any],
     ) -> None:
         self._gradients = dict(gradients)
+        self._shapes = {name: gradient.shape for name, gradient in self._gradients.items()}
         self.sigma: dict[str, Tensor] = dict(zip(self._gradients, sigma.unbind(), strict=True))
         self.num_batches = num_batches
         self.model_numel = model_numel
@@ -76,14 +78,14 @@ class Scores(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return (
-            f"Scores({self.numel:,} of {self.model_numel:,} weights in {len(self)} tensors, "
+            f"{type(self).__name__}({self.numel:,} of {self.model_numel:,} weights in {len(self)} tensors, "
             f"{self.num_batches} batches, reduction={self.meta.get('reduction')!r})"
         )
 
     @property
     def numel(self) -> int:
         """The number of eligible weights."""
-        return sum(gradient.numel() for gradient in self._gradients.values())
+        return sum(shape.numel() for shape in self._shapes.values())
 
     def gradient(self, name: str) -> Tensor:
         """The mean gradient of the objective (under ``reduction="abs"`` the mean absolute gradient).
@@ -132,7 +134,7 @@ class Scores(Mapping[str, Tensor]):
         if seed < 0:
             raise InvalidArgumentError(f"seed must be 0 or larger, got {seed}")
         rng = np.random.default_rng(seed)
-        numels = [gradient.numel() for gradient in self._gradients.values()]
+        numels = [shape.numel() for shape in self._shapes.values()]
         if per == "tensor":
             drawn = [_draw(rng, numel, k) for numel, k in zip(numels, counts, strict=True)]
         else:
@@ -192,13 +194,7 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             FileAccessError: the path cannot be written; an existing file is left as it was.
         """
-        meta = {
-            "sigma": {name: float(sigma) for name, sigma in self.sigma.items()},
-            "num_batches": self.num_batches,
-            "model_numel": self.model_numel,
-            "meta": self.meta,
-        }
-        files.write(path, "scores", _VERSION, self._gradients, meta)
+        files.write(path, "scores", _VERSION, self._gradients, self._file_meta())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
@@ -208,18 +204,29 @@ class Scores(Mapping[str, Tensor]):
             FileAccessError: the file cannot be read.
             FileFormatError: it is damaged or not a scores file.
         """
-        gradients, meta = files.read(path, "scores", _VERSION)
+        tensors, meta = files.read(path, "scores", _TOP_VERSION)
         try:
             sigma = torch.tensor([float(value) for value in meta["sigma"].values()], dtype=torch.float32, device="cpu")
-            # The order of the parameters decides ties; a safetensors file keeps its tensors in another order.
-            ordered = {name: gradients.pop(name) for name in meta["sigma"]}
-            if gradients or not ordered or any(g.dtype != torch.float32 for g in ordered.values()):
-                raise ValueError("its tensors are not those its metadata lists")
             if not ((sigma >= 0) & sigma.isfinite()).all():
                 raise ValueError("a standard deviation is negative or not finite")
-            num_batches, model_numel = int(meta["num_batches"]), int(meta["model_numel"])
-            scores = cls(ordered, sigma, num_batches=num_batches, model_numel=model_numel, meta=meta["meta"])
-            if scores.numel > model_numel or num_batches < 1:
+            counts = {"num_batches": int(meta["num_batches"]), "model_numel": int(meta["model_numel"])}
+            # The order of the parameters decides ties; a safetensors file keeps its tensors in another order.
+            ordered = list(meta["sigma"])
+            top = "keep" in meta
+            gradients = {name: tensors.pop(f"gradient.{name}" if top else name) for name in ordered}
+            indices = {name: tensors.pop(f"index.{name}") for name in ordered} if top else {}
+            if tensors or not ordered or any(g.dtype != torch.float32 for g in gradients.values()):
+                raise ValueError("its tensors are not those its metadata lists")
+            scores: Scores
+            if top:
+                shapes = {name: torch.Size(meta["shapes"][name]) for name in ordered}
+                scores = TopScores(
+                    gradients, indices, shapes, sigma, keep=_checked(meta["keep"]), meta=meta["meta"], **counts
+                )
+                scores._check_candidates()
+            else:
+                scores = Scores(gradients, sigma, meta=meta["meta"], **counts)
+            if scores.numel > scores.model_numel or scores.num_batches < 1:
                 raise ValueError("its counts contradict each other")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FileFormatError(
@@ -227,11 +234,19 @@ class Scores(Mapping[str, Tensor]):
             ) from error
         return scores
 
+    def _file_meta(self) -> dict[str, Any]:
+        return {
+            "sigma": {name: float(sigma) for name, sigma in self.sigma.items()},
+            "num_batches": self.num_batches,
+            "model_numel": self.model_numel,
+            "meta": self.meta,
+        }
+
     def _counts(self, ratio: float, per: Per) -> list[int]:
         if per == "model":
-            return [min(max(1, int(ratio * self.model_numel)), self.numel)]
+            return [count_of(ratio, self.model_numel, self.numel)]
         if per == "tensor":
-            return [max(1, int(ratio * gradient.numel())) for gradient in self._gradients.values()]
+            return [max(1, int(ratio * shape.numel())) for shape in self._shapes.values()]
         raise InvalidArgumentError(f"per must be 'model' or 'tensor', got {per!r}")
 
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
@@ -254,7 +269,6 @@ class Scores(Mapping[str, Tensor]):
         return self._mask(selected, "top" if largest else "bottom", ratio, per)
 
     def _mask(self, selected: list[Tensor], ranking: str, ratio: float, per: Per, **details: object) -> Mask:
-        shapes = {name: gradient.shape for name, gradient in self._gradients.items()}
         meta = {
             **self.meta,
             "batches": self.num_batches,
@@ -264,7 +278,149 @@ class Scores(Mapping[str, Tensor]):
             **details,
         }
         indices = {name: index.cpu() for name, index in zip(self, selected, strict=True)}
-        return Mask.from_indices(indices, shapes, model_numel=self.model_numel, meta=meta)
+        return Mask.from_indices(indices, self._shapes, model_numel=self.model_numel, meta=meta)
+
+
+class RunningTop:
+    """The candidates for the global top of parameters whose accumulators come and go, part after part.
+
+    The top k of everything is among the top k of any part of it, ties by (parameter, index) included, because the parts
+    come in the order of the parameters and their candidates stay in it.
+
+    Args:
+        k: how many candidates to keep.
+
+    Attributes:
+        gradients: per parameter seen the fp32 mean gradients of its candidates, 1-D.
+        indices: their ascending flat positions.
+    """
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self.gradients: dict[str, Tensor] = {}
+        self.indices: dict[str, Tensor] = {}
+
+    def add(self, part: dict[str, Tensor], sigma: Tensor) -> None:
+        """Takes over the mean gradients of further parameters, and empties ``part`` to free them one by one.
+
+        Args:
+            part: fp32 tensors on the device of the parts before.
+            sigma: fp32, one per parameter seen so far, those of ``part`` last.
+        """
+        rivals = [*self.gradients.values(), *part.values()]
+        count = min(self._k, sum(rival.numel() for rival in rivals))
+        picks = ops.select(rivals, sigma, count, True)
+        del rivals
+        # One by one, so that what came before is freed as its successors are made.
+        picks.reverse()
+        for name in [*self.gradients, *part]:
+            pick = picks.pop()
+            if name in part:
+                self.gradients[name] = part.pop(name).view(-1).index_select(0, pick)
+                self.indices[name] = pick
+            else:
+                self.gradients[name] = self.gradients[name].index_select(0, pick)
+                self.indices[name] = self.indices[name].index_select(0, pick)
+
+
+class TopScores(Scores):
+    """The top candidates of scores whose accumulators did not fit into the ``memory`` of :func:`safekern.score`.
+
+    ``top(ratio)`` up to a ratio of :attr:`keep` gives exactly the mask that all scores would have given. What needs the
+    others (``scores[name]``, ``gradient``, ``bottom``, ``random``, a larger ratio, ``per="tensor"``) raises.
+
+    Attributes:
+        keep: the largest ratio for :meth:`top`.
+    """
+
+    def __init__(
+        self,
+        gradients: Mapping[str, Tensor],
+        indices: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+        sigma: Tensor,
+        *,
+        keep: float,
+        num_batches: int,
+        model_numel: int,
+        meta: Mapping[str, Any],
+    ) -> None:
+        super().__init__(gradients, sigma, num_batches=num_batches, model_numel=model_numel, meta=meta)
+        self._indices = dict(indices)
+        self._shapes = dict(shapes)
+        self.keep = keep
+
+    def gradient(self, name: str) -> Tensor:
+        """Raises: see the class."""
+        if name not in self:
+            return super().gradient(name)
+        raise self._unavailable("per-weight values of a parameter")
+
+    def top(self, ratio: float, *, per: Per = "model") -> Mask:
+        """The weights of the largest ESI, exactly, as :meth:`Scores.top`.
+
+        Args:
+            ratio: share of the model's weights, in (0, :attr:`keep`].
+            per: only ``"model"``.
+
+        Raises:
+            InvalidArgumentError: a larger ratio, or ``per="tensor"``.
+        """
+        counts = self._counts(_checked(ratio), per)
+        if per == "tensor":
+            raise self._unavailable("a ranking inside every tensor")
+        if ratio > self.keep:
+            raise self._unavailable(f"the top {ratio:.3g}")
+        picks = ops.select(list(self._gradients.values()), torch.stack(list(self.sigma.values())), counts[0], True)
+        selected = [index.index_select(0, pick) for index, pick in zip(self._indices.values(), picks, strict=True)]
+        return self._mask(selected, "top", ratio, per)
+
+    def bottom(self, ratio: float, *, per: Per = "model") -> Mask:
+        """Raises: see the class."""
+        raise self._unavailable("the weights of the smallest ESI")
+
+    def random(self, ratio: float, *, per: Per = "model", seed: int = 0) -> Mask:
+        """Raises: see the class."""
+        raise self._unavailable("a random selection, the control of a complete ranking,")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the candidates (8 bytes each) to a file for :meth:`Scores.load`.
+
+        Raises:
+            FileAccessError: the path cannot be written; an existing file is left as it was.
+        """
+        tensors = {f"gradient.{name}": gradient for name, gradient in self._gradients.items()}
+        tensors |= {f"index.{name}": index for name, index in self._indices.items()}
+        meta = {**self._file_meta(), "keep": self.keep, "shapes": {name: list(s) for name, s in self._shapes.items()}}
+        files.write(path, "scores", _TOP_VERSION, tensors, meta)
+
+    def _unavailable(self, what: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"{what} cannot be had: these scores were made in several sweeps, which keep only the top {self.keep:.3g} "
+            "of the model's weights. Use top() up to that ratio, or score again with more memory=, a larger keep=, or "
+            "without memory= and with offload=True, which accumulates in CPU memory"
+        )
+
+    def _check_candidates(self) -> None:
+        """Raises ValueError for candidates that no sweep leaves behind."""
+        for name, index in self._indices.items():
+            positions, numel = index.long(), self._shapes[name].numel()
+            if index.dtype not in (torch.int32, torch.int64) or index.shape != self._gradients[name].shape:
+                raise ValueError(f"the candidates of {name} are not one value per index")
+            # Ascending positions are in range where the first and the last are.
+            ends = positions[[0, -1]] if positions.numel() else positions
+            if bool(((ends < 0) | (ends >= numel)).any()) or not bool((positions.diff() > 0).all()):
+                raise ValueError(f"the candidates of {name} are out of order or out of range")
+            if not self._gradients[name].isfinite().all():
+                raise ValueError(f"a gradient of {name} is not finite")
+        held = sum(index.numel() for index in self._indices.values())
+        if held != count_of(self.keep, self.model_numel, self.numel):
+            raise ValueError(f"it holds {held} candidates, which is not the top {self.keep}")
+
+
+def count_of(ratio: float, model_numel: int, numel: int) -> int:
+    """How many of ``numel`` eligible weights are that share of a model of ``model_numel``: at least 1."""
+    return min(max(1, int(ratio * model_numel)), numel)
 
 
 @dataclass

@@ -1,9 +1,10 @@
-"""``score``: one pass of forward and backward that folds gradients into ESI accumulators."""
+"""``score``: passes of forward and backward that fold gradients into ESI accumulators."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from numbers import Real
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -16,7 +17,7 @@ from safekern import ops
 from safekern._version import __version__
 from safekern.eligibility import eligible_parameters
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
-from safekern.scores import Scores
+from safekern.scores import RunningTop, Scores, TopScores, count_of
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -33,6 +34,9 @@ def score(
     reduction: Literal["mean", "abs"] = "mean",
     select: Callable[[str, nn.Parameter], bool] | None = None,
     progress: bool | None = None,
+    memory: float | None = None,
+    keep: float = 0.05,
+    offload: bool = False,
 ) -> Scores:
     """Scores every eligible weight by its Expected Safety Impact, ``|sigma * dS/dtheta|`` (arXiv 2604.08297).
 
@@ -51,11 +55,22 @@ def score(
         select: ``select(name, param) -> bool`` chooses the parameters; by default floating point, at least 2-D, no
             embeddings, biases, norms, routers or adapters.
         progress: show a progress bar; by default when stderr is a terminal.
+        memory: bytes that accumulators may take. When 4 bytes per eligible weight are more than that, the loader is
+            swept several times: each sweep is a full forward and backward over all batches that accumulates a part of
+            the parameters and keeps the running global top candidates. ``top(ratio)`` of the result, for a ratio of at
+            most ``keep``, is then the same mask bit for bit; anything else raises. Every sweep starts from the same
+            state of torch's random numbers, so shuffling and dropout repeat; that each batch has the same loss again is
+            checked. Backward has to be deterministic too (see :func:`torch.use_deterministic_algorithms`).
+        keep: the share of the model's weights to keep as candidates, in (0, 1]. A candidate takes 20 bytes of
+            ``memory`` (8 between sweeps), so a smaller share leaves more of it to accumulators and needs fewer sweeps.
+        offload: accumulate in CPU memory when the model is on a GPU (``memory`` then bounds that). Every gradient
+            crosses the bus once per batch, 2 bytes per bf16 weight, and the GPU waits while the CPU adds it.
 
     Raises:
-        InvalidArgumentError: an empty loader, nothing to score, a parameter that cannot be scored.
-        ScoringError: the objective did not return a scalar with a graph to the model, no gradient arrived, or gradient
-            checkpointing would lose some.
+        InvalidArgumentError: an empty loader, nothing to score, a parameter that cannot be scored, a one-shot iterator
+            where several sweeps are needed, a ``memory`` too small for the largest parameter and the candidates.
+        ScoringError: the objective did not return a scalar with a graph to the model, no gradient arrived, gradient
+            checkpointing would lose some, or a sweep did not see the batches and losses of the first one.
         NonFiniteError: a weight, or a gradient of some batch, is NaN or infinite.
 
     Example:
@@ -74,60 +89,179 @@ def score(
     if torch.is_inference_mode_enabled():
         raise ScoringError("torch.inference_mode rules gradients out: call score outside of it (torch.no_grad is fine)")
     params = eligible_parameters(model, select)
+    model_numel = sum(param.numel() for param in model.parameters())
+    k = count_of(_positive("keep", keep, most=1), model_numel, sum(param.numel() for param in params.values()))
+    parts = [list(params)] if memory is None else _parts(params, _positive("memory", memory), k, offload)
+    if len(parts) > 1 and isinstance(loader, Iterator):
+        raise InvalidArgumentError(
+            f"memory={memory} takes {len(parts)} sweeps over the loader, but a {type(loader).__name__} can be read "
+            "only once: pass a list or a DataLoader, or more memory"
+        )
     sigma = _sigma(params)
+    compute = objective or _model_loss
+    gpus = sorted({param.device.index for param in model.parameters() if param.is_cuda})
+    replay = _Replay(len(parts))
+    top = RunningTop(k)
+    for sweep, part in enumerate(parts, 1):
+        label = "score" if len(parts) == 1 else f"score, sweep {sweep}/{len(parts)}"
+        bar = tqdm(desc=label, unit="batch", total=_length(loader), disable=None if progress is None else not progress)
+        # Every sweep but the last gives the random numbers back that it used: shuffling and dropout repeat.
+        with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar:
+            accs = _sweep(model, params, part, loader, compute, replay, bar, absolute=reduction == "abs", host=offload)
+        if len(parts) > 1:
+            top.add(accs, sigma[: len(top.indices) + len(part)])
+    details: dict[str, Any] = {
+        "num_batches": replay.num_batches,
+        "model_numel": model_numel,
+        "meta": {
+            "objective": getattr(compute, "__qualname__", type(compute).__qualname__) if objective else "model loss",
+            "reduction": reduction,
+            "versions": {"safekern": __version__, "torch": str(torch.__version__)},
+        },
+    }
+    if len(parts) == 1:
+        return Scores(accs, sigma, **details)
+    shapes = {name: param.shape for name, param in params.items()}
+    return TopScores(top.gradients, top.indices, shapes, sigma, keep=float(keep), **details)
+
+
+def _sweep(
+    model: nn.Module,
+    params: Mapping[str, nn.Parameter],
+    part: list[str],
+    loader: Iterable[Any],
+    compute: Objective,
+    replay: "_Replay",
+    bar: Any,
+    *,
+    absolute: bool,
+    host: bool,
+) -> dict[str, Tensor]:
+    """The mean gradients, or mean absolute gradients, of one part of the parameters."""
     # Where the inputs go: the first layer of a model that is spread over devices, embeddings included.
     device = next(param.device for param in model.parameters() if not param.is_meta)
-    compute = objective or _model_loss
-    hidden = None if progress is None else not progress
-    with (
-        _GradientFold(model, params, absolute=reduction == "abs") as fold,
-        tqdm(desc="score", unit="batch", total=_length(loader), disable=hidden) as bar,
-    ):
+    with _GradientFold(model, params, part, absolute=absolute, host=host) as fold:
         for batch in loader:
             # Once, since it touches the process's warning filters, and every batch takes the same way.
             guard = nullcontext() if fold.num_batches else _dropped_gradients_raise()
             with torch.enable_grad(), guard:
                 loss = compute(model, _to_device(batch, device))
                 _check_loss(loss, fold.num_batches)
+                replay.check(fold.num_batches, loss.detach())
                 loss.backward()
             fold.finish_batch()
             bar.update()
-    if fold.num_batches == 0:
-        raise InvalidArgumentError("the loader yielded no batch")
+    replay.finish(fold.num_batches)
     torch._foreach_div_(list(fold.accs.values()), float(fold.num_batches))
-    return Scores(
-        fold.accs,
-        sigma,
-        num_batches=fold.num_batches,
-        model_numel=sum(param.numel() for param in model.parameters()),
-        meta={
-            "objective": getattr(compute, "__qualname__", type(compute).__qualname__) if objective else "model loss",
-            "reduction": reduction,
-            "versions": {"safekern": __version__, "torch": str(torch.__version__)},
-        },
-    )
+    return fold.accs
+
+
+def _positive(name: str, value: object, most: float = float("inf")) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) <= most:
+        raise InvalidArgumentError(
+            f"{name} must be a number above 0{f' and at most {most}' * (most == 1)}, got {value!r}"
+        )
+    return float(value)
+
+
+def _parts(params: Mapping[str, nn.Parameter], memory: float, k: int, offload: bool) -> list[list[str]]:
+    """Cuts the parameters into runs of neighbours whose accumulators fit into ``memory`` beside k candidates."""
+    accumulators = {name: 4 * param.numel() for name, param in params.items()}
+    if sum(accumulators.values()) <= memory:
+        return [list(params)]
+    if len({param.device for param in params.values()}) > 1 and not offload:
+        raise InvalidArgumentError(
+            "memory= ranks weights on one device, and this model is spread over several: add offload=True, which "
+            "accumulates in CPU memory"
+        )
+    largest = max(accumulators, key=accumulators.__getitem__)
+    # A gradient and an index each, and while they are merged an index more and the selection's 8 bytes.
+    index = 4 if accumulators[largest] <= 4 * torch.iinfo(torch.int32).max else 8
+    room = memory - k * (12 + 2 * index)
+    if accumulators[largest] > room:
+        needed = k * (12 + 2 * index) + accumulators[largest]
+        raise InvalidArgumentError(
+            f"memory={memory:,.0f} bytes is too little: {largest} needs {accumulators[largest]:,} for its accumulator, "
+            f"and {k:,} candidates need {k * (12 + 2 * index):,}. Give at least {needed:,} bytes, lower keep=, or "
+            "accumulate in CPU memory with offload=True"
+        )
+    parts: list[list[str]] = [[]]
+    left = room
+    for name, size in accumulators.items():
+        if size > left:
+            parts.append([])
+            left = room
+        parts[-1].append(name)
+        left -= size
+    return parts
+
+
+class _Replay:
+    """Makes sure that every sweep over the loader sees the batches of the first one, by their losses."""
+
+    def __init__(self, sweeps: int) -> None:
+        self._sweeps = sweeps
+        self._sweep = 1
+        self._losses: list[Tensor] = []
+        self.num_batches = 0
+
+    def check(self, batch: int, loss: Tensor) -> None:
+        if self._sweeps == 1:
+            return
+        if self._sweep == 1:
+            self._losses.append(loss.clone())
+            return
+        # Bit for bit, but for a NaN, of which the gradients are going to tell more.
+        if batch < self.num_batches and not torch.allclose(loss, self._losses[batch], 0, 0, equal_nan=True):
+            raise ScoringError(
+                f"batch {batch} of sweep {self._sweep} has a loss of {loss.item()!r}, in the first sweep it was "
+                f"{self._losses[batch].item()!r}: sweeps need the same batches in the same order and a deterministic "
+                "objective. Sources of chance are a DataLoader with a generator of its own, NumPy or Python random "
+                "numbers, and kernels that torch.use_deterministic_algorithms(True) replaces"
+            )
+
+    def finish(self, num_batches: int) -> None:
+        if num_batches == 0 and self._sweep == 1:
+            raise InvalidArgumentError("the loader yielded no batch")
+        if self._sweep > 1 and num_batches != self.num_batches:
+            raise ScoringError(
+                f"the loader yielded {self.num_batches} batches in the first sweep and {num_batches} in sweep "
+                f"{self._sweep}: pass one that can be read again and again, such as a list"
+            )
+        self.num_batches = num_batches
+        self._sweep += 1
 
 
 class _GradientFold:
-    """Folds the gradients of ``params`` into accumulators from inside backward, and puts the model back on exit."""
+    """Folds the gradients of a part of ``params`` into accumulators from inside backward, frees those of the others,
+    and puts the model back on exit.
 
-    def __init__(self, model: nn.Module, params: Mapping[str, nn.Parameter], *, absolute: bool) -> None:
+    All of ``params`` require gradients whatever the part is: the same graph, and so the same gradients, in every sweep.
+    """
+
+    def __init__(
+        self, model: nn.Module, params: Mapping[str, nn.Parameter], part: list[str], *, absolute: bool, host: bool
+    ) -> None:
         self._model = model
         self._params = params
         self._absolute = absolute
-        self.accs = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in params.items()}
+        self.accs = {
+            name: torch.zeros(params[name].shape, dtype=torch.float32, device="cpu" if host else params[name].device)
+            for name in part
+        }
         self.num_batches = 0
-        # One flag per parameter, on its device: read once per batch, since a read waits for the device.
+        # One flag per accumulator, on its device: read once per batch, since a read waits for the device.
         self._nonfinite = {
-            device: torch.zeros(len(params), dtype=torch.bool, device=device)
-            for device in dict.fromkeys(p.device for p in params.values())
+            device: torch.zeros(len(part), dtype=torch.bool, device=device)
+            for device in dict.fromkeys(acc.device for acc in self.accs.values())
         }
         self._arrived: set[str] = set()
         self._found: list[tuple[nn.Parameter, bool, dict[str, Any]]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        chosen = {id(param): (i, name) for i, (name, param) in enumerate(self._params.items())}
+        chosen = {id(param): name for name, param in self._params.items()}
+        flags = {name: self._nonfinite[acc.device][i : i + 1] for i, (name, acc) in enumerate(self.accs.items())}
         try:
             for param in self._model.parameters():
                 aside = {attribute: getattr(param, attribute) for attribute in _SET_ASIDE}
@@ -135,11 +269,10 @@ class _GradientFold:
                 # Gradients of other parameters would be computed and kept for nothing.
                 param.requires_grad_(id(param) in chosen)
                 if id(param) in chosen:
-                    i, name = chosen[id(param)]
+                    name = chosen[id(param)]
                     for attribute in _SET_ASIDE:
                         setattr(param, attribute, None)
-                    flag = self._nonfinite[param.device][i : i + 1]
-                    fold = partial(self._fold, name, self.accs[name], flag)
+                    fold = partial(self._fold, name, self.accs.get(name), flags.get(name))
                     self._handles.append(param.register_post_accumulate_grad_hook(fold))
         except BaseException:
             self._restore()
@@ -159,7 +292,7 @@ class _GradientFold:
             for attribute, value in aside.items():
                 setattr(param, attribute, value)
 
-    def _fold(self, name: str, acc: Tensor, flag: Tensor, param: Tensor) -> None:
+    def _fold(self, name: str, acc: Tensor | None, flag: Tensor | None, param: Tensor) -> None:
         grad, param.grad = param.grad, None
         if grad is None:
             return
@@ -171,7 +304,8 @@ class _GradientFold:
                 'reduction="mean", or gradient checkpointing with use_reentrant=False'
             )
         self._arrived.add(name)
-        ops.accumulate_([acc], [grad.detach().contiguous()], flag, self._absolute)
+        if acc is not None and flag is not None:
+            ops.accumulate_([acc], [_beside(acc, grad.detach().contiguous())], flag, self._absolute)
 
     def finish_batch(self) -> None:
         if not self._arrived:
@@ -181,7 +315,7 @@ class _GradientFold:
             )
         self._arrived.clear()
         read = [flags.tolist() for flags in self._nonfinite.values()]
-        names = [name for name, *flags in zip(self._params, *read, strict=True) if any(flags)]
+        names = [name for name, *flags in zip(self.accs, *read, strict=True) if any(flags)]
         if names:
             more = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
             raise NonFiniteError(
@@ -190,6 +324,13 @@ class _GradientFold:
                 "float32 instead of float16"
             )
         self.num_batches += 1
+
+
+def _beside(acc: Tensor, grad: Tensor) -> Tensor:
+    if acc.device == grad.device:
+        return grad
+    # Pinned, for the full speed of the bus; torch keeps the memory for the next one. This copy waits for the device.
+    return torch.empty(grad.shape, dtype=grad.dtype, device=acc.device, pin_memory=grad.is_cuda).copy_(grad)
 
 
 @contextmanager

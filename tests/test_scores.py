@@ -409,7 +409,7 @@ class TestFile:
         torch.save({"w": torch.zeros(2)}, path)
         with pytest.raises(FileFormatError, match=r"scores\.safetensors"):
             Scores.load(path)
-        files.write(path, "scores", 2, {"w": torch.zeros(2)}, {})
+        files.write(path, "scores", 3, {"w": torch.zeros(2)}, {})
         with pytest.raises(FileFormatError, match="newer"):
             Scores.load(path)
 

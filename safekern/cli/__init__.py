@@ -9,16 +9,17 @@ import sys
 from collections.abc import Sequence
 
 from safekern._version import __version__
-from safekern.cli import demo, diff, doctor, report
+from safekern.cli import bench, demo, diff, doctor, report
 from safekern.errors import SafekernError
 
-_COMMANDS = (demo, report, diff, doctor)
+_COMMANDS = (demo, report, diff, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit status: 0, 1 for an error that was explained, 130 for Ctrl-C.
+    """Runs the command line and returns its exit status.
 
-    ``safekern diff`` is like ``diff``: 1 says that the masks differ, and 2 that there was an error.
+    0, what the command decides, 1 for an error that was explained, or 130 for Ctrl-C. ``safekern diff`` is like
+    ``diff``: 1 says that the masks differ, and 2 that there was an error.
     """
     parser = argparse.ArgumentParser(
         prog="safekern",
@@ -30,12 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in _COMMANDS:
         command.add_parser(commands)
     args = parser.parse_args(argv)
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        status: int | None = args.run(args)
+        return int(args.run(args) or 0)
     except SafekernError as error:
         print(f"safekern {args.command}: {error}", file=sys.stderr)
         return int(getattr(args, "error_status", 1))
     except KeyboardInterrupt:
         print(f"safekern {args.command}: interrupted", file=sys.stderr)
         return 130
-    return status or 0

@@ -1,0 +1,395 @@
+"""Rows of results: made by running cases, written, read, compared and drawn."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+import numpy as np
+
+from safekern import files
+from safekern.bench import measure
+from safekern.bench.cases import OPS, Contender, Setting
+from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+SAFEKERN = "safekern"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one setting.
+
+    Attributes:
+        op: name in ``cases.OPS``.
+        dtype: of weights and gradients, empty where it does not matter.
+        elements: how many weights.
+        ratio: share of them in the mask, 0 where there is none.
+        threads: of the CPU.
+        contender: who ran.
+        ms: median time of a run.
+        spread: distance between the quartiles as a share of the median.
+        speedup: the baseline's time over this one, 0 where no baseline ran.
+        gb_per_s: what it has to move at least, over the time; 0 where that is not what it is bound by.
+        of_copy: that as a share of the measured bandwidth of ``copy_``.
+        of_read: that as a share of the measured bandwidth of reading.
+        peak_bytes: memory that a run needs above what is held before it, -1 where the system does not tell.
+        state_bytes: memory held between runs, weights and gradients apart.
+        detail: another figure.
+        what: what the contender is.
+    """
+
+    op: str
+    dtype: str
+    elements: int
+    ratio: float
+    threads: int
+    contender: str
+    ms: float
+    spread: float
+    speedup: float
+    gb_per_s: float
+    of_copy: float
+    of_read: float
+    peak_bytes: int
+    state_bytes: int
+    detail: str
+    what: str
+
+    @property
+    def setting(self) -> tuple[str, str, int, float, int]:
+        """What rows to be compared have in common."""
+        return self.op, self.dtype, self.elements, self.ratio, self.threads
+
+
+@dataclass(frozen=True)
+class Results:
+    """Rows, and where they were measured (see :func:`measure.environment`)."""
+
+    rows: list[Row]
+    environment: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one of safekern's rows differs between two files.
+
+    Attributes:
+        row: the newer one, or the only one.
+        verdict: ``"same"``, ``"faster"``, ``"slower"``, ``"only in the old"`` or ``"only in the new"``.
+        change: the new speed over the old.
+    """
+
+    row: Row
+    verdict: str
+    change: float
+
+
+class Bandwidths:
+    """The machine's bandwidth by the number of threads, measured once each."""
+
+    def __init__(self, numel: int, device: str) -> None:
+        self._numel = numel
+        self._device = device
+        self._known: dict[int, measure.Bandwidth] = {}
+
+    def __getitem__(self, threads: int) -> measure.Bandwidth:
+        if threads not in self._known:
+            with measure.threads(threads):
+                self._known[threads] = measure.bandwidth(self._numel, self._device)
+        return self._known[threads]
+
+
+def run(
+    op: str,
+    setting: Setting,
+    *,
+    threads: Sequence[int],
+    repeats: int,
+    bandwidths: Bandwidths,
+    only_safekern: bool = False,
+) -> Iterator[Row]:
+    """Checks an op at a setting, then times its contenders, interleaved.
+
+    Args:
+        op: a name of ``cases.OPS``.
+        setting: what to build the case for.
+        threads: numbers of threads, one after the other.
+        repeats: timed runs of each contender.
+        bandwidths: what GB/s are a share of.
+        only_safekern: leave the baselines out.
+
+    Raises:
+        BenchmarkError: safekern's result is wrong; nothing is timed.
+    """
+    case = OPS[op].build(setting)
+    case.check()
+    contenders = [next(case.contenders)] if only_safekern else list(case.contenders)
+    runs = {contender.name: contender.run for contender in contenders}
+    for count in threads:
+        with measure.threads(count):
+            # The first run allocates what lasts, which is no part of the peak of a run.
+            for contender in contenders:
+                contender.run()
+            peaks = {name: measure.peak_memory(run, setting.device) for name, run in runs.items()}
+            timings = measure.interleaved(runs, repeats, setting.device)
+        for contender in contenders:
+            yield _row(op, setting, case.elements, count, contender, timings, peaks, bandwidths, contenders[1:2])
+
+
+def _row(
+    op: str,
+    setting: Setting,
+    elements: int,
+    threads: int,
+    contender: Contender,
+    timings: dict[str, measure.Timing],
+    peaks: dict[str, int | None],
+    bandwidths: Bandwidths,
+    baseline: list[Contender],
+) -> Row:
+    timing, peak = timings[contender.name], peaks[contender.name]
+    rate = contender.bytes / timing.median / 1e9 if contender.bytes else 0.0
+    return Row(
+        op=op,
+        dtype=setting.dtype if OPS[op].dtypes else "",
+        elements=elements,
+        ratio=setting.ratio if OPS[op].ratios else 0.0,
+        threads=threads,
+        contender=contender.name,
+        ms=1e3 * timing.median,
+        spread=timing.spread,
+        speedup=timings[baseline[0].name].median / timing.median if baseline else 0.0,
+        gb_per_s=rate,
+        of_copy=rate / bandwidths[threads].copy,
+        of_read=rate / bandwidths[threads].read,
+        peak_bytes=-1 if peak is None else peak,
+        state_bytes=contender.state(),
+        detail=contender.detail,
+        what=" ".join(contender.what.split()),
+    )
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows for people, one block per op and setting."""
+    lines: list[str] = []
+    setting = None
+    for row in rows:
+        if row.setting != setting:
+            setting = row.setting
+            ratio = f", {row.ratio:.3g} selected" if row.ratio else ""
+            lines += [
+                "",
+                f"{row.op}: {OPS[row.op].title} ({f'{row.dtype}, ' * bool(row.dtype)}{row.elements:,} elements{ratio}, "
+                f"{row.threads} thread{'s' * (row.threads > 1)})",
+                f"  {'':26}{'ms':>10}{'spread':>8}{'speedup':>9}{'GB/s':>8}{'of copy':>9}{'of read':>9}"
+                f"{'peak MB':>10}{'state MB':>10}",
+            ]
+        speedup = f"{row.speedup:.2f}x" if row.speedup else ""
+        rate = f"{row.gb_per_s:8.1f}{row.of_copy:9.0%}{row.of_read:9.0%}" if row.gb_per_s else " " * 26
+        peak = f"{row.peak_bytes / 1e6:.1f}" if row.peak_bytes >= 0 else "?"
+        lines.append(
+            f"  {row.contender:26}{row.ms:10.3f}{row.spread:8.0%}{speedup:>9}{rate}{peak:>10}"
+            f"{row.state_bytes / 1e6:10.1f}  {row.detail}".rstrip()
+        )
+    return "\n".join(lines).lstrip("\n")
+
+
+def legend(rows: Iterable[Row]) -> str:
+    """What each contender is."""
+    return "\n".join(dict.fromkeys(f"  {row.contender}: {row.what}" for row in rows))
+
+
+def write(path: files.StrPath, rows: "Sequence[DataclassInstance]", environment: Mapping[str, str]) -> None:
+    """Writes rows with device, versions and commit: JSON for a path that ends in ``.json``, else CSV.
+
+    Args:
+        path: the file to write or replace.
+        rows: dataclasses of one kind, at least one.
+        environment: where they were measured (see :func:`measure.environment`).
+
+    Raises:
+        FileAccessError: the path cannot be written.
+    """
+    path, records = Path(path), [asdict(row) for row in rows]
+    if path.suffix == ".json":
+        text = json.dumps({"environment": dict(environment), "rows": records}, indent=1)
+    else:
+        lines = io.StringIO(newline="")
+        writer = csv.DictWriter(lines, [*records[0], *environment], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**record, **environment} for record in records)
+        text = lines.getvalue()
+    with files.replacing(path) as file:
+        file.write(text.encode())
+
+
+def read(path: files.StrPath) -> Results:
+    """Reads what :func:`write` wrote.
+
+    Raises:
+        FileAccessError: the file cannot be read.
+        FileFormatError: it holds no results.
+    """
+    path = Path(path)
+    types = get_type_hints(Row)
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return Results([Row(**row) for row in content["rows"]], dict(content["environment"]))
+        with path.open(newline="", encoding="utf-8") as file:
+            records = list(csv.DictReader(file))
+        rows = [Row(**{name: kind(record[name]) for name, kind in types.items()}) for record in records]
+        return Results(rows, {key: value for key, value in records[0].items() if key not in types})
+    except OSError as error:
+        raise FileAccessError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise FileFormatError(f"{path} holds no results of safekern bench ({error!r}): write it with --out") from error
+
+
+def compare(old: Results, new: Results, tolerance: float) -> list[Verdict]:
+    """Compares safekern's rows of two files by their speed against the baseline of the same run.
+
+    That cancels what differs between two runs of one machine. Rows without a baseline are compared by time. A change
+    within the tolerance and the spread of both rows is none.
+
+    Args:
+        old: results of one commit.
+        new: results of another, on the same kind of machine.
+        tolerance: the share that speed may differ by, such as 0.1.
+
+    Raises:
+        InvalidArgumentError: they have no setting in common.
+    """
+    before, after = ({row.setting: row for row in r.rows if row.contender == SAFEKERN} for r in (old, new))
+    if not before.keys() & after.keys():
+        raise InvalidArgumentError("the two files have no op and setting in common: run both with the same options")
+    verdicts = []
+    for setting in {**before, **after}:
+        was, now = before.get(setting), after.get(setting)
+        if was is None or now is None:
+            row = was or now
+            assert row is not None
+            verdicts.append(Verdict(row, f"only in the {'old' if was else 'new'}", math.nan))
+            continue
+        by_ratio = bool(was.speedup and now.speedup)
+        change = now.speedup / was.speedup if by_ratio else was.ms / now.ms
+        margin = 1 + tolerance + was.spread + now.spread
+        verdict = "slower" if change * margin < 1 else "faster" if change > margin else "same"
+        verdicts.append(Verdict(now, verdict, change))
+    return verdicts
+
+
+def slopes(rows: Iterable[Row], axis: str) -> dict[tuple[str, str, int], float]:
+    """The exponent with which safekern's time grows along an axis, fitted over its upper two decades.
+
+    Args:
+        rows: at several sizes or ratios.
+        axis: ``"elements"``, or ``"selected"`` for elements times ratio.
+
+    Returns:
+        For each op, dtype and number of threads with at least two points: 1 is linear.
+    """
+    fitted = {}
+    for key, points in _series(rows, axis).items():
+        # Below, caches and the cost of the call itself are measured.
+        kept = [(x, y) for x, y in points if x >= points[-1][0] / 100]
+        if len(kept) >= 2:
+            x, y = np.log(np.array(kept)).T
+            fitted[key] = float(np.polyfit(x, y, 1)[0])
+    return fitted
+
+
+def _series(rows: Iterable[Row], axis: str) -> dict[tuple[str, str, int], list[tuple[float, float]]]:
+    series: dict[tuple[str, str, int], dict[float, float]] = {}
+    for row in rows:
+        x = row.elements if axis == "elements" else row.elements * row.ratio
+        if row.contender == SAFEKERN and x:
+            series.setdefault((row.op, row.dtype, row.threads), {})[x] = row.ms
+    return {key: sorted(points.items()) for key, points in series.items()}
+
+
+def check_plotting() -> None:
+    """Raises MissingDependencyError where matplotlib is missing, before long work starts."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError('Plotting needs matplotlib: pip install "safekern[plot]".') from error
+
+
+def plot_ops(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draws for every op the speed of its contenders against the baseline's, as ``OP.png``.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    paths = []
+    for op in dict.fromkeys(row.op for row in rows):
+        mine = [row for row in rows if row.op == op]
+        settings = list(dict.fromkeys(row.setting for row in mine))
+        names = list(dict.fromkeys(row.contender for row in mine))
+        figure = Figure(layout="constrained", figsize=(8, 1.5 + 0.22 * len(settings) * len(names)))
+        axes = figure.subplots()
+        for i, name in enumerate(names):
+            bars = [(settings.index(r.setting) + i / (len(names) + 1), r.speedup) for r in mine if r.contender == name]
+            positions, speeds = zip(*bars, strict=True)
+            drawn = axes.barh(positions, speeds, height=0.9 / (len(names) + 1), label=name)
+            axes.bar_label(drawn, fmt="%.2g", padding=2, fontsize=7)
+        labels = [
+            " ".join(filter(None, (dtype, f"{elements:,}", f"{ratio:.3g}" if ratio else "", f"{threads}t")))
+            for _, dtype, elements, ratio, threads in settings
+        ]
+        axes.set_yticks([i + 0.4 for i in range(len(settings))], labels, fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_xlabel("speed against the baseline, which is the second in the legend")
+        axes.set_title(f"{op}: {OPS[op].title}", fontsize=10)
+        axes.legend(fontsize=8)
+        paths.append(folder / f"{op}.png")
+        figure.savefig(paths[-1], dpi=120)
+    return paths
+
+
+def plot_scaling(rows: Sequence[Row], axis: str, path: Path) -> None:
+    """Draws safekern's time along an axis, with the fitted slopes in the legend.
+
+    Args:
+        rows: at several sizes or ratios.
+        axis: as for :func:`slopes`.
+        path: the image.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    check_plotting()
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", figsize=(8, 5))
+    axes = figure.subplots()
+    fitted = slopes(rows, axis)
+    for key, points in _series(rows, axis).items():
+        op, dtype, threads = key
+        slope = f", slope {fitted[key]:.2f}" if key in fitted else ""
+        axes.loglog(*zip(*points, strict=True), marker="o", label=f"{op} {dtype} {threads}t{slope}")
+    axes.set_xlabel({"elements": "elements", "selected": "selected weights"}[axis])
+    axes.set_ylabel("ms")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def rounded(row: Row) -> Row:
+    """The row with as many digits as mean something."""
+    digits: dict[str, Any] = {
+        field.name: float(f"{getattr(row, field.name):.5g}") for field in fields(row) if field.type in (float, "float")
+    }
+    return replace(row, **digits)

@@ -1,0 +1,219 @@
+"""``safekern bench``: what safekern costs beside plain PyTorch, as a table, files and plots."""
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safekern import files
+from safekern.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from safekern.bench.results import Row
+
+_DESCRIPTION = """\
+Times safekern beside what a competent user of PyTorch would write, in one process and taking turns. Each result is
+checked before it is timed. On a CPU the command starts itself again with glibc's allocator told to keep freed memory
+(MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_): fresh memory costs a page fault per 4 KiB, which would flatter safekern.
+
+  safekern bench --quick                              does everything work? (seconds; the figures mean little)
+  safekern bench --out new.csv --plot plots           all ops, 64M elements, fp32 and bf16, 0.1%, 1% and 5%
+  safekern bench --compare old.csv new.csv            which of safekern's ops became slower? exit status 1 if one did
+  safekern bench --scaling --plot plots               time against elements and against selected weights, with slopes
+  safekern bench --memory --model-params 1e9          bytes per parameter of whole training runs
+"""
+
+# Those of `safekern.bench.cases`, which takes long to import.
+_OPS = ("accumulate", "sigma", "select", "set", "spa", "protect", "mask_save", "mask_load", "score", "train")
+_SIZES = [10**6, 4 * 10**6, 16 * 10**6, 64 * 10**6, 256 * 10**6, 10**9]
+_RATIOS = [0.001, 0.003, 0.01, 0.03, 0.1]
+_STREAMING = ("accumulate", "sigma", "select", "set", "spa")
+_SPARSE = ("set", "protect", "select", "mask_save")
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``bench`` to the subcommands."""
+    parser = commands.add_parser(
+        "bench",
+        help="time safekern beside plain PyTorch on this machine",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, no compiled baselines, few repeats")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help=f"some of {' '.join(_OPS)} (default: all)")
+    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--elements", type=_number, help="weights per op (default: 64e6)")
+    parser.add_argument("--model-params", type=_number, help="of whole models (default: 20e6; 100e6 with --memory)")
+    parser.add_argument("--ratios", nargs="+", type=float, metavar="R", default=[0.001, 0.01, 0.05])
+    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="(default: 1 and as many as torch uses)")
+    parser.add_argument("--repeats", type=int, help="timed runs of each contender (default: 9)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compiled baselines")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as .csv or .json")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the results there (needs matplotlib)")
+    modes = parser.add_mutually_exclusive_group()
+    modes.add_argument("--scaling", action="store_true", help="safekern alone, at growing sizes and ratios")
+    modes.add_argument("--memory", action="store_true", help="peak memory of whole training runs, a process each")
+    modes.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files written by --out")
+    parser.add_argument("--tolerance", type=float, default=0.1, help="of --compare (default: 0.1)")
+    parser.add_argument("--score-memory", type=_number, help="of --memory: bytes that scoring may take")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status: 1 where ``--compare`` found something slower.
+
+    Raises:
+        SafekernError: an option is wrong or a result is; found out before the long work starts, where it can be.
+    """
+    # Imported here, so that other commands start without them.
+    from safekern.bench import measure, results
+
+    if args.compare:
+        return _compare(args.compare, args.tolerance)
+    unknown = [op for op in args.ops or () if op not in _OPS]
+    if unknown:
+        raise InvalidArgumentError(f"no op {', '.join(unknown)}: there are {', '.join(_OPS)}")
+    if args.out:
+        files.check_writable(args.out)
+    if args.plot:
+        results.check_plotting()
+        args.plot.mkdir(parents=True, exist_ok=True)
+    if args.memory:
+        return _memory(args)
+    if args.device == "cpu" and not measure.keeps_memory():
+        return measure.restart_with_allocator(args.argv)
+    _run_cases(args)
+    return 0
+
+
+def _run_cases(args: argparse.Namespace) -> None:
+    import torch
+
+    from safekern.bench import baselines, cases, measure, results
+
+    elements = args.elements or (200_000 if args.quick else 64_000_000)
+    model_params = args.model_params or (200_000 if args.quick else 20_000_000)
+    repeats = args.repeats or (3 if args.quick else 9)
+    ratios = args.ratios[:1] if args.quick else args.ratios
+    threads = args.threads or sorted({1, torch.get_num_threads()})
+    compiling = not (args.quick or args.no_compile or args.scaling)
+    environment = measure.environment(args.device)
+    for key, value in environment.items():
+        print(f"{key:10} {value}")
+    if compiling and (why := baselines.why_not_compile()):
+        print(f"compiled baselines are left out: {why}")
+    bandwidths = results.Bandwidths(10**6 if args.quick else 64 * 10**6, args.device)
+    for count in threads:
+        known = bandwidths[count]
+        print(f"bandwidth, {count} threads: copy {known.copy:.1f} GB/s, read {known.read:.1f} GB/s")
+
+    rows: list[Row] = []
+
+    def record(op: str, setting: cases.Setting, **options: Any) -> None:
+        made = [
+            results.rounded(row)
+            for row in results.run(op, setting, threads=threads, repeats=repeats, bandwidths=bandwidths, **options)
+        ]
+        if op not in {row.op for row in rows}:
+            print(f"\n{op}: {cases.OPS[op].title}\n{results.legend(made)}")
+        print(f"\n{results.table(made)}", flush=True)
+        rows.extend(made)
+
+    base = cases.Setting(elements=elements, device=args.device, compile=compiling)
+    if args.scaling:
+        for setting, op in _growing(args, base):
+            record(op, setting, only_safekern=True)
+    else:
+        for op in args.ops or cases.OPS:
+            kind = cases.OPS[op]
+            size = model_params if kind.whole_model else elements
+            for dtype in args.dtypes if kind.dtypes else args.dtypes[:1]:
+                for ratio in ratios if kind.ratios else ratios[:1]:
+                    record(op, replace(base, dtype=dtype, elements=int(size), ratio=ratio))
+    if args.scaling:
+        _slopes(rows)
+    if args.out:
+        results.write(args.out, rows, environment)
+    if args.plot and args.scaling:
+        for axis in ("elements", "selected"):
+            results.plot_scaling(_along(rows, axis), axis, args.plot / f"scaling_{axis}.png")
+    elif args.plot:
+        results.plot_ops(rows, args.plot)
+
+
+def _growing(args: argparse.Namespace, base: Any) -> Iterable[tuple[Any, str]]:
+    """Settings of growing size, as far as memory reaches, and then of growing ratio."""
+    from safekern.bench import cases, measure
+
+    sizes = [10_000, 40_000, 160_000] if args.quick else _SIZES
+    middle = replace(base, ratio=0.01)
+    for op in [op for op in args.ops or _STREAMING if op in _STREAMING]:
+        for dtype in args.dtypes if cases.OPS[op].dtypes else args.dtypes[:1]:
+            for size in sizes:
+                # Weights, gradients, two moments or an accumulator, and what making a mask takes.
+                need = size * (4 * cases.DTYPES[dtype].itemsize + 8)
+                if need > 0.8 * measure.available_memory():
+                    print(f"\n{op} {dtype} {size:,} is left out: it needs about {need / 1e9:.1f} GB")
+                    continue
+                yield replace(middle, dtype=dtype, elements=size), op
+    for op in [op for op in args.ops or _SPARSE if op in _SPARSE]:
+        for ratio in _RATIOS:
+            yield replace(base, dtype=args.dtypes[-1], ratio=ratio), op
+
+
+def _along(rows: "Sequence[Row]", axis: str) -> "list[Row]":
+    """Those rows in which only that axis changes: sizes at 1%, or ratios at the most common size."""
+    if axis == "elements":
+        return [row for row in rows if row.op in _STREAMING and row.ratio in (0.0, 0.01)]
+    sizes = [row.elements for row in rows if row.ratio and row.ratio != 0.01]
+    return [row for row in rows if row.op in _SPARSE and row.ratio and row.elements in sizes]
+
+
+def _slopes(rows: "Sequence[Row]") -> None:
+    from safekern.bench import results
+
+    for axis in ("elements", "selected"):
+        print(f"\ntime grows with {axis} to the power of (over the upper two decades)")
+        for (op, dtype, threads), slope in results.slopes(_along(rows, axis), axis).items():
+            print(f"  {op:12}{dtype:10}{threads} threads {slope:6.2f}")
+
+
+def _compare(paths: Sequence[Path], tolerance: float) -> int:
+    from safekern.bench import results
+
+    old, new = (results.read(path) for path in paths)
+    for key in ("device", "allocator"):
+        if old.environment.get(key) != new.environment.get(key):
+            print(f"note: {key} differs: {old.environment.get(key)} and {new.environment.get(key)}")
+    print(f"{old.environment.get('commit')} -> {new.environment.get('commit')}, speed against the baseline of each")
+    verdicts = results.compare(old, new, tolerance)
+    for verdict in verdicts:
+        row = verdict.row
+        change = "" if math.isnan(verdict.change) else f"{verdict.change - 1:+.1%}"
+        ratio = f"{row.ratio:.3g}" if row.ratio else ""
+        print(f"{row.op:12}{row.dtype:10}{row.elements:>14,}{ratio:>7} {row.threads}t {change:>8}  {verdict.verdict}")
+    slower = sum(verdict.verdict == "slower" for verdict in verdicts)
+    print(f"{slower} of {len(verdicts)} slower")
+    return int(slower > 0)
+
+
+def _memory(args: argparse.Namespace) -> int:
+    from safekern.bench import measure, memory, results
+
+    params = args.model_params or (200_000 if args.quick else 100_000_000)
+    usages = memory.measure_memory(params, ratio=args.ratios[0] if args.quick else 0.01, score_memory=args.score_memory)
+    print(memory.table(usages))
+    if args.out:
+        results.write(args.out, usages, measure.environment())
+    return 0
+
+
+def _number(text: str) -> int:
+    """A whole number that may be written as 64e6."""
+    value = float(text)
+    if not (value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"a whole number is needed, got {text}")
+    return int(value)
