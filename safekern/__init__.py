@@ -26,6 +26,7 @@ from safekern.evaluation import attack_success_rate, refusal_rate
 from safekern.integrations import merge_lora
 from safekern.mask import Mask
 from safekern.optim import SETAdamW, SPAAdamW, protect
+from safekern.perturbation import perturb
 from safekern.scores import Scores
 from safekern.scoring import score
 
@@ -52,6 +53,7 @@ __all__ = [
     "integrations",
     "merge_lora",
     "objectives",
+    "perturb",
     "protect",
     "refusal_rate",
     "score",
