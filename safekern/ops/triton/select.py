@@ -238,7 +238,7 @@ def _emit(problem: _Problem, candidates: _Candidates | None) -> list[Tensor] | N
         [
             [outputs[t].data_ptr() for t in problem.present],
             bases,
-            [not _fits(problem.grads[t]) for t in problem.present],
+            [_fits(problem.grads[t]) for t in problem.present],
         ],
         device,
     )
@@ -319,12 +319,12 @@ def filter_kernel(
     # Which block comes first depends on chance; every block knows its place, so nothing else does.
     start = tl.atomic_add(total, count.to(tl.int64))
     # Past the capacity the total alone counts.
-    fits = start + count <= capacity
+    fits = (start + count <= capacity).to(tl.int32)
     tl.store(starts + block, start)
-    tl.store(counts + block, tl.where(fits, count, 0))
+    tl.store(counts + block, count * fits)
     place = start + tl.cumsum(kept, axis=0) - 1
-    tl.store(keys + place, key, mask=(kept > 0) & fits)
-    tl.store(positions + place, position.to(tl.int16), mask=(kept > 0) & fits)
+    tl.store(keys + place, key, mask=kept * fits > 0)
+    tl.store(positions + place, position.to(tl.int16), mask=kept * fits > 0)
 
 
 @triton.jit
@@ -486,7 +486,7 @@ def emit_kernel(
     t, scale, origin, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
     done = tl.load(ends + block) - tl.load(chosen + block) - tl.load(out + tensors + t)
     address = tl.load(out + t)
-    wide = tl.load(out + 2 * tensors + t) != 0
+    short = tl.load(out + 2 * tensors + t).to(tl.int32)
     seen = quota * 0
     for tile in range(0, count, TILE):
         key, inside = _tile_of(table, tensors, keys, t, scale, begin, count, tile, CANDIDATES, FLIP, ALIGNED, TILE)
@@ -498,8 +498,8 @@ def emit_kernel(
         if CANDIDATES:
             position = tl.load(positions + begin + position, mask=inside, other=0).to(tl.int32)
         index = origin + position
-        tl.store(address.to(tl.pointer_type(tl.int32)) + place, index.to(tl.int32), mask=(taken > 0) & (wide == 0))
-        tl.store(address.to(tl.pointer_type(tl.int64)) + place, index, mask=(taken > 0) & wide)
+        tl.store(address.to(tl.pointer_type(tl.int32)) + place, index.to(tl.int32), mask=taken * short > 0)
+        tl.store(address.to(tl.pointer_type(tl.int64)) + place, index, mask=taken * (1 - short) > 0)
         seen += tl.sum(equal, axis=0)
         done += tl.sum(taken, axis=0)
 
