@@ -33,6 +33,8 @@ from safekern.ops.triton.common import (
 BLOCK, TILE = 8192, 1024
 # How many runs of how many elements the sample takes, and how many times as large the whole must be to be sampled.
 SAMPLE_RUNS, SAMPLE_RUN, SAMPLED_FROM = 1 << 14, 16, 4
+# How many more candidates than 4/3 k there is room for.
+SLACK = 8 * BLOCK
 # Programs that share the blocks when a histogram is made: more of them would add to the same counters more often.
 HISTOGRAM_PROGRAMS = 2048
 
@@ -152,7 +154,7 @@ def _guess_cutoff(problem: _Problem, numel: int) -> Tensor | None:
 
 
 def _filter(problem: _Problem, guess: Tensor) -> _Candidates:
-    capacity = problem.k + problem.k // 3 + 8 * BLOCK
+    capacity = problem.k + problem.k // 3 + SLACK
 
     def empty(size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=problem.sigma.device)
