@@ -262,7 +262,7 @@ def large_cases(count):
     }
 
 
-EASY_CASES = ("normal", "clustered", "few_nonzero", "constant")
+EASY_CASES = ("normal", "constant")
 
 
 @pytest.mark.parametrize("case", [*EASY_CASES, *in_full(*(large_cases(1).keys() - set(EASY_CASES)))])
@@ -281,7 +281,9 @@ def test_select_does_not_depend_on_threads():
     values = large_cases(SAMPLED)["rounded"]
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        assert_selects("torch" if ops.BACKENDS["cpu"].backend == "torch" else COMPILED, [values], torch.ones(1), [13_000])
+        assert_selects(
+            "torch" if ops.BACKENDS["cpu"].backend == "torch" else COMPILED, [values], torch.ones(1), [13_000]
+        )
 
 
 @pytest.mark.parametrize("numel", [10, SAMPLED * 3 // 2])

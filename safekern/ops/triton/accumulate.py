@@ -39,15 +39,11 @@ def accumulate_(accs: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Tens
         for t, (acc, grad) in enumerate(zip(accs, grads, strict=True)):
             blocks = -(-acc.numel() // BLOCK)
             if blocks:
-                accumulate_kernel[(blocks,)](
-                    acc, grad, flags, t, acc.numel(), ABSOLUTE=absolute, BLOCK=BLOCK, **LAUNCH
-                )
+                accumulate_kernel[(blocks,)](acc, grad, flags, t, acc.numel(), ABSOLUTE=absolute, BLOCK=BLOCK, **LAUNCH)
 
 
 @triton.jit(do_not_specialize=["flags", "t", "numel"])
-def accumulate_kernel(
-    acc, grad, flags, t: tl.int64, numel: tl.int64, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr
-):
+def accumulate_kernel(acc, grad, flags, t: tl.int64, numel: tl.int64, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
     """Must move, and moves, the gradient once and the accumulator twice: 10 bytes per element of a bf16 gradient."""
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = begin + tl.arange(0, BLOCK)

@@ -12,11 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Fusion is off because a fused multiply-add rounds differently from the plain-torch references.
-LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
 
-# Elements of one tensor that a program works on. With 4 warps of 64 threads (AMD) that is still 16 bytes of a 16-bit
-# dtype per thread.
+def launch_options(threads: int, warp_size: int) -> dict[str, Any]:
+    """How kernels are compiled. A fused multiply-add would round differently from the plain-torch references."""
+    return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
+
+
+THREADS = 128
+# AMD's data-centre GPUs have warps of 64 threads.
+WARP_SIZE = 64 if torch.version.hip else 32
+LAUNCH = launch_options(THREADS, WARP_SIZE)
+
+# Elements of one tensor that a program works on: at least 16 bytes per thread.
 BLOCK = 2048
 
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
@@ -37,6 +44,7 @@ class Spec:
         constants: the values of its constexpr arguments.
         loads: bytes that one program reads of full blocks of consecutive elements, which takes loads of 16 bytes.
         stores: the same of stores.
+        threads: threads per program.
     """
 
     kernel: Any
@@ -44,6 +52,7 @@ class Spec:
     constants: dict[str, Any]
     loads: int = 0
     stores: int = 0
+    threads: int = THREADS
 
 
 # Arguments

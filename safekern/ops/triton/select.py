@@ -16,6 +16,7 @@ from torch import Tensor
 
 from safekern.ops.triton.common import (
     LAUNCH,
+    WARP_SIZE,
     Spec,
     aligned,
     check_dtype,
@@ -23,6 +24,7 @@ from safekern.ops.triton.common import (
     check_tensor,
     find,
     first_blocks,
+    launch_options,
     load_run,
     on,
     pointer,
@@ -30,10 +32,12 @@ from safekern.ops.triton.common import (
 )
 
 # A position inside a block fits 16 bits. A tile is what a program looks at together.
-BLOCK, TILE = 8192, 1024
+BLOCK, TILE = 4096, 1024
+# With fewer, the streaming pass would hold more than fits their registers.
+FILTER_THREADS = 256
 # How many runs of how many elements the sample takes, and how many times as large the whole must be to be sampled.
-SAMPLE_RUNS, SAMPLE_RUN, SAMPLED_FROM = 1 << 14, 16, 4
-# How many more candidates than 4/3 k there is room for.
+SAMPLE_RUNS, SAMPLE_RUN, SAMPLED_FROM = 1 << 16, 16, 4
+# How many more candidates than 5/4 k there is room for.
 SLACK = 8 * BLOCK
 # Programs that share the blocks when a histogram is made: more of them would add to the same counters more often.
 HISTOGRAM_PROGRAMS = 2048
@@ -154,7 +158,7 @@ def _guess_cutoff(problem: _Problem, numel: int) -> Tensor | None:
 
 
 def _filter(problem: _Problem, guess: Tensor) -> _Candidates:
-    capacity = problem.k + problem.k // 3 + SLACK
+    capacity = problem.k + problem.k // 4 + SLACK
 
     def empty(size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=problem.sigma.device)
@@ -181,7 +185,7 @@ def _filter(problem: _Problem, guess: Tensor) -> _Candidates:
         FLIP=problem.flip,
         ALIGNED=problem.is_aligned,
         BLOCK=BLOCK,
-        **LAUNCH,
+        **launch_options(FILTER_THREADS, WARP_SIZE),
     )
     return candidates
 
@@ -302,16 +306,17 @@ def filter_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Must move, and moves, 4 bytes per element; also 6 per candidate and 12 per block of 8192 elements."""
+    """Must move, and moves, 4 bytes per element; also 6 per candidate and 12 per block of 4096 elements."""
     block = tl.program_id(0).to(tl.int64)
     t = find(table, tensors, block)
     numel = tl.load(table + 2 * tensors + t)
     scale = tl.load(sigma + tl.load(table + 3 * tensors + t))
     begin = (block - tl.load(table + t)) * BLOCK
+    # Places in the block are int32: int64 ones would take twice the registers.
+    size = tl.minimum(numel - begin, BLOCK).to(tl.int32)
     position = tl.arange(0, BLOCK)
-    offsets = begin + position
-    inside = offsets < numel
-    grad = load_run(pointer(table + tensors + t, tl.float32, ALIGNED), offsets, inside, begin + BLOCK <= numel)
+    inside = position < size
+    grad = load_run(pointer(table + tensors + t, tl.float32, ALIGNED) + begin, position, inside, size == BLOCK)
     key = _key(grad, scale)
     if tl.max((inside & (key > _INFINITY_KEY)).to(tl.int32), axis=0) > 0:
         tl.store(nan, 1)
@@ -324,9 +329,9 @@ def filter_kernel(
     fits = (start + count <= capacity).to(tl.int32)
     tl.store(starts + block, start)
     tl.store(counts + block, count * fits)
-    place = start + tl.cumsum(kept, axis=0) - 1
-    tl.store(keys + place, key, mask=kept * fits > 0)
-    tl.store(positions + place, position.to(tl.int16), mask=kept * fits > 0)
+    rank = tl.cumsum(kept, axis=0) - 1
+    tl.store(keys + start + rank, key, mask=kept * fits > 0)
+    tl.store(positions + start + rank, position.to(tl.int16), mask=kept * fits > 0)
 
 
 @triton.jit
@@ -399,9 +404,7 @@ def histogram_kernel(
     for block in range(tl.program_id(0).to(tl.int64), blocks, programs):
         t, scale, origin, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
         for tile in range(0, count, TILE):
-            key, matches = _tile_of(
-                table, tensors, keys, t, scale, begin, count, tile, CANDIDATES, FLIP, ALIGNED, TILE
-            )
+            key, matches = _tile_of(table, tensors, keys, t, scale, begin, count, tile, CANDIDATES, FLIP, ALIGNED, TILE)
             if SHIFT < 24:
                 matches = matches & ((key >> (SHIFT + 8)) == prefix)
             # What does not count goes to bins that nobody reads.
@@ -527,6 +530,7 @@ SPECS = [
             },
             {"FLIP": flip, "ALIGNED": True, "BLOCK": BLOCK},
             loads=BLOCK * 4,
+            threads=FILTER_THREADS,
         )
         for flip in (0, _KEY_MASK)
     ),

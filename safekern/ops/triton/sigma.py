@@ -66,6 +66,7 @@ def sigma(params: Sequence[Tensor]) -> Tensor:
                 LANES=LANES,
                 PIVOT=PIVOT,
                 CHUNKS=CHUNKS,
+                ROWS=_rows(params[chosen[0]].dtype),
                 **LAUNCH,
             )
         merge_kernel[(len(params),)](
@@ -80,6 +81,11 @@ def sigma(params: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def _rows(dtype: torch.dtype) -> int:
+    """How many of a chunk's rows of LANES elements a thread has under way at a time: what its registers hold."""
+    return 2 if dtype == torch.float64 else 4
+
+
 @triton.jit(do_not_specialize=["tensors"])
 def chunks_kernel(
     table,
@@ -92,6 +98,7 @@ def chunks_kernel(
     LANES: tl.constexpr,
     PIVOT: tl.constexpr,
     CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Mean and sum of squared deviations of every chunk. Must move, and moves, every weight once.
 
@@ -117,9 +124,9 @@ def chunks_kernel(
     sums_of_squares = tl.zeros((CHUNKS, LANES), tl.float64)
     rows = count // LANES
     places = base + begin[:, None] + lane[None, :]
-    for row in range(0, tl.max(rows, axis=0), 4):
+    for row in range(0, tl.max(rows, axis=0), ROWS):
         # Several loads under way at a time; each is whole or absent, so that it may take 16 bytes.
-        for r in tl.static_range(4):
+        for r in tl.static_range(ROWS):
             present = ((row + r < rows) & (count > 0))[:, None]
             values = tl.load(places + (row + r) * LANES, mask=present, other=0).to(tl.float64)
             deviation = tl.where(present, values - pivot[:, None], 0.0)
@@ -177,11 +184,19 @@ SPECS = [
     Spec(
         chunks_kernel,
         {"table": "*i64", "tensors": "i32", "means": "*fp64", "squares": "*fp64"},
-        {"TYPE": dtype, "ALIGNED": True, "CHUNK": CHUNK, "LANES": LANES, "PIVOT": PIVOT, "CHUNKS": CHUNKS},
+        {
+            "TYPE": kind,
+            "ALIGNED": True,
+            "CHUNK": CHUNK,
+            "LANES": LANES,
+            "PIVOT": PIVOT,
+            "CHUNKS": CHUNKS,
+            "ROWS": _rows(dtype),
+        },
         # What one round of the loop reads.
-        loads=4 * CHUNKS * LANES * dtype.primitive_bitwidth // 8,
+        loads=_rows(dtype) * CHUNKS * LANES * dtype.itemsize,
     )
-    for dtype in FLOATS.values()
+    for dtype, kind in FLOATS.items()
 ] + [
     Spec(
         merge_kernel,
