@@ -51,10 +51,10 @@ if not INTERPRETED:
 else:
     import triton
     import triton.language as tl
+    from test_ops import assert_same_bits, assert_selects, assert_sentinels, between_sentinels, bits, no_flags
 
     from safekern.ops.triton import common
     from safekern.ops.triton import select as select_module
-    from test_ops import assert_same_bits, assert_selects, assert_sentinels, between_sentinels, bits, no_flags
 
     DTYPES = tuple(common.FLOATS)
     WRONG = (-1, -(2**31), 5, 2**31 - 1)

@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Threads per program. With half of them, some kernels would hold more than fits the registers of some GPU.
+THREADS = 256
 
-def launch_options(threads: int, warp_size: int) -> dict[str, Any]:
+
+def launch_options(warp_size: int) -> dict[str, Any]:
     """How kernels are compiled. A fused multiply-add would round differently from the plain-torch references."""
-    return {"num_warps": threads // warp_size, "enable_fp_fusion": False}
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
 
 
-THREADS = 128
 # AMD's data-centre GPUs have warps of 64 threads.
-WARP_SIZE = 64 if torch.version.hip else 32
-LAUNCH = launch_options(THREADS, WARP_SIZE)
+LAUNCH = launch_options(64 if torch.version.hip else 32)
 
 # Elements of one tensor that a program works on: at least 16 bytes per thread.
 BLOCK = 2048
@@ -44,7 +45,6 @@ class Spec:
         constants: the values of its constexpr arguments.
         loads: bytes that one program reads of full blocks of consecutive elements, which takes loads of 16 bytes.
         stores: the same of stores.
-        threads: threads per program.
     """
 
     kernel: Any
@@ -52,7 +52,6 @@ class Spec:
     constants: dict[str, Any]
     loads: int = 0
     stores: int = 0
-    threads: int = THREADS
 
 
 # Arguments
@@ -292,7 +291,8 @@ def store_run(base, offsets, values, inside, full):
         tl.store(base + offsets, values, mask=inside)
 
 
-# Rows of every table of `launch_selected`: first block, number of indices, their address, the tensor's address and size.
+# Rows of every table of `launch_selected`: first block, number of indices, their address, the address and size of what
+# they point into.
 SELECTED_ROWS: tl.constexpr = tl.constexpr(5)
 
 
@@ -323,7 +323,7 @@ def selected(table, tensors, INDEX: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
 @triton.jit
 def narrow(value, TYPE: tl.constexpr):
     """Rounds to nearest, ties to even, and keeps denormals."""
-    if TYPE == tl.bfloat16:
+    if tl.bfloat16 == TYPE:
         # Triton's interpreter truncates, so that integers do it.
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

@@ -131,13 +131,13 @@ def perturb_kernel(
     BLOCK: tl.constexpr,
 ):
     """Must move, and moves, 4 (or 8) bytes of index and the 32-byte sectors that hold a selected weight, twice."""
-    t, offsets, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
+    t, _, _, _, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
     places = pointer(table + 3 * tensors + t, PARAM, False) + index
     entry = table + SELECTED_ROWS * tensors + t
     scale = tl.load(entry).to(tl.int32).to(tl.float32, bitcast=True)
     noise = _normal(index, tl.load(entry + tensors), seed.to(tl.int64)) * scale
     value = tl.load(places, mask=valid, other=0)
-    if PARAM == tl.float64:
+    if tl.float64 == PARAM:
         value = value + noise
     else:
         value = value.to(tl.float32) + noise

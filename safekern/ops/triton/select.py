@@ -16,7 +16,6 @@ from torch import Tensor
 
 from safekern.ops.triton.common import (
     LAUNCH,
-    WARP_SIZE,
     Spec,
     aligned,
     check_dtype,
@@ -24,7 +23,6 @@ from safekern.ops.triton.common import (
     check_tensor,
     find,
     first_blocks,
-    launch_options,
     load_run,
     on,
     pointer,
@@ -33,8 +31,6 @@ from safekern.ops.triton.common import (
 
 # A position inside a block fits 16 bits. A tile is what a program looks at together.
 BLOCK, TILE = 4096, 1024
-# With fewer, the streaming pass would hold more than fits their registers.
-FILTER_THREADS = 256
 # How many runs of how many elements the sample takes, and how many times as large the whole must be to be sampled.
 SAMPLE_RUNS, SAMPLE_RUN, SAMPLED_FROM = 1 << 16, 16, 4
 # How many more candidates than 5/4 k there is room for.
@@ -185,7 +181,7 @@ def _filter(problem: _Problem, guess: Tensor) -> _Candidates:
         FLIP=problem.flip,
         ALIGNED=problem.is_aligned,
         BLOCK=BLOCK,
-        **launch_options(FILTER_THREADS, WARP_SIZE),
+        **LAUNCH,
     )
     return candidates
 
@@ -402,7 +398,7 @@ def histogram_kernel(
     prefix = tl.load(state)
     total = tl.zeros((512,), tl.int32)
     for block in range(tl.program_id(0).to(tl.int64), blocks, programs):
-        t, scale, origin, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
+        t, scale, _, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
         for tile in range(0, count, TILE):
             key, matches = _tile_of(table, tensors, keys, t, scale, begin, count, tile, CANDIDATES, FLIP, ALIGNED, TILE)
             if SHIFT < 24:
@@ -448,7 +444,7 @@ def count_kernel(
     """How many keys of each block are above the cutoff and equal to it. Moves what `histogram_kernel` does."""
     block = tl.program_id(0).to(tl.int64)
     cutoff = tl.load(state)
-    t, scale, origin, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
+    t, scale, _, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
     larger = count * 0
     equal = count * 0
     for tile in range(0, count, TILE):
@@ -530,7 +526,6 @@ SPECS = [
             },
             {"FLIP": flip, "ALIGNED": True, "BLOCK": BLOCK},
             loads=BLOCK * 4,
-            threads=FILTER_THREADS,
         )
         for flip in (0, _KEY_MASK)
     ),

@@ -140,7 +140,7 @@ def set_adamw_kernel(
     exp_avg = load_run(pointer(state + tensors, tl.float32, ALIGNED), offsets, inside, full)
     exp_avg_sq = load_run(pointer(state + 2 * tensors, tl.float32, ALIGNED), offsets, inside, full)
     current = tl.load(param + index, mask=valid, other=0)
-    if PARAM == tl.float64:
+    if tl.float64 == PARAM:
         value = current
     else:
         value = current.to(tl.float32)

@@ -10,6 +10,7 @@ from torch import Tensor
 from safekern.ops.triton.common import (
     FLOATS,
     LAUNCH,
+    THREADS,
     Spec,
     aligned,
     check_float,
@@ -26,7 +27,7 @@ from safekern.ops.triton.common import (
 # in each, and one chunk after the other.
 CHUNK, LANES, PIVOT = 4096, 8, 64
 # One thread per chunk holds its sums.
-CHUNKS = 128
+CHUNKS = THREADS
 
 
 def sigma(params: Sequence[Tensor]) -> Tensor:
@@ -115,7 +116,7 @@ def chunks_kernel(
     # Deviations are taken from the mean of the chunk's first elements, see the CPU kernel.
     head = tl.minimum(count, PIVOT)
     pivot = tl.zeros((CHUNKS,), tl.float64)
-    for i in range(0, PIVOT):
+    for i in range(PIVOT):
         pivot += tl.load(base + begin + i, mask=i < head, other=0).to(tl.float64)
     pivot = pivot / tl.maximum(head, 1).to(tl.float64)
 
