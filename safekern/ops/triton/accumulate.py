@@ -19,6 +19,7 @@ from safekern.ops.triton.common import (
     is_finite,
     load_run,
     on,
+    run_of,
     store_run,
 )
 
@@ -45,15 +46,13 @@ def accumulate_(accs: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Tens
 @triton.jit(do_not_specialize=["flags", "t", "numel"])
 def accumulate_kernel(acc, grad, flags, t: tl.int64, numel: tl.int64, ABSOLUTE: tl.constexpr, BLOCK: tl.constexpr):
     """Must move, and moves, the gradient once and the accumulator twice: 10 bytes per element of a bf16 gradient."""
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = begin + tl.arange(0, BLOCK)
-    inside = offsets < numel
-    full = begin + BLOCK <= numel
-    value = load_run(grad, offsets, inside, full).to(tl.float32)
+    begin, inside, full = run_of(numel, BLOCK)
+    places = tl.arange(0, BLOCK)
+    value = load_run(grad + begin, places, inside, full).to(tl.float32)
     if ABSOLUTE:
         value = tl.abs(value)
-    total = load_run(acc, offsets, inside, full) + value
-    store_run(acc, offsets, total, inside, full)
+    total = load_run(acc + begin, places, inside, full) + value
+    store_run(acc + begin, places, total, inside, full)
     # Programs that store here all store the same, so the order does not matter.
     if tl.max((inside & ~is_finite(total)).to(tl.int32), axis=0) > 0:
         tl.store(flags + t, 1)

@@ -274,21 +274,32 @@ def pointer(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def load_run(base, offsets, inside, full):
-    """Loads consecutive elements: with 16-byte loads, which a mask would prevent, where the whole block is inside."""
+def load_run(base, places, inside, full):
+    """Loads consecutive elements: with 16-byte loads, which a mask would prevent, where the whole block is inside.
+
+    The block's own offset belongs into ``base``: places are int32, since int64 ones would take twice the registers.
+    """
     if full:
-        values = tl.load(base + offsets)
+        values = tl.load(base + places)
     else:
-        values = tl.load(base + offsets, mask=inside, other=0)
+        values = tl.load(base + places, mask=inside, other=0)
     return values
 
 
 @triton.jit
-def store_run(base, offsets, values, inside, full):
+def store_run(base, places, values, inside, full):
     if full:
-        tl.store(base + offsets, values)
+        tl.store(base + places, values)
     else:
-        tl.store(base + offsets, values, mask=inside)
+        tl.store(base + places, values, mask=inside)
+
+
+@triton.jit
+def run_of(numel, BLOCK: tl.constexpr):
+    """Where the program's block of a tensor begins, which of its places exist, and whether all do."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    size = tl.minimum(numel - begin, BLOCK).to(tl.int32)
+    return begin, tl.arange(0, BLOCK) < size, size == BLOCK
 
 
 # Rows of every table of `launch_selected`: first block, number of indices, their address, the address and size of what
@@ -302,22 +313,22 @@ def selected(table, tensors, INDEX: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
 
     Returns:
         t: the column of the table.
-        offsets: int64 [BLOCK], places in the tensor's list of indices.
-        inside: whether these places exist.
+        begin: where the block begins in the tensor's list of indices.
+        inside: bool [BLOCK], which of its places exist.
         full: whether all of them do.
         index: int64 [BLOCK], the indices.
-        valid: whether the place exists and its index lies inside the tensor.
+        valid: bool [BLOCK], whether the place exists and its index lies inside the tensor.
     """
     block = tl.program_id(0).to(tl.int64)
     t = find(table, tensors, block)
     begin = (block - tl.load(table + t)) * BLOCK
-    count = tl.load(table + tensors + t)
-    offsets = begin + tl.arange(0, BLOCK)
-    inside = offsets < count
-    full = begin + BLOCK <= count
-    index = load_run(pointer(table + 2 * tensors + t, INDEX, ALIGNED), offsets, inside, full).to(tl.int64)
+    size = tl.minimum(tl.load(table + tensors + t) - begin, BLOCK).to(tl.int32)
+    places = tl.arange(0, BLOCK)
+    inside = places < size
+    full = size == BLOCK
+    index = load_run(pointer(table + 2 * tensors + t, INDEX, ALIGNED) + begin, places, inside, full).to(tl.int64)
     valid = inside & (index >= 0) & (index < tl.load(table + 4 * tensors + t))
-    return t, offsets, inside, full, index, valid
+    return t, begin, inside, full, index, valid
 
 
 @triton.jit

@@ -39,8 +39,9 @@ def count_changed_kernel(
     BLOCK: tl.constexpr,
 ):
     """Must move, and moves, 4 (or 8) bytes of index, the values, and the 32-byte sectors with a selected element."""
-    t, offsets, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
-    value = load_run(pointer(table + SELECTED_ROWS * tensors + t, WORD, ALIGNED), offsets, inside, full)
+    t, begin, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
+    values = pointer(table + SELECTED_ROWS * tensors + t, WORD, ALIGNED) + begin
+    value = load_run(values, tl.arange(0, BLOCK), inside, full)
     param = tl.load(pointer(table + 3 * tensors + t, WORD, False) + index, mask=valid, other=0)
     changed = inside & ((param != value) | ~valid)
     # Integers add up to the same in any order.

@@ -78,13 +78,13 @@ def gather_kernel(
 
     At a random 1% that is 15% of the sectors of a bf16 tensor and 8% of an fp32 one.
     """
-    t, offsets, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
+    t, begin, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
     src = pointer(table + 3 * tensors + t, SRC, False)
     out = pointer(table + SELECTED_ROWS * tensors + t, OUT, ALIGNED)
     value = tl.load(src + index, mask=valid, other=float("nan"))
     if OUT != SRC:
         value = value.to(OUT)
-    store_run(out, offsets, value, inside, full)
+    store_run(out + begin, tl.arange(0, BLOCK), value, inside, full)
     if tl.max((inside & ~is_finite(value)).to(tl.int32), axis=0) > 0:
         tl.store(flags + tl.load(table + (SELECTED_ROWS + 1) * tensors + t), 1)
 

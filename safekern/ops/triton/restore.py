@@ -66,8 +66,9 @@ def restore_kernel(
     A GPU writes parts of a sector without reading it first, until the cache line leaves L2: what is moved lies between
     one and two times the sectors.
     """
-    t, offsets, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
-    value = load_run(pointer(table + SELECTED_ROWS * tensors + t, WORD, ALIGNED), offsets, inside, full)
+    t, begin, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
+    values = pointer(table + SELECTED_ROWS * tensors + t, WORD, ALIGNED) + begin
+    value = load_run(values, tl.arange(0, BLOCK), inside, full)
     tl.store(pointer(table + 3 * tensors + t, WORD, False) + index, value, mask=valid)
 
 

@@ -308,7 +308,6 @@ def filter_kernel(
     numel = tl.load(table + 2 * tensors + t)
     scale = tl.load(sigma + tl.load(table + 3 * tensors + t))
     begin = (block - tl.load(table + t)) * BLOCK
-    # Places in the block are int32: int64 ones would take twice the registers.
     size = tl.minimum(numel - begin, BLOCK).to(tl.int32)
     position = tl.arange(0, BLOCK)
     inside = position < size
@@ -367,7 +366,7 @@ def _tile_of(
         key = tl.load(keys + begin + place, mask=inside, other=0)
     else:
         base = pointer(table + tensors + t, tl.float32, ALIGNED)
-        key = _key(load_run(base, begin + place, inside, tile + TILE <= count), scale) ^ FLIP
+        key = _key(load_run(base + begin, place, inside, tile + TILE <= count), scale) ^ FLIP
     return key, inside
 
 
@@ -397,14 +396,18 @@ def histogram_kernel(
     """
     prefix = tl.load(state)
     total = tl.zeros((512,), tl.int32)
-    for block in range(tl.program_id(0).to(tl.int64), blocks, programs):
+    block = tl.program_id(0).to(tl.int64)
+    while block < blocks:
         t, scale, _, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
-        for tile in range(0, count, TILE):
+        tile = count * 0
+        while tile < count:
             key, matches = _tile_of(table, tensors, keys, t, scale, begin, count, tile, CANDIDATES, FLIP, ALIGNED, TILE)
             if SHIFT < 24:
                 matches = matches & ((key >> (SHIFT + 8)) == prefix)
             # What does not count goes to bins that nobody reads.
             total += tl.histogram(tl.where(matches, (key >> SHIFT) & 255, 256), 512)
+            tile += TILE
+        block += programs
     bins = tl.arange(0, 512)
     tl.atomic_add(histogram + bins, total.to(tl.int64), mask=(bins < 256) & (total > 0))
 
@@ -447,12 +450,14 @@ def count_kernel(
     t, scale, _, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
     larger = count * 0
     equal = count * 0
-    for tile in range(0, count, TILE):
+    tile = count * 0
+    while tile < count:
         key, inside = _tile_of(table, tensors, keys, t, scale, begin, count, tile, CANDIDATES, FLIP, ALIGNED, TILE)
         larger += tl.sum((inside & (key > cutoff)).to(tl.int32), axis=0)
         equal += tl.sum((inside & (key == cutoff)).to(tl.int32), axis=0)
         if tl.max((inside & ((key ^ FLIP) > _INFINITY_KEY)).to(tl.int32), axis=0) > 0:
             tl.store(nan, 1)
+        tile += TILE
     tl.store(above + block, larger.to(tl.int64))
     tl.store(tied + block, equal.to(tl.int64))
 
@@ -489,7 +494,8 @@ def emit_kernel(
     address = tl.load(out + t)
     short = tl.load(out + 2 * tensors + t).to(tl.int32)
     seen = quota * 0
-    for tile in range(0, count, TILE):
+    tile = count * 0
+    while tile < count:
         key, inside = _tile_of(table, tensors, keys, t, scale, begin, count, tile, CANDIDATES, FLIP, ALIGNED, TILE)
         equal = (inside & (key == cutoff)).to(tl.int32)
         early = (equal > 0) & (seen + tl.cumsum(equal, axis=0) <= quota)
@@ -503,6 +509,7 @@ def emit_kernel(
         tl.store(address.to(tl.pointer_type(tl.int64)) + place, index, mask=taken * (1 - short) > 0)
         seen += tl.sum(equal, axis=0)
         done += tl.sum(taken, axis=0)
+        tile += TILE
 
 
 _SOURCE = {"table": "*i64", "tensors": "i32", "sigma": "*fp32"}

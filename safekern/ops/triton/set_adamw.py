@@ -133,19 +133,20 @@ def set_adamw_kernel(
     The 32: index and gradient, and both moments and the master read and written; 4 more for int64 indices. At a random
     1%, 15% of the 32-byte sectors of a bf16 tensor and 8% of an fp32 one hold a selected weight.
     """
-    t, offsets, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
+    t, begin, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
     param = pointer(table + 3 * tensors + t, PARAM, False)
+    places = tl.arange(0, BLOCK)
     state = table + SELECTED_ROWS * tensors + t
-    grad = load_run(pointer(state, tl.float32, ALIGNED), offsets, inside, full)
-    exp_avg = load_run(pointer(state + tensors, tl.float32, ALIGNED), offsets, inside, full)
-    exp_avg_sq = load_run(pointer(state + 2 * tensors, tl.float32, ALIGNED), offsets, inside, full)
+    grad = load_run(pointer(state, tl.float32, ALIGNED) + begin, places, inside, full)
+    exp_avg = load_run(pointer(state + tensors, tl.float32, ALIGNED) + begin, places, inside, full)
+    exp_avg_sq = load_run(pointer(state + 2 * tensors, tl.float32, ALIGNED) + begin, places, inside, full)
     current = tl.load(param + index, mask=valid, other=0)
     if tl.float64 == PARAM:
         value = current
     else:
         value = current.to(tl.float32)
     if MASTER:
-        master = load_run(pointer(state + 3 * tensors, tl.float32, ALIGNED), offsets, inside, full)
+        master = load_run(pointer(state + 3 * tensors, tl.float32, ALIGNED) + begin, places, inside, full)
         # A master that no longer rounds to its weight is stale: the weight was loaded or edited from outside, and what
         # is in the model wins.
         fresh = narrow(master, PARAM).to(WORD, bitcast=True) == current.to(WORD, bitcast=True)
@@ -164,10 +165,10 @@ def set_adamw_kernel(
         bias_correction2_sqrt,
         tl.float32,
     )
-    store_run(pointer(state + tensors, tl.float32, ALIGNED), offsets, exp_avg, inside, full)
-    store_run(pointer(state + 2 * tensors, tl.float32, ALIGNED), offsets, exp_avg_sq, inside, full)
+    store_run(pointer(state + tensors, tl.float32, ALIGNED) + begin, places, exp_avg, inside, full)
+    store_run(pointer(state + 2 * tensors, tl.float32, ALIGNED) + begin, places, exp_avg_sq, inside, full)
     if MASTER:
-        store_run(pointer(state + 3 * tensors, tl.float32, ALIGNED), offsets, value.to(tl.float32), inside, full)
+        store_run(pointer(state + 3 * tensors, tl.float32, ALIGNED) + begin, places, value.to(tl.float32), inside, full)
     tl.store(param + index, narrow(value, PARAM), mask=valid)
 
 

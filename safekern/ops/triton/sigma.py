@@ -125,7 +125,8 @@ def chunks_kernel(
     sums_of_squares = tl.zeros((CHUNKS, LANES), tl.float64)
     rows = count // LANES
     places = base + begin[:, None] + lane[None, :]
-    for row in range(0, tl.max(rows, axis=0), ROWS):
+    row = numel * 0
+    while row < tl.max(rows, axis=0):
         # Several loads under way at a time; each is whole or absent, so that it may take 16 bytes.
         for r in tl.static_range(ROWS):
             present = ((row + r < rows) & (count > 0))[:, None]
@@ -133,6 +134,7 @@ def chunks_kernel(
             deviation = tl.where(present, values - pivot[:, None], 0.0)
             sums += deviation
             sums_of_squares += deviation * deviation
+        row += ROWS
     present = lane[None, :] < (count - rows * LANES)[:, None]
     values = tl.load(places + (rows * LANES)[:, None], mask=present, other=0).to(tl.float64)
     deviation = tl.where(present, values - pivot[:, None], 0.0)
@@ -163,7 +165,8 @@ def merge_kernel(table, tensors: tl.int32, means, squares, out, CHUNK: tl.conste
     count = zero
     mean = zero
     square = zero
-    for c in range(0, chunks, 8):
+    c = chunks * 0
+    while c < chunks:
         # Unrolled, so that loads of several chunks are under way at a time.
         for i in tl.static_range(8):
             present = c + i < chunks
@@ -176,6 +179,7 @@ def merge_kernel(table, tensors: tl.int32, means, squares, out, CHUNK: tl.conste
             square = tl.where(present, square + (other_square + delta * delta * (count * other_count / total)), square)
             mean = tl.where(present, mean + delta * (other_count / total), mean)
             count = tl.where(present, total, count)
+        c += 8
     freedom = count - 1
     deviation = tl.sqrt(square / tl.maximum(freedom, 1.0)).to(tl.float32)
     tl.store(out + t, tl.where(freedom > 0, deviation, 0.0))

@@ -138,9 +138,10 @@ def spa_adamw_kernel(
     begin = tl.program_id(0).to(tl.int64) * BLOCK
     word = tl.arange(0, WORDS)
     bit = tl.arange(0, 32)
-    offsets = begin + word[:, None] * 32 + bit[None, :]
-    inside = offsets < numel
-    full = begin + BLOCK <= numel
+    element = word[:, None] * 32 + bit[None, :]
+    size = tl.minimum(numel - begin, BLOCK).to(tl.int32)
+    inside = element < size
+    full = size == BLOCK
 
     # One bit per element of the block.
     spared = tl.zeros((WORDS,), tl.int32)
@@ -164,13 +165,13 @@ def spa_adamw_kernel(
         more = (place < count) & (following < end)
     keep = ((spared[:, None] >> bit[None, :]) & 1) != 0
 
-    old = load_run(param, offsets, inside, full)
-    first = load_run(exp_avg, offsets, inside, full)
-    second = load_run(exp_avg_sq, offsets, inside, full)
+    old = load_run(param + begin, element, inside, full)
+    first = load_run(exp_avg + begin, element, inside, full)
+    second = load_run(exp_avg_sq + begin, element, inside, full)
     REAL: tl.constexpr = tl.float64 if old.dtype == tl.float64 else tl.float32
     new, first_after, second_after = adamw(
         old.to(REAL),
-        load_run(grad, offsets, inside, full).to(REAL),
+        load_run(grad + begin, element, inside, full).to(REAL),
         first.to(REAL),
         second.to(REAL),
         decay,
@@ -182,10 +183,10 @@ def spa_adamw_kernel(
         bias_correction2_sqrt,
         REAL,
     )
-    store_run(exp_avg, offsets, narrow(first_after, first.dtype), inside, full)
-    store_run(exp_avg_sq, offsets, narrow(second_after, second.dtype), inside, full)
+    store_run(exp_avg + begin, element, narrow(first_after, first.dtype), inside, full)
+    store_run(exp_avg_sq + begin, element, narrow(second_after, second.dtype), inside, full)
     # A masked store would be one of single elements.
-    store_run(param, offsets, tl.where(keep, old, narrow(new, old.dtype)), inside, full)
+    store_run(param + begin, element, tl.where(keep, old, narrow(new, old.dtype)), inside, full)
 
 
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
