@@ -1,0 +1,422 @@
+"""What the Triton kernels share: argument checks, tables of tensors on the device, loads, stores and arithmetic."""
+
+import functools
+import struct
+from collections.abc import Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Threads per program. With half of them, some kernels would hold more than fits the registers of some GPU.
+THREADS = 256
+
+
+def launch_options(warp_size: int) -> dict[str, Any]:
+    """How kernels are compiled. A fused multiply-add would round differently from the plain-torch references."""
+    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+
+
+# AMD's data-centre GPUs have warps of 64 threads.
+LAUNCH = launch_options(64 if torch.version.hip else 32)
+
+# Elements of one tensor that a program works on: at least 16 bytes per thread.
+BLOCK = 2048
+
+FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
+INDICES = {torch.int32: tl.int32, torch.int64: tl.int64}
+# Where only bits count, floats are moved as integers of their size.
+WORDS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
+
+_DTYPE_NAMES = {torch.bfloat16: "BFloat16", torch.float16: "Half", torch.float32: "Float", torch.float64: "Double"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How a kernel is compiled ahead of time, and what the result must look like.
+
+    Attributes:
+        kernel: the jit function.
+        signature: the types of its run-time arguments in Triton's notation. Pointers are taken to be 16-byte aligned.
+        constants: the values of its constexpr arguments.
+        loads: bytes that one program reads of full blocks of consecutive elements, which takes loads of 16 bytes.
+        stores: the same of stores.
+    """
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    loads: int = 0
+    stores: int = 0
+
+
+# Arguments
+
+
+def check_count(items: Sequence[object], count: int, what: str) -> None:
+    if len(items) != count:
+        raise RuntimeError(f"safekern: expected {count} {what}, got {len(items)}")
+
+
+def check_tensor(tensor: Tensor, device: torch.device, what: str) -> None:
+    """Contiguous and on the device: kernels get nothing but addresses."""
+    if not tensor.is_contiguous():
+        raise RuntimeError(f"safekern: {what} must be contiguous")
+    if tensor.device != device:
+        raise RuntimeError(f"safekern: {what} is on {tensor.device}, but the first tensor is on {device}")
+
+
+def check_dtype(tensor: Tensor, dtype: torch.dtype, what: str) -> None:
+    if tensor.dtype != dtype:
+        raise RuntimeError(f"safekern: {what} must be {dtype_name(dtype)}, got {dtype_name(tensor.dtype)}")
+
+
+def check_numel(tensor: Tensor, numel: int, what: str) -> None:
+    if tensor.numel() != numel:
+        raise RuntimeError(f"safekern: {what} must have {numel} elements, got {tensor.numel()}")
+
+
+def check_float(tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise RuntimeError(
+            f"safekern: expected a bfloat16, float16, float32 or float64 tensor, got {dtype_name(tensor.dtype)}"
+        )
+
+
+def check_indices(indices: Tensor, device: torch.device) -> None:
+    # That they lie inside their tensor cannot be seen without waiting for the device: kernels mask off those that
+    # do not.
+    check_tensor(indices, device, "indices")
+    if indices.dtype not in INDICES:
+        raise RuntimeError(f"safekern: indices must be int32 or int64, got {dtype_name(indices.dtype)}")
+
+
+def check_flags(nonfinite: Tensor, count: int, device: torch.device) -> None:
+    check_tensor(nonfinite, device, "nonfinite")
+    if nonfinite.dtype != torch.bool:
+        raise RuntimeError(f"safekern: nonfinite must be Bool, got {dtype_name(nonfinite.dtype)}")
+    check_numel(nonfinite, count, "nonfinite")
+
+
+def check_values(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """The arguments of `restore_` and `count_changed`."""
+    check_count(indices, len(params), "index tensors")
+    check_count(values, len(params), "value tensors")
+    for param, index, value in zip(params, indices, values, strict=True):
+        check_tensor(param, params[0].device, "a parameter")
+        check_tensor(value, params[0].device, "a value tensor")
+        check_float(param)
+        check_dtype(value, param.dtype, "a value tensor")
+        check_indices(index, params[0].device)
+        check_numel(value, index.numel(), "a value tensor")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return _DTYPE_NAMES.get(dtype, str(dtype))
+
+
+# Launches
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes the device current: Triton launches on the current one, whatever its arguments lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def aligned(*tensors: Tensor) -> bool:
+    """Whether 16-byte accesses are possible from the start of all these tensors."""
+    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+
+
+def groups(keys: Iterable[Hashable]) -> list[list[int]]:
+    """The positions of equal keys, for one launch each."""
+    positions: dict[Hashable, list[int]] = {}
+    for position, key in enumerate(keys):
+        positions.setdefault(key, []).append(position)
+    return list(positions.values())
+
+
+def first_blocks(numels: Iterable[int], block: int) -> list[int]:
+    """The number of each tensor's first block when their blocks are counted through, and the number of all blocks."""
+    first = [0]
+    for numel in numels:
+        first.append(first[-1] + -(-numel // block))
+    return first
+
+
+def table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """A matrix of integers (addresses, sizes) on the device, without waiting for it.
+
+    Tables are kept by their content: a step whose tensors are where they were in an earlier one copies nothing.
+    """
+    content = tuple(map(tuple, rows))
+    if device.type != "cuda":
+        return torch.tensor(content, dtype=torch.int64)
+    if torch.cuda.is_current_stream_capturing():
+        return _written_table(content, device)
+    # On another stream the copy might not have happened yet.
+    return _copied_table(content, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _copied_table(content: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+    return torch.tensor(content, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+
+
+def _written_table(content: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The same for a CUDA graph: the values are arguments of launches, so a replay reads no host memory."""
+    result = torch.empty(len(content), len(content[0]), dtype=torch.int64, device=device)
+    values = [value for row in content for value in row]
+    for begin in range(0, len(values), 16):
+        some = values[begin : begin + 16]
+        write_kernel[(1,)](result, begin, len(some), *some, *[0] * (16 - len(some)), **LAUNCH)
+    return result
+
+
+def launch_selected(
+    kernel: Any,
+    chosen: Sequence[int],
+    params: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    rows: Sequence[Sequence[int]],
+    *args: Any,
+    **constants: Any,
+) -> None:
+    """Launches a kernel built on `selected` once for the chosen tensors, which must all have an index.
+
+    Args:
+        kernel: takes (table, tensors, ``*args``) and the constants INDEX, BLOCK and ``**constants``.
+        chosen: positions in the lists that follow.
+        params: what the indices point into.
+        indices: all of one dtype.
+        rows: what else the kernel reads per tensor, from row ``SELECTED_ROWS`` on, for the chosen ones.
+        args: further arguments of the kernel.
+        constants: further constants of the kernel.
+    """
+    counts = [indices[t].numel() for t in chosen]
+    first = first_blocks(counts, BLOCK)
+    entries = table(
+        [
+            first[:-1],
+            counts,
+            [indices[t].data_ptr() for t in chosen],
+            [params[t].data_ptr() for t in chosen],
+            [params[t].numel() for t in chosen],
+            *rows,
+        ],
+        params[0].device,
+    )
+    index = INDICES[indices[chosen[0]].dtype]
+    kernel[(first[-1],)](entries, len(chosen), *args, **constants, INDEX=index, BLOCK=BLOCK, **LAUNCH)
+
+
+def double_bits(value: float) -> int:
+    """Triton rounds float arguments to fp32: doubles travel as integers, and `double` turns them back."""
+    return int.from_bytes(struct.pack("<d", value), "little", signed=True)
+
+
+@triton.jit(do_not_specialize=["begin", "count", *(f"v{i}" for i in range(16))])
+def write_kernel(
+    out,
+    begin: tl.int64,
+    count: tl.int64,
+    v0: tl.int64,
+    v1: tl.int64,
+    v2: tl.int64,
+    v3: tl.int64,
+    v4: tl.int64,
+    v5: tl.int64,
+    v6: tl.int64,
+    v7: tl.int64,
+    v8: tl.int64,
+    v9: tl.int64,
+    v10: tl.int64,
+    v11: tl.int64,
+    v12: tl.int64,
+    v13: tl.int64,
+    v14: tl.int64,
+    v15: tl.int64,
+):
+    """Writes its arguments to ``out[begin : begin + count]``."""
+    values = (v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15)
+    for i in tl.static_range(16):
+        tl.store(out + begin + i, values[i], mask=i < count)
+
+
+# Parts of kernels
+
+
+@triton.jit
+def find(first, count, block):
+    """The last of ``count`` ascending numbers that is at most ``block``; the first of them is."""
+    low = count * 0
+    high = count
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(first + middle) <= block:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def pointer(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address in a table entry, as a pointer."""
+    address = tl.load(entry).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        address = tl.multiple_of(address, 16)
+    return address
+
+
+@triton.jit
+def load_run(base, places, inside, full):
+    """Loads consecutive elements: with 16-byte loads, which a mask would prevent, where the whole block is inside.
+
+    The block's own offset belongs into ``base``: places are int32, since int64 ones would take twice the registers.
+    """
+    if full:
+        values = tl.load(base + places)
+    else:
+        values = tl.load(base + places, mask=inside, other=0)
+    return values
+
+
+@triton.jit
+def store_run(base, places, values, inside, full):
+    if full:
+        tl.store(base + places, values)
+    else:
+        tl.store(base + places, values, mask=inside)
+
+
+@triton.jit
+def run_of(numel, BLOCK: tl.constexpr):
+    """Where the program's block of a tensor begins, which of its places exist, and whether all do."""
+    begin = tl.program_id(0).to(tl.int64) * BLOCK
+    size = tl.minimum(numel - begin, BLOCK).to(tl.int32)
+    return begin, tl.arange(0, BLOCK) < size, size == BLOCK
+
+
+# Rows of every table of `launch_selected`: first block, number of indices, their address, the address and size of what
+# they point into.
+SELECTED_ROWS: tl.constexpr = tl.constexpr(5)
+
+
+@triton.jit
+def selected(table, tensors, INDEX: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """The block of indices that a program of `launch_selected` works on.
+
+    Returns:
+        t: the column of the table.
+        begin: where the block begins in the tensor's list of indices.
+        inside: bool [BLOCK], which of its places exist.
+        full: whether all of them do.
+        index: int64 [BLOCK], the indices.
+        valid: bool [BLOCK], whether the place exists and its index lies inside the tensor.
+    """
+    block = tl.program_id(0).to(tl.int64)
+    t = find(table, tensors, block)
+    begin = (block - tl.load(table + t)) * BLOCK
+    size = tl.minimum(tl.load(table + tensors + t) - begin, BLOCK).to(tl.int32)
+    places = tl.arange(0, BLOCK)
+    inside = places < size
+    full = size == BLOCK
+    index = load_run(pointer(table + 2 * tensors + t, INDEX, ALIGNED) + begin, places, inside, full).to(tl.int64)
+    valid = inside & (index >= 0) & (index < tl.load(table + 4 * tensors + t))
+    return t, begin, inside, full, index, valid
+
+
+@triton.jit
+def narrow(value, TYPE: tl.constexpr):
+    """Rounds to nearest, ties to even, and keeps denormals."""
+    if tl.bfloat16 == TYPE:
+        # Triton's interpreter truncates, so that integers do it.
+        bits = value.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)
+        result = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        result = value.to(TYPE)
+    return result
+
+
+@triton.jit
+def is_finite(value):
+    if value.dtype == tl.float64:
+        finite = tl.abs(value) < float("inf")
+    else:
+        finite = (value.to(tl.float32).to(tl.uint32, bitcast=True) & 0x7F800000) != 0x7F800000
+    return finite
+
+
+@triton.jit
+def double(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def root(x):
+    if x.dtype == tl.float64:
+        result = tl.sqrt(x)
+    else:
+        result = tl.sqrt_rn(x)
+    return result
+
+
+@triton.jit
+def quotient(x, y):
+    if x.dtype == tl.float64:
+        result = x / y
+    else:
+        result = tl.div_rn(x, y)
+    return result
+
+
+@triton.jit
+def adamw(
+    value,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    decay,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    step_size,
+    bias_correction2_sqrt,
+    REAL: tl.constexpr,
+):
+    """One AdamW step in the order of operations of ``csrc/arithmetic.h``, in the type REAL.
+
+    The hyperparameters are `double_bits`, rounded to REAL here; the decay to the type of the value.
+    """
+    exp_avg = exp_avg + (grad - exp_avg) * double(one_minus_beta1).to(REAL)
+    exp_avg_sq = exp_avg_sq * double(beta2).to(REAL) + (grad * double(one_minus_beta2).to(REAL)) * grad
+    # Broadcast first: div_rn takes no scalar beside a block.
+    correction = tl.zeros_like(exp_avg_sq) + double(bias_correction2_sqrt).to(REAL)
+    denom = quotient(root(exp_avg_sq), correction) + double(eps).to(REAL)
+    step = quotient(exp_avg * double(step_size).to(REAL), denom)
+    return value * double(decay).to(value.dtype) - step, exp_avg, exp_avg_sq
+
+
+def adamw_bits(
+    decay: float, beta1: float, beta2: float, eps: float, step_size: float, bias_correction2_sqrt: float
+) -> list[int]:
+    """The hyperparameters of `adamw`."""
+    values = (decay, 1.0 - beta1, beta2, 1.0 - beta2, eps, step_size, bias_correction2_sqrt)
+    return [double_bits(value) for value in values]
+
+
+SPECS = [
+    Spec(
+        write_kernel,
+        {"out": "*i64", "begin": "i64", "count": "i64", **{f"v{i}": "i64" for i in range(16)}},
+        {},
+    )
+]

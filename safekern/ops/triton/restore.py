@@ -1,0 +1,84 @@
+"""``restore_`` in Triton: one launch per combination of element sizes."""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from safekern.ops.triton.common import (
+    BLOCK,
+    SELECTED_ROWS,
+    WORDS,
+    Spec,
+    aligned,
+    check_values,
+    groups,
+    launch_selected,
+    load_run,
+    on,
+    pointer,
+    selected,
+)
+
+
+def restore_(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """See :func:`safekern.ops.restore.reference`. An index outside its parameter is left out."""
+    check_values(params, indices, values)
+    launch(restore_kernel, params, indices, values)
+
+
+def launch(
+    kernel: object, params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], *args: Tensor
+) -> None:
+    """Launches a kernel that meets saved bits with selected weights."""
+    present = [t for t, index in enumerate(indices) if index.numel()]
+    if not present:
+        return
+    with on(params[0].device):
+        for group in groups(
+            (params[t].element_size(), indices[t].dtype, aligned(indices[t], values[t])) for t in present
+        ):
+            chosen = [present[position] for position in group]
+            launch_selected(
+                kernel,
+                chosen,
+                params,
+                indices,
+                [[values[t].data_ptr() for t in chosen], chosen],
+                *args,
+                WORD=WORDS[params[chosen[0]].element_size()],
+                ALIGNED=aligned(indices[chosen[0]], values[chosen[0]]),
+            )
+
+
+@triton.jit(do_not_specialize=["tensors"])
+def restore_kernel(
+    table,
+    tensors: tl.int32,
+    WORD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Must move 4 (or 8) bytes of index, the values, and the 32-byte sectors with a selected element twice.
+
+    A GPU writes parts of a sector without reading it first, until the cache line leaves L2: what is moved lies between
+    one and two times the sectors.
+    """
+    t, begin, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
+    values = pointer(table + SELECTED_ROWS * tensors + t, WORD, ALIGNED) + begin
+    value = load_run(values, tl.arange(0, BLOCK), inside, full)
+    tl.store(pointer(table + 3 * tensors + t, WORD, False) + index, value, mask=valid)
+
+
+SPECS = [
+    Spec(
+        restore_kernel,
+        {"table": "*i64", "tensors": "i32"},
+        {"WORD": word, "ALIGNED": True, "INDEX": index, "BLOCK": BLOCK},
+        loads=BLOCK * (word.primitive_bitwidth + index.primitive_bitwidth) // 8,
+    )
+    for word in WORDS.values()
+    for index in (tl.int32, tl.int64)
+]
