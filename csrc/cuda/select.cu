@@ -262,7 +262,7 @@ __global__ void start_search(Search* search, int64_t rank) { *search = {rank, 0}
 
 // Keeps the elements that reach the guess: each slab gets a place among the candidates as it comes. Every element is
 // read even when there is no more room, because a NaN may be among them.
-__global__ void __launch_bounds__(kThreads, 4) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
+__global__ void __launch_bounds__(kThreads, 3) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
                                                       uint32_t flip, Candidates candidates, Slabs slabs, State* state) {
   using Scan = cub::BlockScan<int, kThreads>;
   __shared__ typename Scan::TempStorage storage;
