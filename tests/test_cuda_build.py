@@ -60,8 +60,8 @@ def test_no_kernel_spills_registers(built):
     registers = [int(number) for number in re.findall(r"Used (\d+) registers", built.report)]
     assert len(kernels) == len(spills) == len(registers) > 60
     assert {number for spill in spills for number in spill} == {"0"}
-    # 64 leave a multiprocessor half of its threads, which is enough to wait for memory.
-    assert max(registers) <= 64
+    # 80 leave a multiprocessor three blocks of 256 threads, which have enough bytes in flight to hide the memory.
+    assert max(registers) <= 80
 
 
 def test_the_compiler_has_nothing_to_say(built):

@@ -106,7 +106,10 @@ struct Slab {
       for (int row = 0; row < kRows; row++) load_aligned(values[row], grad + position(row));
     } else {
 #pragma unroll
-      for (int row = 0; row < kRows; row++) load(values[row], position(row));
+      for (int i = 0; i < kRows * V; i++) {
+        const int at = position(i / V) + i % V;
+        values[i / V][i % V] = at < size ? grad[at] : 0.0f;
+      }
     }
   }
 
@@ -262,7 +265,7 @@ __global__ void start_search(Search* search, int64_t rank) { *search = {rank, 0}
 
 // Keeps the elements that reach the guess: each slab gets a place among the candidates as it comes. Every element is
 // read even when there is no more room, because a NaN may be among them.
-__global__ void __launch_bounds__(kThreads, 4) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
+__global__ void __launch_bounds__(kThreads, 3) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
                                                       uint32_t flip, Candidates candidates, Slabs slabs, State* state) {
   using Scan = cub::BlockScan<int, kThreads>;
   __shared__ typename Scan::TempStorage storage;
@@ -275,7 +278,8 @@ __global__ void __launch_bounds__(kThreads, 4) filter(const __grid_constant__ Ta
   float values[kRows][V];
   slab.load_rows(values);
 
-  int count = 0;
+  static_assert(kRows * V == 32);
+  uint32_t reached = 0;  // one bit per element of this thread
   bool nan = false;
 #pragma unroll
   for (int row = 0; row < kRows; row++) {
@@ -283,12 +287,12 @@ __global__ void __launch_bounds__(kThreads, 4) filter(const __grid_constant__ Ta
     for (int v = 0; v < V; v++) {
       const bool exists = slab.position(row) + v < slab.size;
       nan |= exists && slab.is_nan(values[row][v]);
-      count += exists && slab.key(values[row][v]) >= guess;
+      if (exists && slab.key(values[row][v]) >= guess) reached |= 1u << (row * V + v);
     }
   }
   if (nan) state->nan = 1;
   int before, total;
-  Scan(storage).ExclusiveSum(count, before, total);
+  Scan(storage).ExclusiveSum(__popc(reached), before, total);
   if (threadIdx.x == 0) {
     const auto begin = static_cast<int64_t>(total ? atomicAdd(&state->candidates, total) : 0);
     const bool fits = begin + total <= candidates.capacity;
@@ -303,11 +307,9 @@ __global__ void __launch_bounds__(kThreads, 4) filter(const __grid_constant__ Ta
   for (int row = 0; row < kRows; row++) {
 #pragma unroll
     for (int v = 0; v < V; v++) {
-      const int position = slab.position(row) + v;
-      const uint32_t key = slab.key(values[row][v]);
-      if (position < slab.size && key >= guess) {
-        candidates.keys[next] = key;
-        candidates.positions[next] = static_cast<uint16_t>(position);
+      if (reached >> (row * V + v) & 1) {
+        candidates.keys[next] = slab.key(values[row][v]);
+        candidates.positions[next] = static_cast<uint16_t>(slab.position(row) + v);
         next++;
       }
     }

@@ -37,7 +37,7 @@ __device__ int64_t lower_bound(const Index* index, int64_t count, int64_t value)
 }
 
 template <class Param, class Grad, class Moment, class Index>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     spa_adamw(const __grid_constant__ Table<Entry<Param, Grad, Moment, Index>> table, const AdamW<Real<Param>> common) {
   using Value = Real<Param>;
   constexpr int V = kVector<Param, Grad, Moment>;
