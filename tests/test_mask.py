@@ -545,6 +545,22 @@ class TestFile:
         with pytest.raises(FileFormatError, match=re.escape(path.name)):
             Mask.load(path)
 
+    def test_meta_nested_too_deeply(self, tmp_path):
+        path, meta = tmp_path / "mask.safetensors", {}
+        innermost = meta
+        for _ in range(900):
+            innermost["x"] = innermost = {}
+        limit = sys.getrecursionlimit()
+        try:
+            sys.setrecursionlimit(20_000)
+            one([1]).save(path)
+            tensors, description = files.read(path, "mask", 1)
+            files.write(path, "mask", 1, tensors, description | {"meta": meta})
+        finally:
+            sys.setrecursionlimit(limit)
+        with pytest.raises(FileFormatError, match=re.escape(path.name)):
+            Mask.load(path)
+
     def test_other_files(self, path):
         with pytest.raises(FileAccessError, match="no such file"):
             Mask.load(path)
