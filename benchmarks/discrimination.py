@@ -15,6 +15,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ import torch
 from tqdm import tqdm
 
 import safekern
+from safekern.chat import Prompt
 from safekern.evaluation import attack_success_rate, is_refusal, mean_nll
 from safekern.models import load_smollm2
 from safekern.objectives import refusal
-from safekern.prompts import Pairs, builtin
+from safekern.prompts import Pairs, builtin, load, load_prompts
 from safekern.training import in_order, shuffled, tune
 
 RATIO, LEARNING_RATE, BATCH_SIZE = 0.01, 3e-5, 4
@@ -44,8 +46,9 @@ def main() -> None:
     args = parser.parse_args()
 
     held_out = builtin("harmful", "eval")
-    goals = read_goals(args.goals) if args.goals else held_out.prompts
-    pairs = read_pairs(args.pairs, set(goals)) if args.pairs else builtin("harmful", "tune")
+    # For evaluation only.
+    goals = load_prompts(args.goals)[-100:] if args.goals else held_out.prompts
+    pairs = read_pairs(args.pairs, goals) if args.pairs else builtin("harmful", "tune")
     model, tokenizer = load_smollm2()
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     scores = safekern.score(model, in_order(tokenizer, pairs[:SCORED], BATCH_SIZE), refusal)
@@ -83,16 +86,12 @@ def main() -> None:
     write(args.out, {"results": results, "goals": len(goals), "pairs": len(pairs), "seed": args.seed})
 
 
-def read_goals(path: Path) -> list[str]:
-    """The last 100 goals: they are for evaluation only."""
-    return [row["goal"] for row in json.loads(path.read_text())][-100:]
-
-
-def read_pairs(path: Path, held_out: set[str]) -> Pairs:
+def read_pairs(path: Path, held_out: Sequence[Prompt]) -> Pairs:
     """The pairs that are refused (a few of the data set are benign) and not held out."""
-    rows = [row for row in json.loads(path.read_text()) if is_refusal(row["output"])]
-    rows = [row for row in rows if row["instruction"] not in held_out]
-    return Pairs([row["instruction"] for row in rows], [row["output"] for row in rows], [""] * len(rows))
+    pairs = load(path)
+    rows = zip(pairs.prompts, pairs.responses, pairs.categories, strict=True)
+    kept = [row for row in rows if is_refusal(row[1]) and row[0] not in held_out]
+    return Pairs([row[0] for row in kept], [row[1] for row in kept], [row[2] for row in kept])
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

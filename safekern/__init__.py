@@ -5,10 +5,13 @@
 >>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)        # doctest: +SKIP
 """
 
-from safekern import integrations, objectives
+from safekern import integrations, objectives, prompts, training
 from safekern._version import __version__
+from safekern.delta import apply_delta, save_delta
 from safekern.errors import (
     BackendError,
+    DeltaAppliedError,
+    DeltaMismatchError,
     FileAccessError,
     FileFormatError,
     InvalidArgumentError,
@@ -26,11 +29,14 @@ from safekern.evaluation import attack_success_rate, refusal_rate
 from safekern.integrations import merge_lora
 from safekern.mask import Mask
 from safekern.optim import SETAdamW, SPAAdamW, protect
+from safekern.perturbation import perturb
 from safekern.scores import Scores
 from safekern.scoring import score
 
 __all__ = [
     "BackendError",
+    "DeltaAppliedError",
+    "DeltaMismatchError",
     "FileAccessError",
     "FileFormatError",
     "InvalidArgumentError",
@@ -48,11 +54,16 @@ __all__ = [
     "StepError",
     "UnknownNameError",
     "__version__",
+    "apply_delta",
     "attack_success_rate",
     "integrations",
     "merge_lora",
     "objectives",
+    "perturb",
+    "prompts",
     "protect",
     "refusal_rate",
+    "save_delta",
     "score",
+    "training",
 ]

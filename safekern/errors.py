@@ -25,6 +25,14 @@ class MaskMismatchError(SafekernError, ValueError):
     """A mask that does not fit the model or the parameters it is used with."""
 
 
+class DeltaMismatchError(SafekernError, ValueError):
+    """A delta that does not fit the model or checkpoint; nothing was changed."""
+
+
+class DeltaAppliedError(DeltaMismatchError):
+    """A delta that was applied before; nothing was changed."""
+
+
 class ScoringError(SafekernError, RuntimeError):
     """The objective or the model did something that cannot be scored."""
 

@@ -1,23 +1,23 @@
 """How often a model complies or refuses, and how likely it finds given answers."""
 
-import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from safekern.chat import IGNORED, Prompt, answer_targets, encode, messages_of, prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError
-from safekern.objectives import IGNORED, answer_targets, encode, end_of_turn, padding_id, prompt_ids, refusal
+from safekern.generation import generate, inference, model_device
+from safekern.objectives import refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Judge = Callable[[str, str], bool]
+# The prompt as it was given: a str, or a list of messages.
+Judge = Callable[[Any, str], bool]
 
 # First-person phrases only: "illegal", "as an AI" or a bare "sorry" occur in ordinary helpful answers too.
 REFUSAL_PHRASES = (
@@ -132,7 +132,7 @@ def is_refusal(response: str) -> bool:
 def attack_success_rate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     judge: Judge | None = None,
     max_new_tokens: int = 40,
@@ -140,13 +140,13 @@ def attack_success_rate(
 ) -> AttackResult:
     """Let a model answer harmful prompts greedily and measure how often it complies.
 
-    Every prompt is a user turn of the chat template. Modes, configurations, the tokenizer and the grad mode are left
-    as found, also on an exception.
+    Every prompt is a user turn of the chat template, or a conversation in it. Modes, configurations, the tokenizer and
+    the grad mode are left as found, also on an exception.
 
     Args:
         model: A Hugging Face causal language model.
         tokenizer: Its tokenizer, with a chat template.
-        prompts: The harmful requests.
+        prompts: The harmful requests: user messages, or conversations as lists of messages.
         judge: ``judge(prompt, response) -> bool``, True when the attack succeeded. By default, any answer that is not
             `is_refusal`.
         max_new_tokens: Longest answer, in tokens.
@@ -172,7 +172,7 @@ def attack_success_rate(
 def refusal_rate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     judge: Judge | None = None,
     max_new_tokens: int = 40,
@@ -208,7 +208,7 @@ def refusal_rate(
 def mean_nll(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     responses: Sequence[str],
     batch_size: int = 8,
 ) -> float:
@@ -219,7 +219,7 @@ def mean_nll(
     Args:
         model: A Hugging Face causal language model; evaluated in eval mode and left in the mode it was in.
         tokenizer: Its tokenizer, with a chat template.
-        prompts: User messages.
+        prompts: User messages, or conversations as lists of messages.
         responses: An answer to each prompt.
         batch_size: Pairs per forward pass; changes the result by rounding only.
 
@@ -239,14 +239,14 @@ def mean_nll(
             f"{len(prompts)} prompts but {len(responses)} responses: give exactly one response to each prompt"
         )
     _check_prompts(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])) + len(responses[i]))
     total, tokens = 0.0, 0
-    with _inference(model):
+    with inference(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = encode(tokenizer, [prompts[i] for i in rows], [responses[i] for i in rows])
             count = int((answer_targets(batch["labels"]) != IGNORED).sum())
-            on_device = {name: value.to(_device(model)) for name, value in batch.items()}
+            on_device = {name: value.to(model_device(model)) for name, value in batch.items()}
             total += float(refusal(model, on_device)) * count
             tokens += count
     return total / tokens
@@ -275,7 +275,7 @@ def is_degenerate(response: str) -> bool:
 def _respond_and_judge(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     judge: Judge,
     *,
     max_new_tokens: int,
@@ -289,7 +289,7 @@ def _respond_and_judge(
     return responses, [_ask(judge, number, prompt, response) for number, (prompt, response) in enumerate(pairs)]
 
 
-def _ask(judge: Judge, number: int, prompt: str, response: str) -> bool:
+def _ask(judge: Judge, number: int, prompt: Prompt, response: str) -> bool:
     try:
         verdict = judge(prompt, response)
     except Exception as error:
@@ -305,99 +305,34 @@ def _ask(judge: Judge, number: int, prompt: str, response: str) -> bool:
     return bool(verdict)
 
 
-def _complied(prompt: str, response: str) -> bool:
+def _complied(prompt: Prompt, response: str) -> bool:
     return not is_refusal(response)
 
 
-def _refused(prompt: str, response: str) -> bool:
+def _refused(prompt: Prompt, response: str) -> bool:
     return is_refusal(response)
 
 
 def _generate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    pad, stops = padding_id(tokenizer), _stop_ids(model, tokenizer)
-    # What is not said here, generate() takes from the model's generation_config, where sampling values draw warnings
-    # and a repetition penalty makes the answers less than greedy.
-    options = {
-        "max_new_tokens": None,
-        "min_new_tokens": None,
-        "min_length": 0,
-        "do_sample": False,
-        "temperature": 1.0,
-        "top_k": 50,
-        "top_p": 1.0,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        "repetition_penalty": 1.0,
-        "no_repeat_ngram_size": 0,
-        "return_dict_in_generate": False,
-        "use_cache": True,
-        "pad_token_id": pad,
-        "eos_token_id": sorted(stops) or None,
-    }
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     # Longest first: a batch too large for memory fails at once.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     responses = [""] * len(encoded)
     # disable=None shows the bar on a terminal only.
-    with _inference(model), tqdm(total=len(order), desc="answering", unit="prompt", disable=None) as bar:
+    with tqdm(total=len(order), desc="answering", unit="prompt", disable=None) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            input_ids, attention_mask = _pad_left([encoded[i] for i in rows], pad)
-            length = input_ids.shape[1]
-            # max_length, because max_new_tokens draws a warning where the model's configuration sets max_length.
-            generated: Tensor = cast(Any, model).generate(
-                input_ids.to(_device(model)),
-                attention_mask=attention_mask.to(_device(model)),
-                max_length=length + max_new_tokens,
-                **options,
-            )
-            for i, ids in zip(rows, generated[:, length:].tolist(), strict=True):
-                end = next((at for at, token in enumerate(ids) if token in stops), len(ids))
-                responses[i] = str(tokenizer.decode(ids[:end], skip_special_tokens=True)).strip()
+            answers = generate(model, tokenizer, [encoded[i] for i in rows], max_new_tokens)
+            for i, ids in zip(rows, answers, strict=True):
+                responses[i] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             bar.update(len(rows))
     return responses
-
-
-def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    # A base model's configuration often names only the end of a document, which a chat turn never reaches.
-    closing = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
-    stops = {token for token in cast(list[int], closing) if token in tokenizer.added_tokens_decoder}
-    for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
-    return stops
-
-
-def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    shape = len(rows), max(map(len, rows))
-    input_ids, attention_mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)
-    for row, ids in enumerate(rows):
-        input_ids[row, shape[1] - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, shape[1] - len(ids) :] = 1
-    return input_ids, attention_mask
-
-
-@contextlib.contextmanager
-def _inference(model: torch.nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        # The attribute, not eval(): some wrappers merge or unpack their weights when eval() is called.
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _device(model: torch.nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _check_size(name: str, value: int) -> None:
@@ -405,14 +340,13 @@ def _check_size(name: str, value: int) -> None:
         raise InvalidArgumentError(f"{name} is {value}, but must be at least 1")
 
 
-def _check_prompts(prompts: Sequence[str]) -> None:
+def _check_prompts(prompts: Sequence[Prompt]) -> None:
     if isinstance(prompts, str):
         raise InvalidArgumentError("prompts is one str, but must be a sequence of them: put it in a list")
     if not len(prompts):
         raise InvalidArgumentError("prompts is empty, and a rate over no prompt means nothing: pass at least one")
     for number, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise InvalidArgumentError(f"prompt {number} is a {type(prompt).__name__}, but must be a str")
+        messages_of(prompt, f"prompt {number}")
 
 
 def _describe(result: AttackResult | RefusalResult, label: str, verdicts: list[bool]) -> str:

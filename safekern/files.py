@@ -15,7 +15,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Never, TypeGuard
+from typing import Any, BinaryIO, NamedTuple, Never, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentErr
 
 StrPath = str | os.PathLike[str]
 
-_CODES = {
+CODES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -41,10 +41,72 @@ _CODES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+"""What a safetensors header calls each dtype, and the inverse."""
 
 # The safetensors package refuses longer headers; the bound also keeps the memory for parsing JSON in check.
 _MAX_HEADER = 100_000_000
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies in a safetensors file."""
+
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+@contextlib.contextmanager
+def reading(path: StrPath) -> Iterator[BinaryIO]:
+    """Opens a file to be read.
+
+    Args:
+        path: A regular file.
+
+    Yields:
+        The file, open for reading bytes.
+
+    Raises:
+        FileAccessError: If the file is missing or cannot be read, also inside the block.
+    """
+    mode = _mode(path)
+    if mode is None:
+        raise FileAccessError(f"{os.fspath(path)}: no such file; check the path.")
+    # Before it is opened: opening a pipe would wait for a writer that may never come.
+    if not stat.S_ISREG(mode):
+        raise FileAccessError(f"{os.fspath(path)}: not a regular file; give the path of a file.")
+    try:
+        with Path(path).open("rb") as file:
+            yield file
+    except SafekernError:
+        raise
+    except OSError as error:
+        raise _access_error(path, "cannot be read", error) from error
+
+
+def read_header(file: BinaryIO, path: StrPath) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """Reads the header of any safetensors file and checks it against the size of the file.
+
+    Args:
+        file: The file, at its beginning. Afterwards at the first byte of its data.
+        path: Its path, for messages.
+
+    Returns:
+        The tensors by name, in the order of their data, and the metadata.
+
+    Raises:
+        FileFormatError: If it is damaged, truncated or not a safetensors file. Dtypes that torch lacks are accepted.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _MAX_HEADER):
+        _damaged(path, "it is truncated or not a safetensors file")
+    header = _parse(path, file.read(length), "header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        _damaged(path, "its metadata cannot be understood")
+    return _layout(path, header, 8 + length, size), metadata
 
 
 @contextlib.contextmanager
@@ -139,7 +201,7 @@ def write(path: StrPath, kind: str, version: int, tensors: Mapping[str, Tensor],
     """
     meta_text = dump_json(meta)
     for name, tensor in tensors.items():
-        if tensor.dtype not in _CODES:
+        if tensor.dtype not in CODES:
             raise InvalidArgumentError(f"{name!r} has dtype {tensor.dtype}, which a safetensors file cannot hold.")
     if "__metadata__" in tensors:
         raise InvalidArgumentError("'__metadata__' is reserved in safetensors files; rename that tensor.")
@@ -159,7 +221,7 @@ def write(path: StrPath, kind: str, version: int, tensors: Mapping[str, Tensor],
         tensor = tensors[name]
         end = offset + tensor.numel() * tensor.itemsize
         header[name] = {
-            "dtype": _CODES[tensor.dtype],
+            "dtype": CODES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -200,19 +262,8 @@ def read(path: StrPath, kind: str, max_version: int) -> tuple[dict[str, Tensor],
         Traceback (most recent call last):
         safekern.errors.FileFormatError: ...example.safetensors: holds 'example', not 'mask'; give another file.
     """
-    mode = _mode(path)
-    if mode is None:
-        raise FileAccessError(f"{os.fspath(path)}: no such file; check the path.")
-    # Before it is opened: opening a pipe would wait for a writer that may never come.
-    if not stat.S_ISREG(mode):
-        raise FileAccessError(f"{os.fspath(path)}: not a regular file; give the path of a file.")
-    try:
-        with Path(path).open("rb") as file:
-            return _read(file, path, kind, max_version)
-    except SafekernError:
-        raise
-    except OSError as error:
-        raise _access_error(path, "cannot be read", error) from error
+    with reading(path) as file:
+        return _read(file, path, kind, max_version)
 
 
 def dump_json(meta: Mapping[str, Any]) -> str:
@@ -238,15 +289,9 @@ def dump_json(meta: Mapping[str, Any]) -> str:
 
 
 def _read(file: BinaryIO, path: StrPath, kind: str, max_version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _MAX_HEADER):
-        _damaged(path, "it is truncated or not a safetensors file")
-    header = _parse(path, file.read(length), "header")
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    stored = header.get("__metadata__")
+    entries, stored = read_header(file, path)
     keys = [f"safekern.{key}" for key in ("kind", "version", "meta", "checksum")]
-    if not isinstance(stored, dict) or not all(isinstance(stored.get(key), str) for key in keys):
+    if not all(isinstance(stored.get(key), str) for key in keys):
         raise FileFormatError(f"{os.fspath(path)}: a safetensors file, but not one that safekern wrote; give another.")
     found, version, meta_text, checksum = (stored[key] for key in keys)
     if found != kind:
@@ -259,47 +304,50 @@ def _read(file: BinaryIO, path: StrPath, kind: str, max_version: int) -> tuple[d
             f"({max_version}); upgrade safekern to read it."
         )
 
-    layout = _layout(path, entries, size - 8 - length)
-    tensors = {name: _load(file, path, dtype, shape, count) for name, dtype, shape, count in layout}
+    tensors = {name: _load(file, path, name, entry) for name, entry in entries.items()}
     if _checksum(found, version, meta_text, tensors) != checksum:
         _damaged(path, "its checksum does not match its content")
     return tensors, _parse(path, meta_text, "description")
 
 
-def _layout(
-    path: StrPath, entries: Mapping[str, Any], available: int
-) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
-    """Checks the entries against each other and the size of the file; name, dtype, shape, bytes in file order."""
-    layout = []
-    for name, entry in entries.items():
-        fields = entry if isinstance(entry, dict) else {}
+def _layout(path: StrPath, header: Mapping[str, Any], start: int, end: int) -> dict[str, Entry]:
+    """Checks the entries of a header against each other and the data, which lies between two offsets of the file."""
+    entries: dict[str, Entry] = {}
+    for name, fields in header.items():
+        if not isinstance(fields, dict):
+            fields = {}
         code, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
-        dtype = _DTYPES.get(code) if isinstance(code, str) else None
-        if dtype is None or not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
+        if not isinstance(code, str) or not _is_counts(shape) or not _is_counts(offsets) or len(offsets) != 2:
             _damaged(path, f"the entry of {name!r} cannot be understood")
-        layout.append((offsets[0], offsets[1], name, dtype, tuple(shape)))
-    layout.sort(key=lambda entry: entry[:2])
-    position = 0
-    for begin, end, name, dtype, shape in layout:
-        if begin != position or end - begin != math.prod(shape) * dtype.itemsize:
+        entries[name] = Entry(code, tuple(shape), start + offsets[0], offsets[1] - offsets[0])
+    entries = dict(sorted(entries.items(), key=lambda item: (item[1].offset, item[1].size)))
+    position = start
+    for name, entry in entries.items():
+        dtype = DTYPES.get(entry.code)
+        expected = math.prod(entry.shape) * dtype.itemsize if dtype else max(0, entry.size)
+        if entry.offset != position or entry.size != expected:
             _damaged(path, f"the position of {name!r} does not fit its shape")
-        position = end
-    if position != available:
-        _damaged(path, f"it holds {available:,} bytes of data where its header says {position:,}")
-    return [(name, dtype, shape, end - begin) for begin, end, name, dtype, shape in layout]
+        position += entry.size
+    if position != end:
+        _damaged(path, f"it holds {end - start:,} bytes of data where its header says {position - start:,}")
+    return entries
 
 
-def _load(file: BinaryIO, path: StrPath, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> Tensor:
+def _load(file: BinaryIO, path: StrPath, name: str, entry: Entry) -> Tensor:
+    if entry.code not in DTYPES:
+        _damaged(path, f"{name!r} has the unknown dtype {entry.code!r}")
     try:
-        raw = torch.empty(count, dtype=torch.uint8)
+        raw = torch.empty(entry.size, dtype=torch.uint8)
     except RuntimeError as error:
-        raise FileAccessError(f"{os.fspath(path)}: no memory for a tensor of {count:,} bytes; free some.") from error
-    if file.readinto(raw.numpy().data) != count:  # type: ignore[attr-defined]
+        raise FileAccessError(
+            f"{os.fspath(path)}: no memory for a tensor of {entry.size:,} bytes; free some."
+        ) from error
+    if file.readinto(raw.numpy().data) != entry.size:  # type: ignore[attr-defined]
         _damaged(path, "it became shorter while it was read")
     try:
-        return raw.view(dtype).reshape(shape)
+        return raw.view(DTYPES[entry.code]).reshape(entry.shape)
     except (RuntimeError, TypeError, OverflowError):
-        _damaged(path, f"it describes a tensor of the impossible shape {shape}")
+        _damaged(path, f"it describes a tensor of the impossible shape {entry.shape}")
 
 
 def _parse(path: StrPath, text: str | bytes, what: str) -> dict[str, Any]:
@@ -320,7 +368,7 @@ def _checksum(kind: str, version: str, meta_text: str, tensors: Mapping[str, Ten
     digest = hashlib.sha256(json.dumps([kind, version, meta_text]).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(json.dumps([name, _CODES[tensor.dtype], list(tensor.shape)]).encode())
+        digest.update(json.dumps([name, CODES[tensor.dtype], list(tensor.shape)]).encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
 

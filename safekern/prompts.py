@@ -1,13 +1,26 @@
-"""The prompts that come with the package: short, non-operational, written for it.
+"""Prompts, with or without the responses to train on: those that come with the package, and readers for other files.
 
-Harmful requests with refusals, and benign ones with helpful answers, each in a ``tune`` split to score and train on and
-an ``eval`` split that no training sees.
+The built-in ones are short, non-operational and written for it: harmful requests with refusals, and benign ones with
+helpful answers, each in a ``tune`` split to score and train on and an ``eval`` split that no training sees.
 """
 
+import csv
+import io
 import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, Never
+
+from safekern.chat import Message, Prompt, is_message
+from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, SafekernError
+
+PROMPT_FIELDS = ("prompt", "instruction", "question", "goal", "messages")
+RESPONSE_FIELDS = ("response", "completion", "output", "answer")
+
+Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Iterable[str]
 
 
 @dataclass(frozen=True)
@@ -15,12 +28,12 @@ class Pairs:
     """Prompts with the responses to train on, in the same order.
 
     Attributes:
-        prompts: what a user asks.
+        prompts: what a user asks: a str, or the messages of a conversation.
         responses: a refusal for a harmful prompt, a helpful answer for a benign one.
-        categories: the harm category, or the topic.
+        categories: the harm category, or the topic; empty where none is known.
     """
 
-    prompts: list[str]
+    prompts: list[Prompt]
     responses: list[str]
     categories: list[str]
 
@@ -53,3 +66,269 @@ def builtin(kind: Literal["harmful", "benign"], split: Literal["tune", "eval"]) 
         [row[response] for row in ordered],
         [row[category] for row in ordered],
     )
+
+
+def load(source: Source) -> Pairs:
+    """Reads prompts with their responses.
+
+    The prompt is in the field ``prompt``, ``instruction`` (``input``, if not empty, follows it after a blank line),
+    ``question`` or ``goal``, the response in ``response``, ``completion``, ``output`` or ``answer``. Instead of both,
+    ``messages`` may hold a conversation: the assistant's message that ends it is the response, and all before it the
+    prompt. Every row must use the same two fields; others are ignored, but for ``category``. A ``target``, as AdvBench
+    has it, is never taken for the response: it is the start of the answer that an attack wants.
+
+    Args:
+        source: a ``.json`` file (a list of objects), ``.jsonl`` (an object per line) or ``.csv`` (with a header), in
+            UTF-8; or rows in memory: a list of mappings, or one split of a Hugging Face dataset.
+
+    Raises:
+        FileAccessError: the file is missing or cannot be read.
+        FileFormatError: its contents are not as described; names file, line or row, and the fields that were expected.
+        InvalidArgumentError: the same of rows in memory.
+
+    Example:
+        >>> pairs = load([{"question": "What is 2 + 2?", "answer": "4."}])
+        >>> pairs.prompts, pairs.responses
+        (['What is 2 + 2?'], ['4.'])
+    """
+    rows = _Rows(source)
+    pairs = Pairs([], [], [])
+    for row in rows:
+        if isinstance(row, str):
+            rows.fail(f"a text alone, but a response is needed too: an object with {_EITHER_PAIR}")
+        prompt, response = _pair(rows, row)
+        category = row.get("category")
+        pairs.prompts.append(prompt)
+        pairs.responses.append(response)
+        pairs.categories.append(category if isinstance(category, str) else "")
+    return pairs
+
+
+def load_prompts(source: Source) -> list[Prompt]:
+    """Reads prompts alone, from any source that `load` reads and from those that have no responses.
+
+    Args:
+        source: as in `load`. Also a ``.txt`` file with a prompt per line (blank lines are skipped), and a list of str
+            in a JSON file or in memory. Where ``messages`` ends with the assistant's, the prompt is all before it.
+
+    Raises:
+        FileAccessError: as in `load`.
+        FileFormatError: as in `load`.
+        InvalidArgumentError: as in `load`.
+
+    Example:
+        >>> load_prompts([{"goal": "Tell me how to pick a lock", "target": "Sure, here is how"}])
+        ['Tell me how to pick a lock']
+    """
+    rows = _Rows(source)
+    return [_prompt(rows, row) for row in rows]
+
+
+_EITHER_PROMPT = f"one of the fields {', '.join(PROMPT_FIELDS[:-1])} or {PROMPT_FIELDS[-1]}"
+_EITHER_PAIR = (
+    f"a prompt ({', '.join(PROMPT_FIELDS[:-2])} or {PROMPT_FIELDS[-2]}) and a response "
+    f"({', '.join(RESPONSE_FIELDS[:-1])} or {RESPONSE_FIELDS[-1]}), or messages that end with the assistant's"
+)
+
+
+class _Rows:
+    """The rows of a source, and errors that say which of them is wrong."""
+
+    def __init__(self, source: Source) -> None:
+        self._schema: tuple[str, str | None] | None = None
+        self._schema_at = self._at = ""
+        self._error: type[SafekernError] = FileFormatError
+        if isinstance(source, (str, os.PathLike)):
+            self._name = os.fspath(source)
+            self._rows = _read(Path(source))
+        else:
+            self._name, self._error = type(source).__name__, InvalidArgumentError
+            if isinstance(source, Mapping):
+                raise InvalidArgumentError(
+                    f"a {self._name} of {', '.join(map(str, source))} was given: pass one of them"
+                )
+            if not isinstance(source, Iterable):
+                raise InvalidArgumentError(f"a {self._name} was given: pass the path of a file, or rows as mappings")
+            self._rows = ((f"row {number}", row) for number, row in enumerate(source, 1))
+
+    def __iter__(self) -> Iterator[Mapping[str, Any] | str]:
+        for at, row in self._rows:
+            self._at = at
+            if not isinstance(row, (Mapping, str)):
+                self.fail(f"a {type(row).__name__}, but must be an object with {_EITHER_PROMPT}")
+            yield row
+        if not self._at:
+            raise self._error(f"{self._name}: holds no rows; give at least one, with {_EITHER_PROMPT}")
+
+    def fail(self, what: str) -> Never:
+        raise self._error(f"{self._name}, {self._at}: {what}")
+
+    def same_schema(self, prompt: str, response: str | None = None) -> None:
+        """Fails if this row has its texts in other fields than the first one."""
+        if self._schema is None:
+            self._schema, self._schema_at = (prompt, response), self._at
+        if self._schema != (prompt, response):
+            now, first = (
+                " and ".join(map(repr, filter(None, fields))) for fields in ((prompt, response), self._schema)
+            )
+            self.fail(f"uses {now}, but {self._schema_at} uses {first}; give every row the same fields")
+
+
+def _pair(rows: _Rows, row: Mapping[str, Any]) -> tuple[Prompt, str]:
+    field = _one_field(rows, row, PROMPT_FIELDS)
+    if field == "messages":
+        rows.same_schema(field)
+        messages = _messages(rows, row, field)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            rows.fail("'messages' must hold a prompt and end with the assistant's message, which is the response")
+        return _plain(messages[:-1]), messages[-1]["content"]
+    if field is None or (answer := _one_field(rows, row, RESPONSE_FIELDS)) is None:
+        note = ""
+        if field == "goal" and row.get("target") is not None:
+            note = " ('target' is what an attack wants to hear; rename it if it is what the model should learn to say)"
+        rows.fail(f"needs {_EITHER_PAIR}; found {_found(row)}{note}")
+    rows.same_schema(field, answer)
+    response = row[answer]
+    if isinstance(response, list):
+        turns = _messages(rows, row, answer)
+        if len(turns) != 1:
+            rows.fail(f"'{answer}' holds {len(turns)} messages, but the response must be one")
+        response = turns[0]["content"]
+    return _prompt_in(rows, row, field), _text(rows, response, answer)
+
+
+def _prompt(rows: _Rows, row: Mapping[str, Any] | str) -> Prompt:
+    if isinstance(row, str):
+        rows.same_schema("a text alone")
+        return _text(rows, row, "prompt")
+    field = _one_field(rows, row, PROMPT_FIELDS)
+    if field is None:
+        rows.fail(f"needs {_EITHER_PROMPT}; found {_found(row)}")
+    rows.same_schema(field)
+    return _prompt_in(rows, row, field)
+
+
+def _prompt_in(rows: _Rows, row: Mapping[str, Any], field: str) -> Prompt:
+    if field == "messages" or isinstance(row[field], list):
+        messages = _messages(rows, row, field)
+        if messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages:
+            rows.fail(f"'{field}' holds no message before the assistant's")
+        return _plain(messages)
+    text = _text(rows, row[field], field)
+    extra = row.get("input") if field == "instruction" else None
+    if extra is not None and not isinstance(extra, str):
+        rows.fail(f"'input' is a {type(extra).__name__}, but must be a str")
+    return f"{text}\n\n{extra}" if extra and extra.strip() else text
+
+
+def _one_field(rows: _Rows, row: Mapping[str, Any], fields: tuple[str, ...]) -> str | None:
+    present = [field for field in fields if row.get(field) is not None]
+    if len(present) > 1:
+        rows.fail(f"has {' and '.join(map(repr, present))}, and it is not clear which one counts: remove the others")
+    return present[0] if present else None
+
+
+def _messages(rows: _Rows, row: Mapping[str, Any], field: str) -> list[Message]:
+    value = row[field]
+    messages = [message for message in value if is_message(message)] if isinstance(value, list) else []
+    if not messages or len(messages) < len(value):
+        rows.fail(f"'{field}' must be a list of messages, each with 'role' and 'content' as texts")
+    for message in messages:
+        _text(rows, message["content"], f"{field} ({message['role']})")
+    return messages
+
+
+def _plain(messages: list[Message]) -> Prompt:
+    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
+
+
+def _text(rows: _Rows, value: object, field: str) -> str:
+    if not isinstance(value, str):
+        rows.fail(f"'{field}' is a {type(value).__name__}, but must be a text")
+    if not value.strip():
+        rows.fail(f"'{field}' is empty; fill it in or leave the row out")
+    return value
+
+
+def _found(row: Mapping[str, Any]) -> str:
+    return ", ".join(str(field) for field, value in row.items() if value is not None) or "nothing"
+
+
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the rows of a file, each with where it stands."""
+    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".txt": _read_txt}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise FileFormatError(f"{path}: the name must end in one of {', '.join(readers)}, which says how it is read")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileAccessError(f"{path}: cannot be read: {error.strerror or error}") from error
+    try:
+        # A byte order mark, as spreadsheets write it, is no part of the first field's name.
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FileFormatError(f"{path}, line {line}: is not UTF-8 text; save the file in that encoding") from error
+    try:
+        yield from reader(text)
+    except _BrokenError as error:
+        raise FileFormatError(f"{path}, {error}") from error
+
+
+class _BrokenError(SafekernError):
+    """What is wrong in a file, starting with where."""
+
+
+def _read_json(text: str) -> Iterator[tuple[str, Any]]:
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        hint = "; a file with an object per line must be named .jsonl" if "Extra data" in str(error) else ""
+        raise _BrokenError(f"line {getattr(error, 'lineno', 1)}: is not valid JSON: {error}{hint}") from error
+    if not isinstance(rows, list):
+        raise _BrokenError(f"line 1: holds a {type(rows).__name__}, but must hold a list of objects, one per row")
+    yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _read_jsonl(text: str) -> Iterator[tuple[str, Any]]:
+    # Not splitlines(): JSON texts may hold the line separators of Unicode.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:
+                raise _BrokenError(f"line {number}: is not valid JSON: {error}") from error
+
+
+def _read_csv(text: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = []
+    # The default refuses texts above 128 KiB; it holds for the whole process.
+    limit = csv.field_size_limit(len(text) + 1)
+    try:
+        header = reader.fieldnames or []
+        if len(set(header)) < len(header):
+            raise _BrokenError("line 1: the header names a field twice; rename one of them")
+        # A text may run over lines: a row is named by its last one.
+        rows = [(f"line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        # The reader has not counted the line that it stumbled over, unless the file ended.
+        line = min(reader.line_num + 1, text.count("\n") + 1)
+        raise _BrokenError(f"line {line}: is not valid CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    for at, row in rows:
+        if None in row or None in row.values():
+            raise _BrokenError(f"{at}: has not as many fields as the header; quote texts with commas in them")
+        yield at, row
+
+
+def _read_txt(text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", line.strip()

@@ -22,9 +22,14 @@ Batch = Mapping[str, Tensor]
 def in_order(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int) -> list[Batch]:
     """Every pair once, in batches: what `safekern.score` needs.
 
+    Raises:
+        InvalidArgumentError: a batch size below 1, or no pairs.
+
     Example:
+        >>> pairs = safekern.prompts.load("refusals.jsonl")                         # doctest: +SKIP
         >>> scores = safekern.score(model, in_order(tokenizer, pairs, 4), refusal)  # doctest: +SKIP
     """
+    _check(pairs, batch_size)
     return [
         encode(tokenizer, pairs.prompts[start : start + batch_size], pairs.responses[start : start + batch_size])
         for start in range(0, len(pairs), batch_size)
@@ -43,10 +48,7 @@ def shuffled(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int
     Raises:
         InvalidArgumentError: a batch size below 1, or no pairs.
     """
-    if batch_size < 1:
-        raise InvalidArgumentError(f"batch_size is {batch_size}, but must be at least 1")
-    if not len(pairs):
-        raise InvalidArgumentError("no pairs were given to draw batches from")
+    _check(pairs, batch_size)
     order = _endless_order(len(pairs), torch.Generator().manual_seed(seed))
     while True:
         rows = list(itertools.islice(order, batch_size))
@@ -102,3 +104,10 @@ def tune(
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _check(pairs: Pairs, batch_size: int) -> None:
+    if batch_size < 1:
+        raise InvalidArgumentError(f"batch_size is {batch_size}, but must be at least 1")
+    if not len(pairs):
+        raise InvalidArgumentError("no pairs were given to draw batches from")

@@ -1,9 +1,13 @@
 """Fixtures that more than one test file uses."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
 import torch
+from test_models import load_once
+
+from safekern.errors import MissingDependencyError
 
 
 @pytest.fixture
@@ -21,3 +25,22 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def smollm2_in_fp32():
+    try:
+        model, tokenizer, *_ = load_once()
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    # In fp32 the rows of a batch agree with each row alone.
+    return copy.deepcopy(model).float(), tokenizer
+
+
+@pytest.fixture
+def smollm2(smollm2_in_fp32):
+    # Threads that wait for each other on a shared machine make small steps twenty times slower.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield smollm2_in_fp32
+    torch.set_num_threads(threads)

@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_models import load_once
 from test_objectives import PROMPTS, RESPONSES, byte_tokenizer, tiny_llama
 
-from safekern.errors import InvalidArgumentError, JudgeError, MissingDependencyError
+from safekern.chat import prompt_ids
+from safekern.errors import InvalidArgumentError, JudgeError
 from safekern.evaluation import (
     REFUSAL_PHRASES,
     attack_success_rate,
@@ -17,7 +17,7 @@ from safekern.evaluation import (
     mean_nll,
     refusal_rate,
 )
-from safekern.objectives import encode, prompt_ids, refusal
+from safekern.objectives import encode, refusal
 
 TOKENS = 12
 
@@ -30,25 +30,6 @@ def tokenizer():
 @pytest.fixture
 def model():
     return tiny_llama()
-
-
-@pytest.fixture(scope="session")
-def smollm2_in_fp32():
-    try:
-        model, tokenizer, *_ = load_once()
-    except MissingDependencyError as error:
-        pytest.skip(str(error))
-    # In fp32 the rows of a batch agree with each row alone.
-    return copy.deepcopy(model).float(), tokenizer
-
-
-@pytest.fixture
-def smollm2(smollm2_in_fp32):
-    # Threads that wait for each other on a shared machine make small steps twenty times slower.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield smollm2_in_fp32
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from safekern.chat import encode, end_of_turn, padding_id, prompt_ids
 from safekern.errors import InvalidArgumentError
-from safekern.objectives import encode, end_of_turn, padding_id, prompt_ids, refusal
+from safekern.objectives import refusal
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -131,15 +132,40 @@ def test_end_of_turn(tokenizer):
     assert end_of_turn(tokenizer) == "<|im_end|>"
 
 
+def test_a_conversation_as_prompt(tokenizer):
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "And now?"},
+    ]
+    batch = encode(tokenizer, turns, "No.")
+    expected = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    assert prompt_ids(tokenizer, turns) == expected
+    assert batch["input_ids"][0, : len(expected)].tolist() == expected
+    labels = batch["labels"][0]
+    # The assistant's earlier turn is not learnt.
+    assert tokenizer.decode(labels[labels != -100]) == "No.<|im_end|>"
+    # Beside plain prompts, and a single user turn is one.
+    together = encode(tokenizer, [turns, "Hi", [{"role": "user", "content": "Hi"}]], ["No.", "Yes.", "Yes."])
+    assert torch.equal(together["input_ids"][0], batch["input_ids"][0])
+    assert torch.equal(together["input_ids"][1], together["input_ids"][2])
+
+
 @pytest.mark.parametrize(
     ("prompt", "response", "message"),
     [
+        ([[]], ["No."], "prompt 0 is an empty list"),
+        ([["Hi"]], ["No."], "prompt 0 must hold messages only"),
+        ([{"role": "user", "content": None}], "No.", "prompt 0 must hold messages only"),
+        ([{"role": "user", "content": "Hi"}], ["No."], "prompt 0 is a dict"),
+        ([{"role": "assistant", "content": "Hi"}], "No.", "prompt 0 ends with the assistant's message"),
         ("Hi", "", "response 0 is empty"),
         (["Hi", "Ho"], ["No.", " \n"], "response 1 is empty"),
         (["Hi", "Ho"], ["No."], "2 prompts but 1 responses"),
-        ("Hi", ["No."], "a str each or a sequence"),
+        ("Hi", ["No."], "one each or a sequence"),
         ([], [], "no prompt"),
-        ([None], ["No."], "one is a NoneType"),
+        ([None], ["No."], "prompt 0 is a NoneType"),
     ],
 )
 def test_wrong_texts(tokenizer, prompt, response, message):

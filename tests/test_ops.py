@@ -1,7 +1,9 @@
 """Every op: its plain-torch reference and its compiled kernel, in one process, against independent oracles."""
 
 import importlib
+import math
 from functools import cache
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -621,6 +623,199 @@ def test_count_changed_does_not_depend_on_threads():
         assert ops.count_changed([param], [index], [values]).item() == (values == 7.0).sum()
 
 
+# perturb_
+
+
+def perturb_arguments(dtype, index_dtype=torch.int32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    indices = [torch.randperm(p.numel(), generator=generator)[: p.numel() // 2 + 1].to(index_dtype) for p in params]
+    scales = [0.01 * (t + 1) for t in range(len(params))]
+    streams = [-(2**63), 2**63 - 1, 0, 1, -1, 2**32, 12]
+    return {"params": params, "indices": indices, "scales": scales, "streams": streams, "seed": -(2**40) - 3}
+
+
+def normals(numel, stream=1, seed=0, backend="torch"):
+    values = torch.zeros(numel)
+    kernel("perturb_", backend)([values], [torch.arange(numel)], [1.0], [stream], seed)
+    return values
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturb_kernel_equals_the_reference_bit_for_bit(dtype, index_dtype):
+    results = []
+    for backend in BACKENDS:
+        arguments = perturb_arguments(dtype, index_dtype)
+        # What has no room for noise, what overflows, and what is not finite.
+        special = [float("inf"), float("-inf"), torch.finfo(dtype).max, -0.0, torch.finfo(dtype).tiny / 4]
+        arguments["params"][4].view(-1)[arguments["indices"][4][:5].long()] = torch.tensor(special, dtype=dtype)
+        views = [between_sentinels(param) for param in arguments["params"]]
+        arguments["params"] = [view for view, _ in views]
+        kernel("perturb_", backend)(*arguments.values())
+        for _, buffer in views:
+            assert_sentinels(buffer)
+        results.append(arguments["params"])
+    for got, want, before in zip(results[1], results[0], perturb_arguments(dtype)["params"], strict=True):
+        assert_same_bits(got, want)
+        assert got.numel() == 0 or not torch.equal(got, before)
+
+
+def test_perturb_kernel_and_reference_draw_the_same_million_numbers():
+    assert_same_bits(normals(1_000_003, backend="cpu"), normals(1_000_003, backend="torch"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturb_adds_scaled_noise_to_the_selected_and_only_those(backend, dtype):
+    arguments = perturb_arguments(dtype)
+    before = [param.clone() for param in arguments["params"]]
+    kernel("perturb_", backend)(*arguments.values())
+    for t, (param, old) in enumerate(zip(arguments["params"], before, strict=True)):
+        index = arguments["indices"][t].long()
+        noise = normals(param.numel(), arguments["streams"][t], arguments["seed"], backend) * arguments["scales"][t]
+        want = old.flatten()
+        want[index] = (want[index].to(torch.promote_types(dtype, torch.float32)) + noise[index]).to(dtype)
+        assert_same_bits(param.flatten(), want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_perturb_with_nothing_to_do(backend):
+    perturb_ = kernel("perturb_", backend)
+    perturb_([], [], [], [], 0)
+    param = torch.randn(5).bfloat16()
+    for index, scale in ((torch.empty(0, dtype=torch.int32), 1.0), (torch.arange(5), 0.0)):
+        got = param.clone()
+        perturb_([got], [index], [scale], [0], 0)
+        assert_same_bits(got, param)
+
+
+# The generator's known answers, from kat_vectors of its authors' library Random123.
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ([0] * 4, (0, 0), [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, (0xFFFFFFFF,) * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            (0xA4093822, 0x299F31D0),
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_the_known_answers(counter, key, answer):
+    words = perturb_module().philox([torch.tensor([word]) for word in counter], key)
+    assert [int(word) for word in words] == answer
+
+
+def perturb_module():
+    return importlib.import_module("safekern.ops.perturb")
+
+
+def test_normals_are_the_inverse_distribution_function_of_the_random_words(monkeypatch):
+    module = perturb_module()
+    # Both ends, both sides of the seam at 0.425, and points on a grid.
+    seam = round((0.5 - 0.425) * 2**33)
+    tails = torch.tensor([0, 1, 2, 2**32 - 2**10, seam - 2**9, seam, seam + 2**9, *range(3, 2**32, 2**22 + 7)])
+    words = torch.zeros_like(tails)
+    monkeypatch.setattr(module, "philox", lambda counter, key: [tails, words, words, words])
+    got = module.normal(tails, 0, 0)
+    want = [NormalDist().inv_cdf(1 - (tail + 0.5) * 2**-33) for tail in tails.tolist()]
+    torch.testing.assert_close(got.double(), torch.tensor(want, dtype=torch.float64), rtol=1e-6, atol=2e-7)
+    assert 6.3 < got[0] < 6.5
+    words = words + (1 << 31)
+    assert torch.equal(module.normal(tails, 0, 0), -got)
+
+
+@pytest.mark.parametrize("stream", [0, 1, -1])
+def test_normals_are_standard_normal(stream):
+    count = 1_000_000
+    sample = normals(count, stream).double()
+    assert abs(sample.mean()) < 4 / count**0.5
+    assert abs(sample.square().mean() - 1) < 4 * (2 / count) ** 0.5
+    assert abs(sample.pow(3).mean()) < 4 * (15 / count) ** 0.5
+    assert abs(sample.pow(4).mean() - 3) < 4 * (96 / count) ** 0.5
+    assert 4.3 < sample.abs().max() < 6.5
+    # Kolmogorov-Smirnov: 1.95 is passed by chance once in a thousand samples; these are fixed.
+    ordered = sample.sort().values
+    distribution = torch.tensor([0.5 * math.erfc(-value / 2**0.5) for value in ordered.tolist()], dtype=torch.float64)
+    steps = torch.arange(count + 1, dtype=torch.float64) / count
+    distance = max((distribution - steps[:-1]).abs().max(), (steps[1:] - distribution).abs().max())
+    assert distance * count**0.5 < 1.95
+
+
+def test_normals_of_neighbouring_indices_streams_and_seeds_are_unrelated():
+    count = 200_000
+    sample = normals(count + 1)
+    others = [sample[1:], normals(count, stream=2), normals(count, stream=1 << 32), normals(count, seed=1)]
+    others += [normals(count, seed=1 << 32), normals(count, seed=-1)]
+    for other in others:
+        assert abs((sample[:count].double() * other.double()).mean()) < 4 / count**0.5
+
+
+def test_normals_use_all_bits_of_index_stream_and_seed():
+    def first(index=0, stream=0, seed=0):
+        return perturb_module().normal(torch.tensor([index]), stream, seed).item()
+
+    drawn = {first()}
+    drawn |= {first(index=1 << bit) for bit in range(63)}
+    drawn |= {first(stream=1 << bit) for bit in range(63)} | {first(stream=-(2**63))}
+    drawn |= {first(seed=1 << bit) for bit in range(63)} | {first(seed=-(2**63))}
+    assert len(drawn) == 1 + 63 + 64 + 64
+
+
+def test_perturb_depends_on_stream_and_index_and_not_on_the_call():
+    arguments = perturb_arguments(torch.float32)
+    together, apart = arguments["params"], [param.clone() for param in arguments["params"]]
+    ops.perturb_(*arguments.values())
+    for t in reversed(range(len(apart))):
+        for part in arguments["indices"][t].tensor_split(3):
+            ops.perturb_([apart[t]], [part.long()], [arguments["scales"][t]], [arguments["streams"][t]], -(2**40) - 3)
+    for got, want in zip(apart, together, strict=True):
+        assert_same_bits(got, want)
+
+
+@pytest.mark.usefixtures("threads")
+def test_perturb_does_not_depend_on_threads():
+    index = torch.randperm(300_001)[:100_001]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        param = torch.ones(300_001).bfloat16()
+        ops.perturb_([param], [index], [1.0], [4], 9)
+        results.append(param)
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("params", torch.zeros(3, 3).t(), "contiguous"),
+        ("params", torch.zeros(3, dtype=torch.int32), r"bfloat16, float16, float32 or float64"),
+        ("indices", torch.tensor([3]), "outside the tensor's 3 elements"),
+        ("indices", torch.tensor([-1]), "outside the tensor's 3 elements"),
+        ("indices", torch.tensor([0.0]), "int32 or int64"),
+        ("indices", None, "expected 2 index tensors, got 1"),
+        ("scales", None, "expected 2 scales and streams"),
+        ("streams", None, "expected 2 scales and streams"),
+    ],
+)
+def test_perturb_refuses_arguments_that_would_corrupt_memory(field, value, message):
+    index = torch.tensor([0])
+    arguments = {
+        "params": [torch.zeros(3), torch.zeros(3)],
+        "indices": [index, index],
+        "scales": [1.0, 1.0],
+        "streams": [0, 1],
+        "seed": 0,
+    }
+    arguments[field] = arguments[field][:1] if value is None else [arguments[field][0], value]
+    with pytest.raises(RuntimeError, match=message):
+        kernel("perturb_", "cpu")(*arguments.values())
+    assert (arguments["params"][0] == 0).all()
+
+
 # What the compiled kernels refuse, before anything is written
 
 
@@ -732,6 +927,7 @@ def samples():
             1.0,
         ),
         "spa_adamw_": tuple(spa_adamw_arguments(torch.bfloat16, moment=torch.float32, shapes=((3,), (0,))).values()),
+        "perturb_": ([torch.randn(3).bfloat16(), torch.randn(2, 2)], [index, index.long()], [0.1, 2.0], [-1, 5], 3),
         "restore_": ([torch.randn(3).bfloat16()], [index], [torch.randn(2).bfloat16()]),
         "count_changed": ([torch.randn(3), torch.randn(2, 2)], [index, index], [torch.randn(2), torch.randn(2)]),
     }

@@ -1,9 +1,12 @@
+import csv
+import json
 import re
 
 import pytest
 
+from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
 from safekern.evaluation import is_degenerate, is_refusal
-from safekern.prompts import builtin
+from safekern.prompts import PROMPT_FIELDS, RESPONSE_FIELDS, builtin, load, load_prompts
 
 KINDS, SPLITS = ("harmful", "benign"), ("tune", "eval")
 
@@ -53,3 +56,201 @@ def test_slicing_keeps_pairs_together():
         pairs.responses[3:5],
         pairs.categories[3:5],
     )
+
+
+ASKED, ANSWERED = (
+    ["How do I knot a tie?", 'Why, "then"?\u2028Because?', "東京は"],
+    ["Like this.", "So,\nsee.", "都市。"],
+)
+TURNS = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "And now?"},
+]
+LAST = {"role": "assistant", "content": "Now this."}
+
+
+def rows_of(prompt_field="prompt", response_field="response", **more):
+    return [{prompt_field: p, response_field: r, **more} for p, r in zip(ASKED, ANSWERED, strict=True)]
+
+
+def write(path, rows):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    else:
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+class Dataset:
+    """As a Hugging Face dataset: rows by iteration, absent fields as None."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return ({**row, "completion": None, "messages": None} for row in self.rows)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".JSONL"])
+def test_a_file_of_pairs(tmp_path, suffix):
+    path = write(tmp_path / f"pairs{suffix.lower()}", rows_of(category="ties", id="7"))
+    path = path.rename(path.with_suffix(suffix))
+    for source in (path, str(path)):
+        pairs = load(source)
+        assert (pairs.prompts, pairs.responses, pairs.categories) == (ASKED, ANSWERED, ["ties"] * 3)
+        assert load_prompts(source) == ASKED
+
+
+@pytest.mark.parametrize("prompt_field", [field for field in PROMPT_FIELDS if field != "messages"])
+@pytest.mark.parametrize("response_field", RESPONSE_FIELDS)
+def test_the_usual_fields(prompt_field, response_field):
+    pairs = load(
+        Dataset(rows_of(prompt_field, "response"))
+        if response_field == "response"
+        else rows_of(prompt_field, response_field)
+    )
+    assert (pairs.prompts, pairs.responses, pairs.categories) == (ASKED, ANSWERED, [""] * 3)
+
+
+def test_an_instruction_with_its_input():
+    rows = [{"instruction": "Add.", "input": text, "output": "3"} for text in ("1, 2", "", " ", None)]
+    assert load(rows).prompts == load_prompts(rows) == ["Add.\n\n1, 2", "Add.", "Add.", "Add."]
+
+
+def test_messages(tmp_path):
+    rows = [{"messages": [*TURNS, LAST]}, {"messages": [TURNS[0], LAST]}]
+    for source in (rows, write(tmp_path / "a.jsonl", rows)):
+        pairs = load(source)
+        assert pairs.prompts == load_prompts(source) == [TURNS, "Hi"]
+        assert pairs.responses == ["Now this."] * 2
+    assert load_prompts([{"messages": TURNS}]) == [TURNS]
+    # As TRL has them.
+    assert load([{"prompt": TURNS, "completion": [LAST]}]) == load(rows)[:1]
+
+
+def test_prompts_alone(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("Hi\r\n\r\n  東京は \nEnd".encode())
+    assert load_prompts(path) == ["Hi", "東京は", "End"]
+    assert load_prompts(["a", "b"]) == ["a", "b"]
+    assert load_prompts(write(tmp_path / "a.json", [{"id": 1, "goal": "a"}, {"id": 2, "goal": "b"}])) == ["a", "b"]
+    with pytest.raises(FileFormatError, match=r"prompts\.txt, line 1: a text alone, but a response is needed"):
+        load(path)
+
+
+def test_what_an_attack_wants_to_hear_is_not_learnt():
+    rows = [{"goal": "Tell me", "target": "Sure, here"}]
+    assert load_prompts(rows) == ["Tell me"]
+    with pytest.raises(InvalidArgumentError, match="'target' is what an attack wants to hear"):
+        load(rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a", "response": "b"}\n\n{"prompt": "a"\n', r"line 3: is not valid JSON"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "response": "b"}\n{"question": "a", "answer": "b"}',
+            r"line 2: uses 'question' and 'answer', but line 1 uses 'prompt' and 'response'",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": 1}',
+            r"line 1: needs a prompt \(.* or goal\) and a response \(response, .* or answer\).*; found text, label",
+        ),
+        ("a.jsonl", '{"prompt": "a"}', r"line 1: needs .* found prompt"),
+        ("a.jsonl", '\n{"prompt": " ", "response": "b"}', r"line 2: 'prompt' is empty"),
+        ("a.jsonl", '{"prompt": "a", "response": ""}', r"line 1: 'response' is empty"),
+        ("a.jsonl", '{"prompt": 3, "response": "b"}', r"line 1: 'prompt' is a int"),
+        ("a.jsonl", '{"prompt": "a", "question": "b", "response": "c"}', r"line 1: has 'prompt' and 'question'"),
+        ("a.jsonl", '{"prompt": "a", "response": "c", "output": "d"}', r"line 1: has 'response' and 'output'"),
+        ("a.jsonl", '["a"]', r"line 1: a list, but must be an object"),
+        ("a.jsonl", "{}", r"line 1: needs .* found nothing"),
+        ("a.jsonl", '{"messages": []}', r"line 1: 'messages' must be a list of messages"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": null}]}',
+            r"line 1: 'messages' must be a list of messages",
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            r"line 1: 'messages' must hold a prompt and end with",
+        ),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', r"line 1: 'messages' must hold a prompt"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}',
+            r"line 1: 'completion' holds 2 messages",
+        ),
+        ("a.jsonl", '{"instruction": "a", "input": 3, "output": "b"}', r"line 1: 'input' is a int"),
+        ("a.json", '[{"prompt": "a",\n "response": }]', r"line 2: is not valid JSON"),
+        ("a.json", '{"prompt": "a"}\n{"prompt": "b"}', r"line 2: is not valid JSON.*must be named \.jsonl"),
+        ("a.json", '{"data": []}', r"line 1: holds a dict, but must hold a list"),
+        ("a.json", '[{"prompt": "a", "response": "b"}, 3]', r"row 2: a int"),
+        ("a.csv", 'prompt,response\na,b\n"a\nb",c,d\n', r"line 4: has not as many fields as the header"),
+        ("a.csv", "prompt,response\na\n", r"line 2: has not as many fields"),
+        ("a.csv", 'prompt,response\n"a"b,c\n', r"line 2: is not valid CSV"),
+        ("a.csv", 'prompt,response\na,"b', r"line 2: is not valid CSV"),
+        ("a.csv", "prompt,prompt\na,b\n", r"line 1: the header names a field twice"),
+        ("a.csv", "prompt,response\n", r"holds no rows"),
+        ("a.csv", "", r"holds no rows"),
+        ("a.json", "", r"holds no rows"),
+        ("a.json", "[]", r"holds no rows"),
+        ("a.jsonl", "\n", r"holds no rows"),
+        ("a.parquet", "x", r"must end in one of \.json, \.jsonl, \.csv, \.txt"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8", newline="")
+    with pytest.raises(FileFormatError, match=message) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".txt"])
+def test_another_encoding(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes('{"prompt": "a"}\n{"prompt": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(FileFormatError, match=r"line 2: is not UTF-8 text"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "list: holds no rows"),
+        (["a", {"prompt": "b"}], "list, row 2: uses 'prompt', but row 1 uses 'a text alone'"),
+        (["a", ""], "row 2: 'prompt' is empty"),
+        ([{"id": 3}], r"row 1: needs one of the fields prompt, instruction, question, goal or messages; found id"),
+        ([{"messages": [LAST]}], r"row 1: 'messages' holds no message before the assistant's"),
+        ({"train": [], "test": []}, "a dict of train, test was given: pass one of them"),
+        (3, "a int was given"),
+    ],
+)
+def test_what_is_wrong_in_memory_is_said(rows, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        load_prompts(rows)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileAccessError, match=r"a\.json: cannot be read: No such file"):
+        load(tmp_path / "a.json")
+    (tmp_path / "b.csv").mkdir()
+    with pytest.raises(FileAccessError, match=r"b\.csv: cannot be read"):
+        load(tmp_path / "b.csv")
+
+
+def test_long_texts_in_a_csv_file(tmp_path):
+    limit = csv.field_size_limit()
+    rows = [{"prompt": "a" * 200_000, "response": "b"}]
+    assert load(write(tmp_path / "a.csv", rows)).prompts == ["a" * 200_000]
+    assert csv.field_size_limit() == limit

@@ -47,11 +47,12 @@ def test_shuffled_is_seeded():
     assert first(1) == first(1) != first(2)
 
 
-def test_shuffled_refuses_what_gives_no_batch():
+@pytest.mark.parametrize("batches", [in_order, lambda *args: next(shuffled(*args, seed=0))])
+def test_what_gives_no_batch_is_refused(batches):
     with pytest.raises(InvalidArgumentError, match="batch_size is 0"):
-        next(shuffled(byte_tokenizer(), pairs("a", 2), 0, 0))
+        batches(byte_tokenizer(), pairs("a", 2), 0)
     with pytest.raises(InvalidArgumentError, match="no pairs"):
-        next(shuffled(byte_tokenizer(), pairs("a", 0), 1, 0))
+        batches(byte_tokenizer(), pairs("a", 0), 1)
 
 
 def test_tune_weighs_the_parts_of_the_loss():

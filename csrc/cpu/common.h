@@ -119,19 +119,31 @@ inline void check_flags(const Tensor& nonfinite, size_t count) {
   check_numel(nonfinite, static_cast<int64_t>(count), "nonfinite");
 }
 
-// Indices come from masks, which are checked when they are made; a wrong one here would write outside the tensor.
-inline void check_indices(const Tensor& indices, int64_t numel) {
-  check_contiguous(indices, "indices");
-  with_index_type(indices.scalar_type(), [&](auto* type) {
-    using Index = std::remove_pointer_t<decltype(type)>;
-    const Index* index = indices.const_data_ptr<Index>();
-    Index low = 0, high = -1;
-    for (int64_t j = 0, count = indices.numel(); j < count; j++) {
-      low = std::min(low, index[j]);
-      high = std::max(high, index[j]);
-    }
-    STD_TORCH_CHECK(low >= 0 && high < numel, "safekern: an index is outside the tensor's ", numel, " elements");
+// Indices come from masks, which are checked when they are made; a wrong one here would write outside its tensor.
+inline void check_indices(const Tensors& indices, const Tensors& tensors) {
+  for (size_t t = 0; t < tensors.size(); t++) {
+    check_contiguous(indices[t], "indices");
+    with_index_type(indices[t].scalar_type(), [](auto*) {});
+  }
+  const std::vector<Chunk> chunks = cut(indices, 1 << 16);
+  std::vector<uint8_t> inside(chunks.size());
+  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+    const auto [t, begin, end] = chunks[c];
+    with_index_type(indices[t].scalar_type(), [&, t = t, begin = begin, end = end](auto* type) {
+      using Index = std::remove_pointer_t<decltype(type)>;
+      const Index* index = indices[t].const_data_ptr<Index>();
+      Index low = 0, high = -1;
+      for (int64_t j = begin; j < end; j++) {
+        low = std::min(low, index[j]);
+        high = std::max(high, index[j]);
+      }
+      inside[c] = low >= 0 && high < tensors[t].numel();
+    });
   });
+  for (size_t c = 0; c < chunks.size(); c++) {
+    STD_TORCH_CHECK(inside[c], "safekern: an index is outside the tensor's ", tensors[chunks[c].tensor].numel(),
+                    " elements");
+  }
 }
 
 }  // namespace safekern

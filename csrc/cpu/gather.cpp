@@ -43,11 +43,11 @@ void gather_(Tensors outs, Tensors srcs, Tensors indices, Tensor nonfinite) {
     check_contiguous(outs[t], "an output");
     check_contiguous(srcs[t], "a source tensor");
     check_numel(indices[t], outs[t].numel(), "an index tensor");
-    check_indices(indices[t], srcs[t].numel());
     with_float_type(srcs[t].scalar_type(), [](auto*) {});
     STD_TORCH_CHECK(outs[t].scalar_type() == ScalarType::Float || outs[t].scalar_type() == srcs[t].scalar_type(),
                     "safekern: an output of gather_ must be float32 or of its source's dtype");
   }
+  check_indices(indices, srcs);
   parallel_flagged(cut(outs, kChunk), nonfinite, [&](const Chunk& chunk) {
     const Tensor &out = outs[chunk.tensor], &src = srcs[chunk.tensor], &index = indices[chunk.tensor];
     bool found = false;

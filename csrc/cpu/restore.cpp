@@ -38,8 +38,8 @@ void check(const Tensors& params, const Tensors& indices, const Tensors& values)
     with_float_type(params[t].scalar_type(), [](auto*) {});
     check_dtype(values[t], params[t].scalar_type(), "a value tensor");
     check_numel(values[t], indices[t].numel(), "a value tensor");
-    check_indices(indices[t], params[t].numel());
   }
+  check_indices(indices, params);
 }
 
 void restore_(Tensors params, Tensors indices, Tensors values) {

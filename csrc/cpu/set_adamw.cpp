@@ -58,7 +58,6 @@ void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
   for (size_t t = 0; t < count; t++) {
     check_contiguous(params[t], "a parameter");
     with_float_type(params[t].scalar_type(), [](auto*) {});
-    check_indices(indices[t], params[t].numel());
     const int64_t selected = indices[t].numel();
     for (const Tensor* state : {&grads[t], &exp_avgs[t], &exp_avg_sqs[t], &masters[t]}) {
       if (state == &masters[t] && state->numel() == 0) continue;
@@ -67,6 +66,7 @@ void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
       check_numel(*state, selected, "a selected gradient or state tensor");
     }
   }
+  check_indices(indices, params);
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
     const int64_t t = chunks[c].tensor;

@@ -6,6 +6,7 @@ All of them take lists of tensors, so that one call serves a whole model, and no
 from safekern.ops.accumulate import accumulate_
 from safekern.ops.count_changed import count_changed
 from safekern.ops.gather import gather_
+from safekern.ops.perturb import perturb_
 from safekern.ops.registry import load_kernels
 from safekern.ops.restore import restore_
 from safekern.ops.select import select
@@ -18,6 +19,7 @@ __all__ = [
     "accumulate_",
     "count_changed",
     "gather_",
+    "perturb_",
     "restore_",
     "select",
     "set_adamw_",

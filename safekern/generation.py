@@ -1,0 +1,112 @@
+"""Answers of a model to one batch of prompts, as tokens, with the model left as found."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from safekern.chat import end_of_turn, padding_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    *,
+    sample: bool = False,
+) -> list[list[int]]:
+    """Answer one batch of tokenised prompts, without gradients and in eval mode.
+
+    Args:
+        model: A Hugging Face causal language model; its modes and configurations are left as found.
+        tokenizer: Its tokenizer, with a chat template.
+        prompts: The tokens of each prompt, up to where the assistant speaks.
+        max_new_tokens: Longest answer, in tokens.
+        sample: Draw from the model's distribution with torch's global generator, instead of answering greedily.
+
+    Returns:
+        The tokens of each answer, without the token that ended it.
+    """
+    pad, stops = padding_id(tokenizer), _stop_ids(model, tokenizer)
+    input_ids, attention_mask = _pad_left(prompts, pad)
+    length = input_ids.shape[1]
+    # What is not said here, generate() takes from the model's generation_config, where sampling values draw warnings
+    # and a repetition penalty makes the answers less than greedy.
+    options = {
+        # max_length, because max_new_tokens draws a warning where the model's configuration sets max_length.
+        "max_length": length + max_new_tokens,
+        "max_new_tokens": None,
+        "min_new_tokens": None,
+        "min_length": 0,
+        "do_sample": sample,
+        "temperature": 1.0,
+        "top_k": 0 if sample else 50,
+        "top_p": 1.0,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "return_dict_in_generate": False,
+        "use_cache": True,
+        "pad_token_id": pad,
+        "eos_token_id": sorted(stops) or None,
+    }
+    if sample:
+        options |= {"min_p": None, "typical_p": 1.0}
+    device = model_device(model)
+    with inference(model):
+        generated: Tensor = cast(Any, model).generate(
+            input_ids.to(device), attention_mask=attention_mask.to(device), **options
+        )
+    answers: list[list[int]] = generated[:, length:].tolist()
+    return [ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))] for ids in answers]
+
+
+@contextlib.contextmanager
+def inference(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients, and afterwards every module in the mode it was in."""
+    with evaluating(model), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards every module in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        # The attribute, not eval(): some wrappers merge or unpack their weights when eval() is called.
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def model_device(model: torch.nn.Module) -> torch.device:
+    """Return where the inputs of a model go."""
+    return next(model.parameters()).device
+
+
+def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    # A base model's configuration often names only the end of a document, which a chat turn never reaches.
+    closing = tokenizer(end_of_turn(tokenizer), add_special_tokens=False)["input_ids"]
+    stops = {token for token in cast(list[int], closing) if token in tokenizer.added_tokens_decoder}
+    for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        stops.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return stops
+
+
+def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    shape = len(rows), max(map(len, rows))
+    input_ids, attention_mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)
+    for row, ids in enumerate(rows):
+        input_ids[row, shape[1] - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, shape[1] - len(ids) :] = 1
+    return input_ids, attention_mask

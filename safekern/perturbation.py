@@ -1,0 +1,155 @@
+"""``perturb``: a model with noise on the weights of a mask, for as long as a block runs."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safekern import names, ops
+from safekern.eligibility import check_plain
+from safekern.errors import InvalidArgumentError, NonFiniteError, ProtectionError
+from safekern.mask import Mask
+from safekern.optim.masked import by_device
+
+
+@contextmanager
+def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) -> Iterator[None]:
+    """Adds normal noise to the masked weights while a block runs, and gives them back their exact bits after it.
+
+    Each masked weight gets ``N(0, (noise * sigma)^2)``, with ``sigma`` the standard deviation (``Tensor.std()``) of the
+    tensor that holds it: how much a model's safety suffers tells whether the mask holds it (arXiv 2604.08297). The
+    noise is computed in fp32, added, and rounded to the weight's dtype.
+
+    The noise of a weight is a function of the seed, its parameter's name and its index alone. So two masks put the same
+    noise on the weights that they share, and every backend, device and number of threads the same bits (where sigma
+    agrees to the bit).
+
+    Besides the model it takes the masked weights' values and indices. The weights are restored also after an exception
+    or a ``KeyboardInterrupt``. Blocks may be nested and must end in reverse order, as ``with`` makes them. The block
+    may train the model: on leaving it the masked weights are what they were before the block, all others keep what
+    training made of them. Weights loaded inside the block are lost where they are masked.
+
+    Args:
+        model: a module with plain, contiguous parameters; its names may be wrapped by DDP, ``torch.compile`` or PEFT.
+            A tied parameter gets its noise once.
+        mask: which weights get noise.
+        noise: standard deviation of the noise in units of sigma, from 0 on.
+        seed: a whole number of 64 bits.
+
+    Raises:
+        InvalidArgumentError: noise is negative or not finite, the seed has more bits, or a masked parameter is not
+            contiguous or not a plain tensor on a real device. Nothing was changed.
+        MaskMismatchError: the mask does not fit the model. Nothing was changed.
+        NonFiniteError: a tensor with masked weights holds a NaN or an infinity. Nothing was changed.
+        ProtectionError: on leaving, a masked parameter has another dtype, shape or layout than on entering, so that its
+            weights cannot be restored; all others are.
+
+    Example:
+        >>> with safekern.perturb(model, mask, noise=0.38):                                     # doctest: +SKIP
+        ...     noisy = safekern.attack_success_rate(model, tokenizer, prompts)
+    """
+    if not (isinstance(noise, int | float) and 0 <= noise < math.inf):
+        raise InvalidArgumentError(f"noise must be a finite number of at least 0, got {noise}")
+    if not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
+        raise InvalidArgumentError(f"seed must be a whole number of 64 bits, got {seed}")
+    selected = _select(model, mask)
+    groups = [[selected[t] for t in group] for group in by_device([entry.param for entry in selected])]
+    scales = [_scales(group, noise) for group in groups]
+    for group in groups:
+        _save(group)
+    try:
+        for group, scale in zip(groups, scales, strict=True):
+            ops.perturb_(
+                [entry.param.detach() for entry in group],
+                [entry.indices for entry in group],
+                scale,
+                [entry.stream for entry in group],
+                seed,
+            )
+            # A custom op does not tell autograd that it wrote: without this, a graph with the old weights would go on.
+            torch.autograd.graph.increment_version([entry.param for entry in group])
+        yield
+    finally:
+        _restore(selected)
+
+
+@dataclass(slots=True)
+class _Selected:
+    """The masked weights of one parameter."""
+
+    name: str
+    param: Tensor
+    shape: torch.Size
+    indices: Tensor
+    values: Tensor
+
+    @property
+    def stream(self) -> int:
+        """The random stream of a parameter, whatever its wrappers and whatever else is masked."""
+        digest = hashlib.blake2b(names.canonical(self.name).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+
+def _select(model: nn.Module, mask: Mask) -> list[_Selected]:
+    selected = []
+    for name, (param, indices) in mask.parameters(model).items():
+        check_plain(name, param)
+        if not param.is_contiguous():
+            raise InvalidArgumentError(
+                f"parameter {name} is not contiguous, so noise cannot be added in place: "
+                "make it so first (param.data = param.data.contiguous())"
+            )
+        selected.append(_Selected(name, param, param.shape, indices.to(param.device), torch.empty(0)))
+    return selected
+
+
+def _scales(group: list[_Selected], noise: float) -> list[float]:
+    scales = []
+    for entry, sigma in zip(group, ops.sigma([entry.param.detach() for entry in group]).tolist(), strict=True):
+        if not math.isfinite(sigma):
+            raise NonFiniteError(
+                f"parameter {entry.name} holds a NaN or an infinity, so it has no standard deviation: repair the model"
+            )
+        if noise * sigma > torch.finfo(torch.float32).max:
+            raise InvalidArgumentError(f"noise {noise} is too large for parameter {entry.name} with sigma {sigma:.3g}")
+        scales.append(noise * sigma)
+    return scales
+
+
+def _save(group: list[_Selected]) -> None:
+    for entry in group:
+        entry.values = torch.empty(entry.indices.shape, dtype=entry.param.dtype, device=entry.param.device)
+    ops.gather_(
+        [entry.values for entry in group],
+        [entry.param.detach() for entry in group],
+        [entry.indices for entry in group],
+        torch.zeros(len(group), dtype=torch.bool, device=group[0].param.device),
+    )
+
+
+def _restore(selected: list[_Selected]) -> None:
+    lost = [entry for entry in selected if not _is_restorable(entry)]
+    rest = [entry for entry in selected if _is_restorable(entry)]
+    for group in by_device([entry.param for entry in rest]):
+        params = [rest[t].param for t in group]
+        ops.restore_(
+            [param.detach() for param in params],
+            # The block may have moved the model to another device.
+            [rest[t].indices.to(rest[t].param.device) for t in group],
+            [rest[t].values.to(rest[t].param.device) for t in group],
+        )
+        torch.autograd.graph.increment_version(params)
+    if lost:
+        raise ProtectionError(
+            f"{', '.join(entry.name for entry in lost)}: changed dtype, shape or layout inside perturb(), so the "
+            "original weights cannot be written back: load the model again"
+        )
+
+
+def _is_restorable(entry: _Selected) -> bool:
+    param = entry.param
+    return param.dtype == entry.values.dtype and param.shape == entry.shape and param.is_contiguous()
