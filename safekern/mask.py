@@ -520,6 +520,11 @@ class Mask(Mapping[str, Tensor]):
         sizes = {name: _size(name, shape) for name, shape in shapes.items()}
         if model_numel < sum(map(_numel, sizes.values())):
             raise InvalidArgumentError("The model is smaller than the masked parameters.")
+        try:
+            # As `meta` does, which should not be where it fails.
+            copy.deepcopy(meta)
+        except RecursionError as error:
+            raise InvalidArgumentError("Its meta is nested too deeply.") from error
         return cls({name: _decode(name, codes[name], size) for name, size in sizes.items()}, sizes, model_numel, meta)
 
     def __repr__(self) -> str:

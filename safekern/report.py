@@ -178,10 +178,17 @@ class Audit:
         ratio: object = self.mask.meta.get("ratio")
         if not isinstance(ratio, float) or not 0 < ratio <= 1 or self.mask.meta.get("per") != "model":
             return None
+        mask = self.mask
         says = f"The file says that {100 * ratio:.4g}% of the model was selected"
-        if max(1, int(ratio * self.mask.model_numel)) == self.mask.numel:
+        wanted = max(1, int(ratio * mask.model_numel))
+        if mask.numel == wanted:
             return Check(True, f"{says}, and it was.")
-        return Check(False, f"{says}, but it holds {100 * self.mask.density:.4g}%.")
+        # A ranking ends with the eligible weights, which may be fewer.
+        if mask.numel < wanted and mask.numel == sum(shape.numel() for shape in mask.shapes.values()):
+            return Check(
+                True, f"{says}; it holds every weight of its parameters, {100 * mask.density:.4g}% of the model."
+            )
+        return Check(False, f"{says}, but it holds {100 * mask.density:.4g}%.")
 
     def _check_ranking(self) -> Check:
         if self.ranking is None:

@@ -578,6 +578,21 @@ class TestFile:
         with pytest.raises(FileFormatError, match=re.escape(path.name)):
             Mask.load(path)
 
+    def test_meta_nested_too_deeply(self, tmp_path):
+        path, meta = tmp_path / "mask.safetensors", {}
+        innermost = meta
+        for _ in range(900):
+            innermost["x"] = innermost = {}
+        limit = sys.getrecursionlimit()
+        try:
+            sys.setrecursionlimit(20_000)
+            codes, description = one([1]).pack()
+            files.write(path, "mask", 2, codes, description | {"meta": meta})
+        finally:
+            sys.setrecursionlimit(limit)
+        with pytest.raises(FileFormatError, match=re.escape(path.name)):
+            Mask.load(path)
+
     def test_other_files(self, path):
         with pytest.raises(FileAccessError, match="no such file"):
             Mask.load(path)

@@ -331,6 +331,7 @@ class TestAudit:
                 dict(mask.items()), mask.shapes, model_numel=1000, meta={"ratio": ratio, "per": "model"}
             )
             assert self.audit(said).checks()[1].holds is holds
+        assert self.audit(scores().top(1.0)).checks()[1].holds is True
         for odd in (
             {"ratio": "0.1", "per": "model"},
             {"ratio": 0.3, "per": "tensor"},
