@@ -107,7 +107,7 @@ calls = {
     "sigma": ([x],),
     "spa_adamw_": ([x], [x], [index], [x], [x], [1.0], [1.0], 0.9, 0.99, 1e-8, 1.0),
 }
-assert set(calls) == set(registry._OPS), set(calls) ^ set(registry._OPS)
+assert set(calls) == set(registry.OPS), set(calls) ^ set(registry.OPS)
 cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 for name, arguments in calls.items():
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"safekern::{name}", "CUDA"), name

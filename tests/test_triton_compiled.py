@@ -17,7 +17,7 @@ import safekern.ops.triton as kernels  # noqa: E402
 from safekern.ops import registry  # noqa: E402
 from safekern.ops.triton.common import THREADS, launch_options  # noqa: E402
 
-if registry._INTERPRETED:
+if registry.INTERPRETED:
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)
 
 MODULES = [
@@ -88,6 +88,6 @@ def test_every_kernel_has_a_spec():
             if isinstance(value, JITFunction) and name.endswith("_kernel") and value.fn.__module__ == module.__name__
         }
         assert launched == {spec.kernel for spec in module.SPECS}
-    assert {name.rstrip("_") for name in registry._OPS} == {
+    assert {name.rstrip("_") for name in registry.OPS} == {
         module.__name__.rpartition(".")[2] for module in MODULES
     } - {"common"}
