@@ -1,8 +1,13 @@
 """Every op: its plain-torch reference and its compiled kernel, in one process, against independent oracles."""
 
+import hashlib
 import importlib
 import math
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from statistics import NormalDist
 
 import pytest
@@ -986,6 +991,84 @@ def test_opcheck(name):
 
 
 def test_every_op_is_checked():
+    # cpu_capability takes no tensors and belongs to the compiled kernels.
     assert {f"safekern::{name}" for name in samples()} == {
         name for name in torch._C._dispatch_get_all_op_names() if name.startswith("safekern::")
-    }
+    } - {"safekern::cpu_capability"}
+
+
+# Instruction sets: this file, run as a program, prints a digest of each op's results
+
+
+def with_capability(name):
+    environment = {**os.environ, "SAFEKERN_CPU_CAPABILITY": name, "SAFEKERN_BACKEND": "cpu", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "tests.test_ops"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+
+
+def test_results_do_not_depend_on_the_instruction_set():
+    if ops.BACKENDS["cpu"].backend != "cpu":
+        pytest.skip("the compiled CPU kernels are not installed")
+    widest_first = ["avx512", "avx2", "sse2"]
+    if ops.cpu_capability() not in widest_first:
+        pytest.skip("this processor has no choice of instruction sets")
+    reports = [with_capability(name) for name in widest_first[widest_first.index(ops.cpu_capability()) :]]
+    for name, ran in zip(reversed(widest_first), reversed(reports), strict=False):
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.splitlines()[0] == name
+    results = [ran.stdout.splitlines()[1:] for ran in reports]
+    assert len(results[0]) == len(digests())
+    assert all(other == results[0] for other in results)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    if ops.BACKENDS["cpu"].backend != "cpu":
+        pytest.skip("the compiled CPU kernels are not installed")
+    ran = with_capability("abacus")
+    assert ran.returncode
+    assert "BackendError: " in ran.stderr and "SAFEKERN_CPU_CAPABILITY='abacus' is not supported" in ran.stderr
+
+
+def digests() -> list[str]:
+    """A digest of the results of every op, for every dtype, in an order that is always the same."""
+    results: list[tuple[str, list[Tensor]]] = []
+    for dtype in DTYPES:
+        torch.manual_seed(0)
+        params = [torch.randn(shape).mul(0.02).to(dtype) for shape in SHAPES]
+        for absolute in (False, True):
+            accs = [torch.randn(shape) for shape in SHAPES]
+            ops.accumulate_(accs, params, no_flags(len(accs)), absolute)
+            results.append(("accumulate_", accs))
+        # Weights whose squares fp32 cannot hold as well.
+        results.append(("sigma", [ops.sigma([*params, torch.randn(5000) * 1e30, torch.randn(5000) * 1e-30])]))
+        indices = [torch.randperm(param.numel())[: param.numel() // 2 + 1].sort().values for param in params]
+        for out in (dtype, torch.float32):
+            outs = [torch.empty(index.shape, dtype=out) for index in indices]
+            ops.gather_(outs, params, indices, no_flags(len(outs)))
+            results.append(("gather_", outs))
+        for master in (False, dtype.itemsize == 2):
+            arguments = set_adamw_arguments(dtype, master=master)
+            ops.set_adamw_(*arguments.values())
+            results.append(("set_adamw_", [tensor for values in list(arguments.values())[:6] for tensor in values]))
+        values = [torch.randn(index.shape).to(dtype) for index in indices]
+        ops.restore_(params, indices, values)
+        results.append(("restore_", params))
+        results.append(("count_changed", [ops.count_changed([torch.ones_like(p) for p in params], indices, values)]))
+    for dtypes in sorted(SPA_DTYPES, key=str):
+        arguments = spa_adamw_arguments(dtypes[0], moment=dtypes[1], grad=dtypes[2])
+        ops.spa_adamw_(*arguments.values())
+        results.append(("spa_adamw_", [tensor for values in list(arguments.values())[:5] for tensor in values]))
+    for case in large_cases(SAMPLED).values():
+        for largest in (True, False):
+            results.append(
+                ("select", ops.select([case[:1000], case[1000:]], torch.tensor([0.5, 0.75]), 13_000, largest))
+            )
+    return [
+        f"{name} {hashlib.sha256(b''.join(bits(tensor).numpy().tobytes() for tensor in tensors)).hexdigest()}"
+        for name, tensors in results
+    ]
+
+
+if __name__ == "__main__":
+    print(ops.cpu_capability(), *digests(), sep="\n")

@@ -88,6 +88,6 @@ def test_every_kernel_has_a_spec():
             if isinstance(value, JITFunction) and name.endswith("_kernel") and value.fn.__module__ == module.__name__
         }
         assert launched == {spec.kernel for spec in module.SPECS}
-    assert {name.rstrip("_") for name in registry.OPS} == {
-        module.__name__.rpartition(".")[2] for module in MODULES
-    } - {"common"}
+    assert {name.rstrip("_") for name in registry.OPS} == {module.__name__.rpartition(".")[2] for module in MODULES} - {
+        "common"
+    }

@@ -15,15 +15,31 @@ namespace safekern {
 // Scattered elements are loaded and stored a tile at a time around plain arrays, so that what lies between vectorises.
 constexpr int64_t kTile = 64;
 
-// Asks for the elements some tiles after the one at `begin`. In a loop of its own, and into the second-level cache:
-// requests to the first one would wait for its few miss buffers, at a quarter of the speed.
-template <class T, class Index>
-void prefetch_tile(const T* base, const Index* index, int64_t begin, int64_t count) {
+// Into the second-level cache: requests to the first one would wait for its few miss buffers, at a quarter of the
+// speed.
+inline void prefetch(const void* address) {
 #if defined(__GNUC__) || defined(__clang__)
-  const Index* ahead = index + begin + 4 * kTile;
-  if (begin + 5 * kTile > count) return;
-  for (int64_t j = 0; j < kTile; j++) __builtin_prefetch(base + ahead[j], 0, 2);
+  __builtin_prefetch(address, 0, 2);
 #endif
+}
+
+// How far ahead elements are asked for; in a loop of its own, a tile at a time.
+constexpr int64_t kAhead = 4 * kTile;
+
+template <class T, class Index>
+void prefetch_elements(const T* base, const Index* index, int64_t begin, int64_t end) {
+  for (int64_t j = begin; j < end; j++) prefetch(base + index[j]);
+}
+
+// Calls f(tile, end of the tile) for the tiles of [begin, end), with the elements at the tensor's `count` indices asked
+// for ahead.
+template <class T, class Index, class F>
+void each_tile(const T* base, const Index* index, int64_t begin, int64_t end, int64_t count, const F& f) {
+  prefetch_elements(base, index, begin, std::min(begin + kAhead, count));
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    prefetch_elements(base, index, std::min(tile + kAhead, count), std::min(tile + kAhead + kTile, count));
+    f(tile, std::min(tile + kTile, end));
+  }
 }
 
 // A run of consecutive elements of one tensor of a list. Chunks have a fixed size, so that what is computed per chunk

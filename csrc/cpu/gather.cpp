@@ -1,26 +1,38 @@
+#include <limits>
+
 #include "../arithmetic.h"
 #include "common.h"
+#include "simd.h"
 
 namespace safekern {
 namespace {
 
 constexpr int64_t kChunk = 1 << 13;
 
+template <class T>
+SAFEKERN_INLINE bool all_finite(const T* values, int64_t numel) {
+  using Word = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  const Word exponent = bit_copy<Word>(std::numeric_limits<T>::infinity());
+  Word nonfinite = 0;
+  for (int64_t j = 0; j < numel; j++) nonfinite |= (bit_copy<Word>(values[j]) & exponent) == exponent;
+  return !nonfinite;
+}
+
+// Bytes moved: the cache lines of the selected elements (of a bf16 tensor, a random 1% touches 27% of all lines), the
+// indices and the output.
 template <class Out, class Src, class Index>
 bool gather(Out* __restrict out, const Src* __restrict src, const Index* __restrict index, int64_t begin, int64_t end,
             int64_t count) {
-  using Value = std::conditional_t<std::is_same_v<Out, double>, double, float>;
   Src values[kTile];
-  uint32_t nonfinite = 0;
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t size = std::min(kTile, end - tile);
-    prefetch_tile(src, index, tile, count);
+  bool nonfinite = false;
+  each_tile(src, index, begin, end, count, [&](int64_t tile, int64_t stop) {
+    const int64_t size = stop - tile;
     for (int64_t j = 0; j < size; j++) values[j] = src[index[tile + j]];
-    for (int64_t j = 0; j < size; j++) {
-      out[tile + j] = static_cast<Out>(values[j]);
-      nonfinite |= !std::isfinite(static_cast<Value>(out[tile + j]));
-    }
-  }
+    vectorised([&]() SAFEKERN_INLINE_LAMBDA {
+      convert(values, out + tile, size);
+      nonfinite |= !all_finite(out + tile, size);
+    });
+  });
   return nonfinite;
 }
 

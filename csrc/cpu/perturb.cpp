@@ -16,9 +16,8 @@ template <class Param, class Index>
 void perturb(Param* param, const Index* index, int64_t begin, int64_t end, int64_t count, const Noise& noise) {
   using Value = std::conditional_t<std::is_same_v<Param, double>, double, float>;
   float added[kTile];
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    const int64_t size = std::min(kTile, end - tile);
-    prefetch_tile(param, index, tile, count);
+  each_tile(param, index, begin, end, count, [&](int64_t tile, int64_t stop) {
+    const int64_t size = stop - tile;
     vectorised([&]() SAFEKERN_INLINE_LAMBDA {
       for (int64_t j = 0; j < size; j++) {
         added[j] = normal(noise.seed, noise.stream, static_cast<uint64_t>(index[tile + j])) * noise.scale;
@@ -28,7 +27,7 @@ void perturb(Param* param, const Index* index, int64_t begin, int64_t end, int64
       Param& weight = param[index[tile + j]];
       weight = static_cast<Param>(static_cast<Value>(weight) + static_cast<Value>(added[j]));
     }
-  }
+  });
 }
 
 void perturb_(Tensors params, Tensors indices, std::vector<double> scales, std::vector<int64_t> streams, int64_t seed) {

@@ -8,10 +8,9 @@ constexpr int64_t kChunk = 1 << 13;
 // Calls f(j) for j in [begin, end) of the tensor's count indices, with the weights fetched ahead.
 template <class Word, class Index, class F>
 void each_selected(const Word* param, const Index* index, int64_t begin, int64_t end, int64_t count, const F& f) {
-  for (int64_t tile = begin; tile < end; tile += kTile) {
-    prefetch_tile(param, index, tile, count);
-    for (int64_t j = tile, stop = std::min(tile + kTile, end); j < stop; j++) f(j);
-  }
+  each_tile(param, index, begin, end, count, [&](int64_t tile, int64_t stop) {
+    for (int64_t j = tile; j < stop; j++) f(j);
+  });
 }
 
 template <class F>

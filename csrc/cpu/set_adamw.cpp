@@ -1,10 +1,32 @@
 #include "../arithmetic.h"
 #include "common.h"
+#include "simd.h"
 
 namespace safekern {
 namespace {
 
 constexpr int64_t kChunk = 1 << 13;
+
+// A master that no longer rounds to its weight is stale: the weight was loaded or edited from outside, and what is in
+// the model wins.
+template <class Param, class Value>
+SAFEKERN_INLINE void take_fresh_masters(const float* __restrict master, const Param* __restrict current,
+                                        Value* __restrict values, int64_t numel) {
+  using Word =
+      std::conditional_t<sizeof(Param) == 2, uint16_t, std::conditional_t<sizeof(Param) == 4, uint32_t, uint64_t>>;
+  Param rounded[kTile];
+  convert(master, rounded, numel);
+  for (int64_t j = 0; j < numel; j++) {
+    const bool fresh = bit_copy<Word>(rounded[j]) == bit_copy<Word>(current[j]);
+    values[j] = fresh ? static_cast<Value>(master[j]) : values[j];
+  }
+}
+
+template <class Value>
+SAFEKERN_INLINE void update(Value* __restrict values, const float* __restrict grad, float* __restrict exp_avg,
+                            float* __restrict exp_avg_sq, int64_t numel, const AdamW<Value, float> adamw) {
+  for (int64_t j = 0; j < numel; j++) values[j] = adamw.update(values[j], grad[j], exp_avg[j], exp_avg_sq[j]);
+}
 
 // The state of one parameter, as raw pointers; master is null when the parameter itself holds the full value.
 template <class Param, class Index>
@@ -17,26 +39,23 @@ struct Selected {
 
   using Value = std::conditional_t<std::is_same_v<Param, double>, double, float>;
 
+  // Bytes moved: the cache lines of the selected weights twice (of a bf16 tensor, a random 1% touches 27% of all
+  // lines), and per selected weight 24 to 32 of index, gradient and state.
   void step(int64_t begin, int64_t end, const AdamW<Value, float>& adamw) const {
+    Param weights[kTile];
     Value values[kTile];
-    for (int64_t tile = begin; tile < end; tile += kTile) {
-      const int64_t size = std::min(kTile, end - tile);
-      prefetch_tile(param, index, tile, count);
-      for (int64_t j = 0; j < size; j++) {
-        const Param current = param[index[tile + j]];
-        // A master that no longer rounds to its weight is stale: the weight was loaded or edited from outside, and
-        // what is in the model wins.
-        const bool fresh = master && same_bits(static_cast<Param>(master[tile + j]), current);
-        values[j] = fresh ? static_cast<Value>(master[tile + j]) : static_cast<Value>(current);
-      }
-      for (int64_t j = 0; j < size; j++) {
-        values[j] = adamw.update(values[j], grad[tile + j], exp_avg[tile + j], exp_avg_sq[tile + j]);
-      }
-      for (int64_t j = 0; j < size; j++) {
-        if (master) master[tile + j] = static_cast<float>(values[j]);
-        param[index[tile + j]] = static_cast<Param>(values[j]);
-      }
-    }
+    each_tile(param, index, begin, end, count, [&](int64_t tile, int64_t stop) {
+      const int64_t size = stop - tile;
+      for (int64_t j = 0; j < size; j++) weights[j] = param[index[tile + j]];
+      vectorised([&]() SAFEKERN_INLINE_LAMBDA {
+        convert(weights, values, size);
+        if (master) take_fresh_masters(master + tile, weights, values, size);
+        update(values, grad + tile, exp_avg + tile, exp_avg_sq + tile, size, adamw);
+        if (master) convert(values, master + tile, size);
+        convert(values, weights, size);
+      });
+      for (int64_t j = 0; j < size; j++) param[index[tile + j]] = weights[j];
+    });
   }
 };
 

@@ -7,12 +7,13 @@
 
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define SAFEKERN_X86 1
 #define SAFEKERN_INLINE inline __attribute__((always_inline))
 #define SAFEKERN_INLINE_LAMBDA __attribute__((always_inline))
+#define SAFEKERN_AVX2 __attribute__((target("avx2,f16c")))
+#define SAFEKERN_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")))
 #else
 #define SAFEKERN_X86 0
 #define SAFEKERN_INLINE inline
@@ -21,53 +22,36 @@
 
 namespace safekern {
 
+// Sse2 is what every x86-64 processor has, Portable what the compiler makes of the loops elsewhere.
+enum class Capability { kPortable, kSse2, kAvx2, kAvx512 };
+
+// The widest of the processor, or the one that the environment variable SAFEKERN_CPU_CAPABILITY names; decided once.
+Capability cpu_capability();
+
 #if SAFEKERN_X86
 
 template <class F>
-__attribute__((target("avx2"), noinline)) void run_avx2(const F& f) {
+SAFEKERN_AVX2 __attribute__((noinline)) void run_avx2(const F& f) {
   f();
 }
 
 template <class F>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"), noinline)) void run_avx512(const F& f) {
-  f();
-}
-
-enum class Vectors { kBaseline, kAvx2, kAvx512 };
-
-inline Vectors widest_vectors() {
-  static const Vectors widest = [] {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
-      return Vectors::kAvx512;
-    }
-    return __builtin_cpu_supports("avx2") ? Vectors::kAvx2 : Vectors::kBaseline;
-  }();
-  return widest;
-}
-
-// f: a lambda marked SAFEKERN_INLINE_LAMBDA that calls only functions which inline into it.
-template <class F>
-void vectorised(const F& f) {
-  switch (widest_vectors()) {
-    case Vectors::kAvx512:
-      return run_avx512(f);
-    case Vectors::kAvx2:
-      return run_avx2(f);
-    case Vectors::kBaseline:
-      return f();
-  }
-}
-
-#else
-
-template <class F>
-void vectorised(const F& f) {
+SAFEKERN_AVX512 __attribute__((noinline)) void run_avx512(const F& f) {
   f();
 }
 
 #endif
+
+// f: a lambda marked SAFEKERN_INLINE_LAMBDA that calls only functions which inline into it.
+template <class F>
+void vectorised(const F& f) {
+#if SAFEKERN_X86
+  const Capability capability = cpu_capability();
+  if (capability == Capability::kAvx512) return run_avx512(f);
+  if (capability == Capability::kAvx2) return run_avx2(f);
+#endif
+  f();
+}
 
 template <class To, class From>
 SAFEKERN_INLINE To bit_copy(From from) {
@@ -77,49 +61,14 @@ SAFEKERN_INLINE To bit_copy(From from) {
   return to;
 }
 
-SAFEKERN_INLINE uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
-  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
-  return (yes & mask) | (no & ~mask);
+// Conversions of arrays between dtypes, to nearest and ties to even, to be called inside a vectorised lambda. Those of
+// float16 are functions of their own, because torch's branch, which keeps a loop from being vectorised.
+template <class From, class To>
+SAFEKERN_INLINE void convert(const From* __restrict from, To* __restrict to, int64_t numel) {
+  for (int64_t i = 0; i < numel; i++) to[i] = static_cast<To>(from[i]);
 }
 
-// torch's own conversions of float16 branch, which keeps a loop from being vectorised below AVX-512. These do not, and
-// they add where the value is subnormal, because arithmetic on subnormal floats may be slow or flushed to zero.
-SAFEKERN_INLINE float half_to_float(uint16_t half) {
-  constexpr uint32_t kSmallestNormal = 0x38800000;
-  const uint32_t magnitude = (half & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
-  const uint32_t subnormal =
-      bit_copy<uint32_t>(bit_copy<float>(magnitude + kSmallestNormal) - bit_copy<float>(kSmallestNormal));
-  const uint32_t finite = choose(exponent == 0, subnormal, magnitude + 0x38000000u);
-  return bit_copy<float>(choose(exponent == 0x0f800000u, magnitude + 0x70000000u, finite) | (half & 0x8000u) << 16);
-}
-
-SAFEKERN_INLINE uint16_t float_to_half(float value) {
-  const uint32_t bits = bit_copy<uint32_t>(value);
-  const int32_t magnitude = static_cast<int32_t>(bits & 0x7fffffffu);
-  const uint32_t huge = 0x7c00u | static_cast<uint32_t>(magnitude > 0x7f800000) << 9;
-  const uint32_t subnormal = bit_copy<uint32_t>(bit_copy<float>(magnitude) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (static_cast<uint32_t>(magnitude) + 0xc8000fffu + (magnitude >> 13 & 1)) >> 13;
-  const uint32_t finite = choose(magnitude < 0x38800000, subnormal, normal);
-  return static_cast<uint16_t>(choose(magnitude >= 0x47800000, huge, finite) | (bits >> 16 & 0x8000u));
-}
-
-// Conversions between the dtypes of tensors and the type of the arithmetic, to nearest and ties to even.
-template <class Real, class T>
-SAFEKERN_INLINE Real widen(T value) {
-  if constexpr (std::is_same_v<T, torch::headeronly::Half>) {
-    return static_cast<Real>(half_to_float(value.x));
-  } else {
-    return static_cast<Real>(value);
-  }
-}
-
-template <class T, class Real>
-SAFEKERN_INLINE T narrow(Real value) {
-  if constexpr (std::is_same_v<T, torch::headeronly::Half>) {
-    return T(float_to_half(static_cast<float>(value)), T::from_bits());
-  } else {
-    return static_cast<T>(value);
-  }
-}
+void convert(const torch::headeronly::Half* from, float* to, int64_t numel);
+void convert(const float* from, torch::headeronly::Half* to, int64_t numel);
 
 }  // namespace safekern

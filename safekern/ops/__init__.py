@@ -7,7 +7,7 @@ from safekern.ops.accumulate import accumulate_
 from safekern.ops.count_changed import count_changed
 from safekern.ops.gather import gather_
 from safekern.ops.perturb import perturb_
-from safekern.ops.registry import load_kernels
+from safekern.ops.registry import cpu_capability, load_kernels
 from safekern.ops.restore import restore_
 from safekern.ops.select import select
 from safekern.ops.set_adamw import set_adamw_
@@ -18,6 +18,7 @@ __all__ = [
     "BACKENDS",
     "accumulate_",
     "count_changed",
+    "cpu_capability",
     "gather_",
     "perturb_",
     "restore_",

@@ -90,7 +90,8 @@ def load_kernels() -> dict[str, Served]:
     that fall to the slower reference, and backends that are installed but broken, are a warning, given once.
 
     Raises:
-        BackendError: the backend asked for is unknown, missing, or failed to load.
+        BackendError: the backend asked for is unknown, missing, or failed to load; or SAFEKERN_CPU_CAPABILITY is
+            unknown or not supported by this processor.
     """
     wanted = os.environ.get("SAFEKERN_BACKEND", "")
     known = [name for backends in _BACKENDS.values() for name in backends]
@@ -150,6 +151,27 @@ def _load_library(stem: str) -> None:
         raise _BrokenError(f"{paths[0].name} failed to load: {error}") from error
 
 
+def _load_cpu() -> None:
+    _load_library("_C_cpu")
+    try:
+        cpu_capability()
+    except RuntimeError as error:
+        raise BackendError(f"{error}. Choose one of those, or leave the variable unset") from error
+
+
+def cpu_capability() -> str | None:
+    """The instruction set of the compiled CPU kernels in this process; None without these kernels.
+
+    ``"avx512"``, ``"avx2"``, ``"sse2"``, or ``"portable"`` on other processors than x86-64: the widest that the
+    processor has, unless the environment variable ``SAFEKERN_CPU_CAPABILITY`` named another when safekern was imported.
+    Results do not depend on it.
+    """
+    if not hasattr(torch.ops.safekern, "cpu_capability"):
+        return None
+    name: str = torch.ops.safekern.cpu_capability()
+    return name
+
+
 def _load_cuda() -> None:
     if torch.version.cuda is None:
         raise _UnavailableError("this PyTorch is built without CUDA")
@@ -179,7 +201,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Per kind of device, best first.
 _BACKENDS: dict[str, dict[str, Callable[[], None]]] = {
-    "cpu": {"cpu": lambda: _load_library("_C_cpu")},
+    "cpu": {"cpu": _load_cpu},
     "cuda": {"cuda": _load_cuda},
 }
 _BACKENDS["cpu" if INTERPRETED else "cuda"]["triton"] = _load_triton

@@ -10,6 +10,9 @@ from torch import Tensor
 from safekern import ops
 from safekern.errors import InvalidArgumentError, StepError
 
+# Made once: a plain number would be made a tensor anew for every parameter.
+_ONE = torch.ones(())
+
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
 
 
@@ -103,6 +106,11 @@ def overlaps_itself(param: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def count_step(states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Adds one to ``state["step"]`` of each, in one call."""
+    torch._foreach_add_([state["step"] for state in states], _ONE, alpha=1.0)
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from safekern.optim.masked import (
     by_device,
     check_hyperparameters,
     check_strided,
+    count_step,
     flat_like,
     flat_view,
     gather_selected,
@@ -44,7 +45,7 @@ class _Selection:
     form: _Form
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Target:
     """A masked parameter that received a gradient."""
 
@@ -236,8 +237,9 @@ class SETAdamW(Optimizer):
                 if name not in self._selections or param.grad is None:
                     continue
                 indices = self._indices(name, param)
-                grad = param.grad if self._is_mine(name, param.grad) else param.grad.detach()
-                check_strided(name, grad)
+                grad = param.grad
+                if not self._is_mine(name, grad):
+                    check_strided(name, grad)
                 targets.append(_Target(name, group, param, grad, indices, self.state[param]))
         if not targets:
             raise StepError(
@@ -269,8 +271,8 @@ class SETAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         targets = self._targets()
-        grads = _selected_gradients(targets)
-        _check_finite(targets, grads)
+        grads, nonfinite = _selected_gradients(targets)
+        _check_finite(targets, grads, nonfinite)
         launches: dict[tuple[int, torch.device], list[int]] = {}
         for i, target in enumerate(targets):
             launches.setdefault((id(target.group), target.param.device), []).append(i)
@@ -295,7 +297,7 @@ class SETAdamW(Optimizer):
         if not max_norm >= 0:
             raise InvalidArgumentError(f"max_norm must be at least 0, got {max_norm}")
         targets = self._targets()
-        grads = _selected_gradients(targets)
+        grads, _ = _selected_gradients(targets)
         norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads)]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
@@ -389,31 +391,43 @@ def _form(param: Tensor) -> _Form:
     return param.shape, param.stride(), param.dtype
 
 
-def _selected_gradients(targets: list[_Target]) -> list[Tensor]:
-    """The fp32 gradients at the selected weights."""
-    grads = [
-        target.grad.selected if isinstance(target.grad, SelectedGrad) else torch.empty_like(target.state["exp_avg"])
-        for target in targets
-    ]
+def _selected_gradients(targets: list[_Target]) -> tuple[list[Tensor], list[tuple[list[int], Tensor]]]:
+    """The fp32 gradients at the selected weights.
+
+    Also, per device, which targets had a dense gradient, and a flag for each that holds NaN or infinity at them.
+    """
+    grads = [target.grad.selected if isinstance(target.grad, SelectedGrad) else target.grad for target in targets]
+    nonfinite = []
     for members in by_device(grads):
-        dense = [targets[i] for i in members if not isinstance(targets[i].grad, SelectedGrad)]
-        outs = [grads[i] for i in members if not isinstance(targets[i].grad, SelectedGrad)]
-        srcs = [flat_like(target.grad, target.param) for target in dense]
-        nonfinite = torch.zeros(len(dense), dtype=torch.bool, device=grads[members[0]].device)
-        ops.gather_(outs, srcs, [target.indices for target in dense], nonfinite)
-    return grads
+        dense = [i for i in members if not isinstance(targets[i].grad, SelectedGrad)]
+        if not dense:
+            continue
+        device = grads[dense[0]].device
+        sizes = [targets[i].indices.numel() for i in dense]
+        srcs = [flat_like(grads[i], targets[i].param) for i in dense]
+        outs = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+        flags = torch.zeros(len(dense), dtype=torch.bool, device=device)
+        ops.gather_(outs, srcs, [targets[i].indices for i in dense], flags)
+        nonfinite.append((dense, flags))
+        for i, out in zip(dense, outs, strict=True):
+            grads[i] = out
+    return grads, nonfinite
 
 
-def _check_finite(targets: list[_Target], grads: list[Tensor]) -> None:
-    bad = []
-    for members in by_device(grads):
-        # A finite norm vouches for all its values, at one read per device; it may also overflow where they do not.
+def _check_finite(targets: list[_Target], grads: list[Tensor], nonfinite: list[tuple[list[int], Tensor]]) -> None:
+    # At one read per device.
+    bad = [i for dense, flags in nonfinite for i, flag in zip(dense, flags.tolist(), strict=True) if flag]
+    reduced = [i for i, target in enumerate(targets) if isinstance(target.grad, SelectedGrad)]
+    for together in by_device([grads[i] for i in reduced]):
+        members = [reduced[r] for r in together]
+        # A finite norm vouches for all its values; it may also overflow where they do not.
         norms = torch.stack(torch._foreach_norm([grads[i] for i in members]))
         suspects = [i for i, finite in zip(members, norms.isfinite().tolist(), strict=True) if not finite]
-        bad += [targets[i].name for i in suspects if not grads[i].isfinite().all()]
+        bad += [i for i in suspects if not grads[i].isfinite().all()]
     if bad:
+        names = [targets[i].name for i in sorted(bad)]
         raise NonFiniteError(
-            f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity at "
+            f"the gradient of {', '.join(names[:3])}{' and others' if len(names) > 3 else ''} holds NaN or infinity at "
             "selected weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
         )
 
@@ -425,7 +439,7 @@ def _update(targets: list[_Target], grads: list[Tensor]) -> None:
     steps = [int(target.state["step"]) + 1 for target in targets]
     none = torch.empty(0, device=grads[0].device)
     ops.set_adamw_(
-        [flat_view(target.param.detach()) for target in targets],
+        [flat_view(target.param) for target in targets],
         grads,
         [target.indices for target in targets],
         [target.state["exp_avg"] for target in targets],
@@ -440,7 +454,7 @@ def _update(targets: list[_Target], grads: list[Tensor]) -> None:
     )
     # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
     torch.autograd.graph.increment_version([target.param for target in targets])
-    torch._foreach_add_([target.state["step"] for target in targets], 1)
+    count_step([target.state for target in targets])
 
 
 def _restored(name: str, saved: dict[str, Any], current: dict[str, Tensor]) -> dict[str, Tensor]:

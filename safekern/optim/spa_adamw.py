@@ -19,6 +19,7 @@ from safekern.optim.masked import (
     NamedParameters,
     check_hyperparameters,
     check_strided,
+    count_step,
     flat_like,
     flat_view,
     memory_indices,
@@ -328,7 +329,7 @@ def _update(group: dict[str, Any], targets: list[_Target]) -> None:
     )
     # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
     torch.autograd.graph.increment_version([target.param for target in targets])
-    torch._foreach_add_([target.state["step"] for target in targets], 1)
+    count_step([target.state for target in targets])
 
 
 def _lies_like(tensor: Tensor, param: Tensor) -> bool:
