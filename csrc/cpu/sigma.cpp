@@ -1,5 +1,3 @@
-#include <limits>
-
 #include "../arithmetic.h"
 #include "common.h"
 #include "simd.h"
@@ -7,9 +5,10 @@
 namespace safekern {
 namespace {
 
-constexpr int64_t kChunk = 8192;
-// Sums of a chunk are kept in this many lanes whatever the width of the vectors, so that results do not depend on it.
-constexpr int64_t kLanes = 64;
+// Sums are in fp64, and per chunk in this many lanes whatever the width of the vectors: a mask is the same on every
+// machine only if sigma is, and the CUDA and Triton kernels add in this order too.
+constexpr int64_t kChunk = 4096;
+constexpr int64_t kLanes = 8;
 
 struct Moments {
   double count = 0, mean = 0, squares = 0;  // squares: the sum of squared deviations from the mean
@@ -23,69 +22,51 @@ struct Moments {
   }
 };
 
-template <class Real>
-SAFEKERN_INLINE double sum_of(const Real (&lanes)[kLanes]) {
-  double partial[8] = {0}, sum = 0;
-  for (int64_t lane = 0; lane < kLanes; lane++) partial[lane % 8] += static_cast<double>(lanes[lane]);
-  for (double value : partial) sum += value;
-  return sum;
-}
+// One pass over the chunk. Deviations are taken from the mean of its first elements: were one of those a large
+// outlier, it would dominate the chunk's variance as well, so nothing is lost to cancellation.
+template <class Param>
+SAFEKERN_INLINE Moments moments(const Param* param, int64_t numel) {
+  const int64_t head = std::min<int64_t>(numel, 64);
+  double pivot = 0;
+  for (int64_t i = 0; i < head; i++) pivot += static_cast<double>(param[i]);
+  pivot /= static_cast<double>(head);
 
-// Sums of a chunk's deviations from a pivot, and of their squares.
-struct Deviations {
-  double count, pivot, sum, squares;
-
-  Moments moments() const { return {count, pivot + sum / count, std::max(0.0, squares - sum * sum / count)}; }
-
-  // Whether sums in fp32 tell the variance: no square overflowed, those that underflowed do not matter, and the pivot
-  // lies near the mean, as it does not when an outlier is among the first elements.
-  bool fit_float() const {
-    return squares > 1e-30 * count && squares <= std::numeric_limits<float>::max() &&
-           sum * sum / count < 0.25 * squares;
-  }
-};
-
-// One pass over the chunk, every weight read once. Deviations are taken from the mean of its first elements: were one
-// of those a large outlier, it would dominate the chunk's variance as well, so nothing is lost to cancellation.
-template <class Real, class Param>
-SAFEKERN_INLINE Deviations deviations(const Param* param, int64_t numel) {
-  const int64_t head = std::min(numel, kLanes);
-  Real first[kLanes] = {0};
-  for (int64_t i = 0; i < head; i++) first[i] = static_cast<Real>(param[i]);
-  const Real pivot = static_cast<Real>(sum_of(first) / static_cast<double>(head));
-
-  Real sums[kLanes] = {0}, squares[kLanes] = {0};
+  double sums[kLanes] = {0}, squares[kLanes] = {0};
   int64_t i = 0;
   for (; i + kLanes <= numel; i += kLanes) {
     for (int64_t lane = 0; lane < kLanes; lane++) {
-      const Real deviation = static_cast<Real>(param[i + lane]) - pivot;
+      const double deviation = static_cast<double>(param[i + lane]) - pivot;
       sums[lane] += deviation;
       squares[lane] += deviation * deviation;
     }
   }
   for (int64_t lane = 0; i < numel; i++, lane++) {
-    const Real deviation = static_cast<Real>(param[i]) - pivot;
+    const double deviation = static_cast<double>(param[i]) - pivot;
     sums[lane] += deviation;
     squares[lane] += deviation * deviation;
   }
-  return {static_cast<double>(numel), static_cast<double>(pivot), sum_of(sums), sum_of(squares)};
+  double sum = 0, square = 0;
+  for (int64_t lane = 0; lane < kLanes; lane++) {
+    sum += sums[lane];
+    square += squares[lane];
+  }
+  const double count = static_cast<double>(numel);
+  return {count, pivot + sum / count, std::max(0.0, square - sum * sum / count)};
 }
 
 template <class Param>
 Moments chunk_moments(const Param* param, int64_t numel) {
-  Deviations result;
-  if constexpr (!std::is_same_v<Param, double>) {
-    vectorised([&]() SAFEKERN_INLINE_LAMBDA { result = deviations<float>(param, numel); });
-    if (result.fit_float()) return result.moments();
+  Moments result;
+  if constexpr (std::is_same_v<Param, Half>) {
+    float values[kChunk];
+    vectorised([&]() SAFEKERN_INLINE_LAMBDA {
+      convert(param, values, numel);
+      result = moments(values, numel);
+    });
+  } else {
+    vectorised([&]() SAFEKERN_INLINE_LAMBDA { result = moments(param, numel); });
   }
-  vectorised([&]() SAFEKERN_INLINE_LAMBDA { result = deviations<double>(param, numel); });
-  return result.moments();
-}
-
-Moments chunk_moments(const Half* param, int64_t numel) {
-  float values[kChunk];
-  convert(param, values, numel);
-  return chunk_moments<float>(values, numel);
+  return result;
 }
 
 Tensor sigma(Tensors params) {
