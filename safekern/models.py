@@ -168,7 +168,7 @@ def _load_pretrained(
     try:
         with _explained(name):
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
             )
     except FileAccessError as error:
@@ -177,6 +177,7 @@ def _load_pretrained(
         todo = "check the name and the network" if download else "check the path, or download it (--download)"
         where = "on the hub" if download else "in this folder nor in the local cache of the Hugging Face hub"
         raise FileAccessError(f"{name}: no such model {where}; {todo}. {error}") from error
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         more = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
@@ -202,8 +203,8 @@ def _explained(name: str) -> Iterator[None]:
         # Among them those of safetensors and of the hub, which have no base class in common.
         if "trust_remote_code" in str(error):
             raise InvalidArgumentError(
-                f"{name}: brings Python code of its own, which is not run unless you say so. Read that code, and if you "
-                "trust it, turn it on with --trust-remote-code (in Python: trust_remote_code=True)"
+                f"{name}: brings Python code of its own, which is not run unless you say so. Read that code, and if "
+                "you trust it, turn it on with --trust-remote-code (in Python: trust_remote_code=True)"
             ) from error
         raise FileFormatError(f"{name}: cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
 

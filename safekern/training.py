@@ -158,8 +158,8 @@ def tune(
                 total += loss.item()
             if not math.isfinite(total):
                 raise NonFiniteError(
-                    f"the loss of iteration {len(losses)} is {total}, so no step was taken: use a smaller learning rate, or "
-                    "look for weights that are not finite"
+                    f"the loss of iteration {len(losses)} is {total}, so no step was taken: use a smaller learning "
+                    "rate, or look for weights that are not finite"
                 )
             optimizer.step()
             optimizer.zero_grad()

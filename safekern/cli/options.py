@@ -148,3 +148,11 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def versions() -> dict[str, str]:
     """Of what decides a result, for reports."""
     return {"safekern": __version__, "torch": str(torch.__version__)}
+
+
+def ratio(text: str) -> float:
+    """A share in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 and up to 1 is needed, such as 0.01 for 1%, got {text}")
+    return value

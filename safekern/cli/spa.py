@@ -25,7 +25,7 @@ Writes to --out:
   model/      the whole fine-tuned model; all but the mask has changed, so a delta would be no smaller
   spa.json    settings and losses
 
-Memory: the model, a gradient and two moments for every weight (in the dtype of the weights), and activations.
+Memory: the model, for every weight a gradient and two moments in fp32, and the activations of a batch.
 """
 _EPILOG = """\
 example: keep what makes a model safe while it learns grade-school math
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> None:
         args,
         model,
         Weights({name: (param, None) for name, param in model.named_parameters()}),
-        lambda: SPAAdamW(model.named_parameters(), mask, lr=args.lr),
+        # Second moments in bfloat16 could not decay.
+        lambda: SPAAdamW(model.named_parameters(), mask, lr=args.lr, state_dtype=torch.float32),
         lambda skip: [(1.0, shuffled(tokenizer, pairs, args.batch_size, args.seed, skip=skip))],
         {"command": "spa", "model": base, "mask": mask.fingerprint, "data": tuning.digest(pairs)},
     )
