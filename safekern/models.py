@@ -80,7 +80,7 @@ def load(
         return load_smollm2(dtype or torch.float32)
     elif not _HUB_NAME.fullmatch(os.fspath(source)):
         raise FileAccessError(f"{path}: no such folder; check the path")
-    return _load_pretrained(os.fspath(source), path.is_dir(), dtype, download, trust_remote_code)
+    return _load_pretrained(os.fspath(source), dtype, download and not path.is_dir(), trust_remote_code)
 
 
 def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: StrPath) -> None:
@@ -159,24 +159,18 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", "PreT
 
 
 def _load_pretrained(
-    name: str, is_folder: bool, dtype: torch.dtype | None, download: bool, trust_remote_code: bool
+    name: str, dtype: torch.dtype | None, download: bool, trust_remote_code: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     import transformers
 
-    local = is_folder or not download
-    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    try:
-        with _explained(name):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
-            )
-    except FileAccessError as error:
-        if is_folder:
-            raise
-        todo = "check the name and the network" if download else "check the path, or download it (--download)"
-        where = "on the hub" if download else "in this folder nor in the local cache of the Hugging Face hub"
-        raise FileAccessError(f"{name}: no such model {where}; {todo}. {error}") from error
+    options: dict[str, Any] = {"local_files_only": not download, "trust_remote_code": trust_remote_code}
+    with _explained(name):
+        # A folder, because with a name the hub's client sends a request of its own, whatever local_files_only says.
+        place = name if download else str(_local_folder(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+        )
     model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
@@ -186,6 +180,20 @@ def _load_pretrained(
             "it is damaged, or of another kind of model"
         )
     return model, tokenizer
+
+
+def _local_folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+
+    config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if not isinstance(config, str):
+        raise FileAccessError(
+            f"{name}: neither a folder here nor a model in the local cache of the Hugging Face hub; check the path, or "
+            "get it from the hub with --download (in Python: download=True)"
+        )
+    return Path(config).parent
 
 
 @contextlib.contextmanager

@@ -170,8 +170,8 @@ def verify(
         report: Called with every row as soon as it is known.
 
     Raises:
-        InvalidArgumentError: No noise level, one that is negative or not finite, a negative seed, no prompts, or scores that keep only
-            the top candidates.
+        InvalidArgumentError: No noise level, one that is negative or not finite, a negative seed, no prompts, or scores
+            that keep only the top candidates.
         MaskMismatchError: The mask does not fit the model or the scores.
         ProtectionError: The weights are not what they were; load the model again.
 

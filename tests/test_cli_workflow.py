@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import pytest
 import torch
@@ -311,10 +312,27 @@ class TestModels:
         with pytest.raises(FileFormatError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight"):
             models.load("base")
 
-    def test_a_hub_name_needs_download(self, monkeypatch, tmp_path):
-        monkeypatch.chdir(tmp_path)
+    def test_nothing_touches_the_network_unasked(self, folder, monkeypatch):
+        attempts = []
+
+        def refuse(*args, **options):
+            attempts.append(args)
+            raise OSError("no network in this test")
+
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        models.load("base")
+        # What the hub's client would have left after a download.
+        cached = folder / "cache" / "models--somebody--something"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        shutil.copytree("base", cached / "snapshots" / ("0" * 40))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+        models.load("somebody/something")
         with pytest.raises(FileAccessError, match=r"nobody/nothing.*--download"):
             models.load("nobody/nothing")
+        assert not attempts
 
 
 def test_patched_weights_are_those_of_before():
