@@ -1,4 +1,4 @@
-"""The training loop of the demo and the experiments: batches of prompt/response pairs, and steps over them."""
+"""The training loop of the commands and the experiments: batches of prompt/response pairs, and steps over them."""
 
 import itertools
 import math

@@ -261,6 +261,10 @@ def test_verify(folder, capsys):
         (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--resume"], "no run to resume"),
         (["set", "--model", "base", "--mask", "other.safetensors", "--out", "new"], "does not fit"),
         (["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "no.csv", "--out", "new"], "no.csv"),
+        (
+            ["spa", "--model", "old/model", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "old"],
+            "would take the place of --model",
+        ),
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--noise", "-1"], "noise must be"),
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--seed", "-1"], "seed must be"),
         (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),
@@ -271,6 +275,7 @@ def test_verify(folder, capsys):
 )
 def test_refusals(folder, arguments, message, capsys):
     Mask.from_indices({"w": [0]}, {"w": (2, 2)}).save("other.safetensors")
+    shutil.copytree("base", "old/model")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(arguments) == 1
     printed = capsys.readouterr()
@@ -296,6 +301,18 @@ class TestModels:
         (folder / "base" / "own.py").write_text("raise SystemExit('this ran')\n")
         with pytest.raises(InvalidArgumentError, match="--trust-remote-code"):
             models.load("base")
+
+    def test_gguf_and_the_demo_model(self, folder, monkeypatch):
+        asked = []
+        monkeypatch.setattr(models, "_load_gguf", lambda path, dtype: asked.append((path.name, dtype)) or (0, None))
+        monkeypatch.setattr(models, "load_smollm2", lambda dtype: asked.append(("smollm2", dtype)) or (0, None))
+        (folder / "tiny.GGUF").touch()
+        models.load("tiny.GGUF")
+        models.load("smollm2", dtype=torch.bfloat16)
+        assert asked == [("tiny.GGUF", torch.float32), ("smollm2", torch.bfloat16)]
+        shutil.move("tiny.GGUF", "run/tiny.gguf")
+        with pytest.raises(FileAccessError, match=r"give one of its GGUF files, such as run.tiny\.gguf"):
+            models.load("run")
 
     def test_no_pickles(self, folder):
         torch.save(tensors(folder / "base"), folder / "base" / "pytorch_model.bin")

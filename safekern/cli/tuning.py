@@ -52,6 +52,9 @@ def prepare(args: argparse.Namespace) -> None:
     Raises:
         SafekernError: it cannot.
     """
+    target = args.out / "model"
+    if target.exists() and Path(args.model).exists() and target.samefile(args.model):
+        raise InvalidArgumentError(f"--out {args.out}: the tuned model would take the place of --model; give another")
     options.prepare_folder(args.out, _FILE)
     exists = (args.out / _FILE).exists()
     if args.resume and not exists:
