@@ -5,7 +5,7 @@
 >>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)        # doctest: +SKIP
 """
 
-from safekern import integrations, objectives, prompts, training
+from safekern import integrations, models, objectives, prompts, training
 from safekern._version import __version__
 from safekern.delta import apply_delta, save_delta
 from safekern.diagnosis import selftest
@@ -34,6 +34,7 @@ from safekern.optim import SETAdamW, SPAAdamW, protect
 from safekern.perturbation import perturb
 from safekern.scores import Scores
 from safekern.scoring import score
+from safekern.verification import verify
 
 __all__ = [
     "BackendError",
@@ -61,6 +62,7 @@ __all__ = [
     "attack_success_rate",
     "integrations",
     "merge_lora",
+    "models",
     "objectives",
     "perturb",
     "prompts",
@@ -70,4 +72,5 @@ __all__ = [
     "score",
     "selftest",
     "training",
+    "verify",
 ]

@@ -1,10 +1,12 @@
 """Weights as bytes, one chunk at a time, wherever they lie: in a model, a state dict or a checkpoint's files."""
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -14,11 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from safekern import files
+from safekern import files, names
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
 from safekern.files import Entry, StrPath
-
-Source = nn.Module | Mapping[str, Tensor] | StrPath
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Bytes, a multiple of every item size.
@@ -60,6 +60,33 @@ class InMemory:
             yield part.cpu().view(torch.uint8).numpy()
 
 
+class Patched:
+    """A tensor as it was when some of its elements had other values, without a copy of it.
+
+    Args:
+        name: what the tensor is called in messages.
+        tensor: on any device.
+        indices: ascending positions in row-major order, on the CPU.
+        values: what stood there, of the tensor's dtype.
+    """
+
+    def __init__(self, name: str, tensor: Tensor, indices: Tensor, values: Tensor) -> None:
+        self._now = InMemory(name, tensor)
+        self._itemsize = tensor.itemsize
+        self._indices = indices.numpy()
+        self._values = values.detach().cpu().view(torch.uint8).view(-1, tensor.itemsize).numpy()
+        self.code, self.shape = self._now.code, self._now.shape
+
+    def chunks(self) -> Iterator[NDArray[np.uint8]]:
+        start = 0
+        for chunk in self._now.chunks():
+            elements = chunk.reshape(-1, self._itemsize).copy()
+            first, last = np.searchsorted(self._indices, (start, start + len(elements)))
+            elements[self._indices[first:last] - start] = self._values[first:last]
+            start += len(elements)
+            yield elements.reshape(-1)
+
+
 class OnDisk(NamedTuple):
     """A tensor in a safetensors file."""
 
@@ -84,6 +111,9 @@ class OnDisk(NamedTuple):
                 yield chunk
 
 
+Source = nn.Module | Mapping[str, Tensor | Patched] | StrPath
+
+
 def open_weights(source: Source) -> Mapping[str, Weights]:
     """The weights of a model (a tied parameter once), a state dict, or a checkpoint on disk.
 
@@ -95,10 +125,37 @@ def open_weights(source: Source) -> Mapping[str, Weights]:
     if isinstance(source, nn.Module):
         return {name: InMemory(name, param) for name, param in source.named_parameters()}
     if isinstance(source, Mapping):
-        return {name: InMemory(name, value) for name, value in source.items() if isinstance(value, Tensor)}
+        return {
+            name: value if isinstance(value, Patched) else InMemory(name, value)
+            for name, value in source.items()
+            if isinstance(value, Tensor | Patched)
+        }
     if isinstance(source, str | os.PathLike):
         return _open_checkpoint(Path(source))
     raise InvalidArgumentError(f"a model, a state dict or the path of a checkpoint is needed, got {type(source)}")
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 (hex) of all weights with their names, dtypes and shapes, whatever device or wrapper they are in.
+
+    Takes one pass at the speed of SHA-256, about 1 GB/s for each of torch's threads.
+
+    Raises:
+        SafekernError: as `open_weights`.
+    """
+    weights = open_weights(source)
+
+    def digest(name: str) -> str:
+        weight = weights[name]
+        hashed = hashlib.sha256(json.dumps([names.canonical(name), weight.code, list(weight.shape)]).encode())
+        for chunk in weight.chunks():
+            hashed.update(chunk.data)
+        return hashed.hexdigest()
+
+    # Hashing runs outside of Python's lock.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        digests = sorted(pool.map(digest, weights))
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _open_checkpoint(path: Path) -> dict[str, OnDisk]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from safekern.chat import IGNORED, Prompt, answer_targets, encode, messages_of, prompt_ids
+from safekern.chat import IGNORED, Prompt, answer_logits, answer_targets, encode, messages_of, prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError
 from safekern.generation import generate, inference, model_device
-from safekern.objectives import refusal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -233,6 +234,18 @@ def mean_nll(
         >>> mean_nll(model, tokenizer, ["What is 2 + 2?"], ["4."])  # doctest: +SKIP
         2.355
     """
+    totals, tokens = answer_nll(model, tokenizer, prompts, responses, batch_size)
+    return float(totals.sum() / tokens.sum())
+
+
+def answer_nll(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: Sequence[Prompt],
+    responses: Sequence[str],
+    batch_size: int = 8,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Negative log-likelihood of each of the given answers in nats, and how many tokens each has; see `mean_nll`."""
     _check_size("batch_size", batch_size)
     if len(prompts) != len(responses):
         raise InvalidArgumentError(
@@ -240,16 +253,17 @@ def mean_nll(
         )
     _check_prompts(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])) + len(responses[i]))
-    total, tokens = 0.0, 0
+    totals, tokens = np.zeros(len(order)), np.zeros(len(order), dtype=np.int64)
     with inference(model):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = encode(tokenizer, [prompts[i] for i in rows], [responses[i] for i in rows])
-            count = int((answer_targets(batch["labels"]) != IGNORED).sum())
+            counts = (answer_targets(batch["labels"]) != IGNORED).sum(1)
             on_device = {name: value.to(model_device(model)) for name, value in batch.items()}
-            total += float(refusal(model, on_device)) * count
-            tokens += count
-    return total / tokens
+            losses = torch.nn.functional.cross_entropy(*answer_logits(model, on_device), reduction="none")
+            totals[rows] = [float(part.sum(dtype=torch.float64)) for part in losses.cpu().split(counts.tolist())]
+            tokens[rows] = counts.numpy()
+    return totals, tokens
 
 
 def is_degenerate(response: str) -> bool:

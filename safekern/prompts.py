@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -123,6 +123,36 @@ def load_prompts(source: Source) -> list[Prompt]:
     rows = _Rows(source)
     return [_prompt(rows, row) for row in rows]
 
+
+def with_refusals(prompts: Sequence[Prompt]) -> Pairs:
+    """Pairs of harmful prompts that come without responses, as AdvBench's do: each with one of a dozen refusals.
+
+    The refusals take turns. They name no harm, so that they fit any prompt; refusals written for each prompt, as the
+    built-in pairs have them, say more.
+
+    Example:
+        >>> pairs = with_refusals(["Tell me how to pick a lock", "Help me cheat in an exam"])
+        >>> pairs.responses[0] != pairs.responses[1]
+        True
+    """
+    responses = [_REFUSALS[number % len(_REFUSALS)] for number in range(len(prompts))]
+    return Pairs(list(prompts), responses, [""] * len(prompts))
+
+
+_REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't assist with this request, because it could cause serious harm.",
+    "That's something I won't help with. If there's a safe and legal way I can support you, please let me know.",
+    "I cannot help with this. It could hurt people.",
+    "I won't provide this. I'd be glad to help with something else.",
+    "I'm not able to help with that request.",
+    "Sorry, but no. What you describe would do harm, and I can't be part of it.",
+    "I have to decline. I can explain why this is dangerous or illegal, if that is useful to you.",
+    "I must refuse, since this could put others at risk.",
+    "No, I can't do that. It would be wrong and could harm someone.",
+    "I'm unable to assist with this, as it goes against safety and the law.",
+    "I understand that you are asking, but I will not help with something harmful.",
+)
 
 _EITHER_PROMPT = f"one of the fields {', '.join(PROMPT_FIELDS[:-1])} or {PROMPT_FIELDS[-1]}"
 _EITHER_PAIR = (

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal
@@ -138,10 +138,7 @@ class Scores(Mapping[str, Tensor]):
         if per == "tensor":
             drawn = [_draw(rng, numel, k) for numel, k in zip(numels, counts, strict=True)]
         else:
-            ends = np.cumsum(numels)
-            positions = _draw(rng, self.numel, counts[0])
-            parts = np.split(positions, np.searchsorted(positions, ends[:-1]))
-            drawn = [part - (end - numel) for part, end, numel in zip(parts, ends, numels, strict=True)]
+            drawn = draw_across(rng, numels, counts[0])
         return self._mask([torch.from_numpy(part) for part in drawn], "random", ratio, per, seed=int(seed))
 
     def selected(self, mask: Mask) -> Distribution:
@@ -525,6 +522,14 @@ def _checked(ratio: object) -> float:
     if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < float(ratio) <= 1:
         raise InvalidArgumentError(f"ratio must be a number in (0, 1], for instance 0.01 for 1%; got {ratio!r}")
     return float(ratio)
+
+
+def draw_across(rng: np.random.Generator, numels: Sequence[int], k: int) -> "list[np.ndarray[Any, np.dtype[np.int64]]]":
+    """Draws k distinct positions evenly from all tensors of these sizes; those of each tensor, ascending."""
+    ends = np.cumsum(numels)
+    positions = _draw(rng, int(ends[-1]), k)
+    parts = np.split(positions, np.searchsorted(positions, ends[:-1]))
+    return [part - (end - numel) for part, end, numel in zip(parts, ends, numels, strict=True)]
 
 
 def _draw(rng: np.random.Generator, numel: int, k: int) -> "np.ndarray[Any, np.dtype[np.int64]]":

@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_objectives import byte_tokenizer, tiny_llama
 
-from safekern.errors import InvalidArgumentError
+from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.objectives import refusal
 from safekern.prompts import Pairs
-from safekern.training import in_order, shuffled, tune
+from safekern.training import balanced, in_order, shuffled, tune
 
 
 def pairs(tag, count):
@@ -81,3 +81,56 @@ def test_tune_says_when_the_batches_run_out():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with pytest.raises(InvalidArgumentError, match="after 2 of 3"):
         tune(model, optimizer, [(1.0, in_order(tokenizer, pairs("a", 2), 1))], 3)
+
+
+def test_skipped_batches_are_those_of_the_beginning():
+    tokenizer = byte_tokenizer()
+    whole = [texts(tokenizer, b) for b in itertools.islice(shuffled(tokenizer, pairs("a", 5), 3, 0), 8)]
+    rest = [texts(tokenizer, b) for b in itertools.islice(shuffled(tokenizer, pairs("a", 5), 3, 0, skip=3), 5)]
+    assert rest == whole[3:]
+
+
+def test_balanced_mixes_both_kinds():
+    tokenizer = byte_tokenizer()
+    (weight, refusals), (rest, answers) = balanced(
+        tokenizer, pairs("bad", 4), pairs("good", 4), batch_size=4, refusal_weight=0.2
+    )
+    assert (weight, rest) == (0.2, 0.8)
+    for tag, batches in (("BAD", refusals), ("GOOD", answers)):
+        rows = texts(tokenizer, next(batches))
+        assert len(rows) == 2 and all(tag in row for row in rows)
+    for wrong in ({"batch_size": 3}, {"batch_size": 0}, {"refusal_weight": 1.5}):
+        with pytest.raises(InvalidArgumentError):
+            balanced(tokenizer, pairs("a", 4), pairs("b", 4), **wrong)
+    with pytest.raises(InvalidArgumentError, match="no pairs"):
+        balanced(tokenizer, pairs("a", 4), pairs("b", 0))
+
+
+def test_tune_goes_on_from_what_is_done():
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    seen = []
+    losses = tune(
+        model,
+        optimizer,
+        [(1.0, in_order(tokenizer, pairs("a", 3), 1))],
+        5,
+        done=[9.0, 8.0],
+        after_step=lambda losses: seen.append(len(losses)),
+    )
+    assert losses[:2] == [9.0, 8.0] and len(losses) == 5 and seen == [3, 4, 5]
+
+
+def test_tune_stops_at_a_loss_that_is_not_finite():
+    tokenizer, model = byte_tokenizer(), tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    before = model.model.embed_tokens.weight.clone()
+    with pytest.raises(NonFiniteError, match="iteration 0"):
+        tune(
+            model,
+            torch.optim.AdamW(model.parameters()),
+            [(1.0, in_order(tokenizer, pairs("a", 1), 1))],
+            1,
+        )
+    assert torch.equal(model.model.embed_tokens.weight, before)

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 
 from safekern._version import __version__
-from safekern.cli import bench, demo, diff, doctor, report
+from safekern.cli import apply, bench, demo, diff, doctor, report, score, spa, verify
+from safekern.cli import set as set_command
 from safekern.errors import SafekernError
 
-_COMMANDS = (demo, report, diff, bench, doctor)
+_COMMANDS = (demo, score, set_command, spa, verify, report, apply, diff, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

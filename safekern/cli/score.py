@@ -1,0 +1,144 @@
+"""``safekern score``: the Expected Safety Impact of every weight, and the mask of the largest."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from safekern import files
+from safekern.checkpoint import fingerprint
+from safekern.cli import options
+from safekern.objectives import refusal
+from safekern.prompts import Pairs, builtin, load, load_prompts, with_refusals
+from safekern.scoring import score
+from safekern.tables import printable
+from safekern.training import BATCH_SIZE, RATIO, in_order
+
+_DESCRIPTION = """\
+Scores every weight of a model by its Expected Safety Impact, |sigma * dS/dtheta| (arXiv 2604.08297), in forward and
+backward passes over harmful prompts with refusals, and writes the mask of the exact top 1%.
+
+Writes to --out, a folder or the name of the mask's file:
+  mask.safetensors     which weights were selected, and where the ranking comes from
+  scores.safetensors   with --save-scores: what `safekern verify --scores` and `safekern report --scores` need
+
+Memory: the model, 4 bytes per scored weight, the largest single gradient, and the activations of a batch. No other
+gradient outlives its layer. For an 8B model in bf16 that is 16 GB + 30 GB + 1 GB; on a smaller card, --memory bounds
+the 30 GB at the price of several passes over the prompts (the mask stays the same bit for bit), and --offload moves
+them to the CPU's memory at the price of the bus.
+"""
+_EPILOG = """\
+example: the demo's model on the built-in prompts, then your own model on AdvBench-like prompts
+
+  safekern score --model smollm2 --out run
+  safekern score --model ./model --prompts advbench.json --limit 256 --memory 6e9 --out run
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``score`` to the subcommands."""
+    parser = commands.add_parser(
+        "score",
+        help="rank a model's weights by their impact on safety, and write the mask of the top 1%%",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model(parser)
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--pairs", type=Path, metavar="FILE", help="harmful prompts with refusals (default: built-in)")
+    data.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="harmful prompts alone; a dozen general refusals take turns"
+    )
+    parser.add_argument("--limit", type=options.number, metavar="N", help="only the first N pairs (default: all)")
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help="a folder, or FILE.safetensors")
+    parser.add_argument(
+        "--ratio",
+        type=options.ratio,
+        default=RATIO,
+        metavar="R",
+        help=f"share of the model to select (default: {RATIO})",
+    )
+    parser.add_argument(
+        "--reduction",
+        choices=["mean", "abs"],
+        default="mean",
+        help="rank by the absolute mean gradient, as published, or by the mean absolute gradient (default: mean)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=options.number,
+        default=BATCH_SIZE,
+        metavar="N",
+        help=f"pairs per forward and backward (default: {BATCH_SIZE})",
+    )
+    parser.add_argument(
+        "--memory", type=options.number, metavar="BYTES", help="of the accumulators, such as 6e9 (default: no bound)"
+    )
+    parser.add_argument("--offload", action="store_true", help="accumulate in the CPU's memory")
+    parser.add_argument("--save-scores", action="store_true", help="also write the scores (4 bytes per scored weight)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Scores a model.
+
+    Raises:
+        SafekernError: an option or a file is wrong, found out before the long work starts; or scoring failed.
+    """
+    mask_path, scores_path = _outputs(args.out)
+    pairs = _pairs(args)
+    model, tokenizer = options.load_model(args)
+    with options.stage(f"score on {len(pairs)} pairs"):
+        scores = score(
+            model,
+            in_order(tokenizer, pairs, args.batch_size),
+            refusal,
+            reduction=args.reduction,
+            memory=args.memory,
+            keep=args.ratio,
+            offload=args.offload,
+        )
+    scores.meta |= {
+        "model": args.model,
+        "model_fingerprint": fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "data": str(args.pairs or args.prompts or "built-in"),
+        "pairs": len(pairs),
+    }
+    with options.stage("select"):
+        mask = scores.top(args.ratio)
+        mask.save(mask_path)
+    if args.save_scores:
+        scores.save(scores_path)
+    written = [mask_path, *([scores_path] if args.save_scores else [])]
+    components, layers = mask.summary().table("component"), mask.summary().table("layer")
+    if args.json:
+        found = {
+            "mask": {"numel": mask.numel, "model_numel": mask.model_numel, "fingerprint": mask.fingerprint},
+            "meta": mask.meta,
+            "components": components.records(),
+            "layers": layers.records(),
+            "written": [str(path) for path in written],
+        }
+        print(json.dumps(found, indent=2))
+        return
+    print(f"{mask}\n\n{mask.summary().heat_map()}\n\n{components}\n")
+    print(f"Written to {', '.join(printable(str(path)) for path in written)}")
+
+
+def _outputs(out: Path) -> tuple[Path, Path]:
+    if out.suffix == ".safetensors":
+        files.check_writable(out)
+        return out, out.with_name(f"{out.stem}_scores.safetensors")
+    options.prepare_folder(out, "mask.safetensors")
+    return out / "mask.safetensors", out / "scores.safetensors"
+
+
+def _pairs(args: argparse.Namespace) -> Pairs:
+    if args.prompts is not None:
+        pairs = with_refusals(load_prompts(args.prompts))
+    else:
+        pairs = builtin("harmful", "tune") if args.pairs is None else load(args.pairs)
+    return pairs[: args.limit]

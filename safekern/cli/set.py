@@ -1,0 +1,143 @@
+"""``safekern set``: Safety Enhancement Tuning, which makes a model refuse by updating the weights of a mask alone."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from safekern.checkpoint import Patched, fingerprint
+from safekern.cli import options, tuning
+from safekern.delta import save_delta
+from safekern.errors import SafekernError
+from safekern.models import save
+from safekern.optim import SETAdamW
+from safekern.prompts import builtin
+from safekern.resume import Weights
+from safekern.tables import printable
+from safekern.training import BATCH_SIZE, LEARNING_RATE, REFUSAL_WEIGHT, balanced, check_balance
+
+_DESCRIPTION = """\
+Makes a model refuse harmful prompts by updating the weights of a mask alone (SET, arXiv 2604.08297); every other weight
+stays bit-identical, which is checked. Half of each batch are refusals of harmful prompts, half ordinary helpful
+answers: tuned on refusals alone, a model learns to refuse everything.
+
+Writes to --out:
+  delta.safetensors   the new values of the masked weights, for `safekern apply` onto the same model
+  set.json            settings and losses
+  model/              the whole tuned model, with --save-model
+
+Memory: the model, at most 16 bytes per masked weight, the largest single gradient, and the activations of a batch.
+"""
+_EPILOG = """\
+example: score a model, align it, look at what that did, and ship the change
+
+  safekern score --model ./model --out run
+  safekern set --model ./model --mask run/mask.safetensors --out run
+  safekern apply --model ./model run/delta.safetensors --out ./aligned
+  safekern verify --model ./aligned --mask run/mask.safetensors --quick
+
+If it is interrupted: the same command again with --resume. It ends with the same bits.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``set`` to the subcommands."""
+    parser = commands.add_parser(
+        "set",
+        help="align a model by updating only the weights of a mask",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model(parser)
+    parser.add_argument("--mask", type=Path, required=True, metavar="FILE", help="a mask file")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    parser.add_argument(
+        "--harmful", type=Path, metavar="FILE", help="harmful prompts with refusals (default: built-in)"
+    )
+    parser.add_argument("--benign", type=Path, metavar="FILE", help="prompts with helpful answers (default: built-in)")
+    parser.add_argument(
+        "--refusal-weight",
+        type=float,
+        default=REFUSAL_WEIGHT,
+        metavar="W",
+        help="share of the refusals in the loss, from 0 to 1; more of it refuses more, also what is harmless "
+        f"(default: {REFUSAL_WEIGHT})",
+    )
+    tuning.add_training(parser, iterations=100, lr=LEARNING_RATE, batch_size=BATCH_SIZE, every=25)
+    parser.add_argument("--save-model", action="store_true", help="also write the whole tuned model")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tunes a model.
+
+    Raises:
+        SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
+    """
+    tuning.prepare(args)
+    harmful = tuning.read_pairs(args.harmful, builtin("harmful", "tune"))
+    benign = tuning.read_pairs(args.benign, builtin("benign", "tune"))
+    check_balance(args.batch_size, args.refusal_weight)
+    model, tokenizer = options.load_model(args)
+    mask, base = options.load_mask(args.mask, model)
+    selected = mask.parameters(model)
+    weights = Weights(selected)
+    original = weights.read()
+
+    losses = tuning.train(
+        args,
+        model,
+        weights,
+        # No dense gradient outlives its layer, so that the memory above the model is that of the mask.
+        lambda: SETAdamW(model.named_parameters(), mask, lr=args.lr, in_backward=True),
+        lambda skip: balanced(
+            tokenizer,
+            harmful,
+            benign,
+            batch_size=args.batch_size,
+            refusal_weight=args.refusal_weight,
+            seed=args.seed,
+            skip=skip,
+        ),
+        {
+            "command": "set",
+            "model": base,
+            "mask": mask.fingerprint,
+            "harmful": tuning.digest(harmful),
+            "benign": tuning.digest(benign),
+            "refusal_weight": args.refusal_weight,
+        },
+    )
+    before: dict[str, Any] = dict(model.named_parameters())
+    before |= {
+        name: Patched(name, param.detach(), indices, original[name]) for name, (param, indices) in selected.items()
+    }
+    with options.stage("save"):
+        if fingerprint(before) != base:
+            raise SafekernError("weights outside the mask have changed; nothing was written. Please report this")
+        save_delta(model, mask, args.out / "delta.safetensors", base=before)
+        if args.save_model:
+            save(model, tokenizer, args.out / "model")
+    report = tuning.finish(
+        args,
+        {
+            "model": args.model,
+            "model_fingerprint": base,
+            "tuned_fingerprint": fingerprint(model),
+            "mask": str(args.mask),
+            "mask_fingerprint": mask.fingerprint,
+            "mask_numel": mask.numel,
+            "model_numel": mask.model_numel,
+            "refusal_weight": args.refusal_weight,
+            "losses": losses,
+        },
+        "set.json",
+    )
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{mask}\n{tuning.summary(losses)}")
+    print("Every weight outside the mask was checked to be bit-identical.")
+    print(f"Written to {printable(str(args.out))}: delta.safetensors, set.json{', model/' * args.save_model}")

@@ -1,0 +1,107 @@
+"""``safekern spa``: Safety Preserving Adaptation, which fine-tunes a model with the weights of a mask frozen."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safekern.checkpoint import fingerprint
+from safekern.cli import options, tuning
+from safekern.errors import ProtectionError
+from safekern.models import save
+from safekern.optim import SPAAdamW
+from safekern.prompts import load
+from safekern.resume import Weights
+from safekern.tables import printable
+from safekern.training import BATCH_SIZE, shuffled
+
+_DESCRIPTION = """\
+Fine-tunes an aligned model on your prompts and responses with the weights of a mask frozen, bit for bit (SPA, arXiv
+2604.08297), so that it keeps its safety. The mask has to be that of the aligned model: score that one.
+
+Writes to --out:
+  model/      the whole fine-tuned model; all but the mask has changed, so a delta would be no smaller
+  spa.json    settings and losses
+
+Memory: the model, for every weight a gradient and two moments in fp32, and the activations of a batch.
+"""
+_EPILOG = """\
+example: keep what makes a model safe while it learns grade-school math
+
+  safekern score --model ./aligned --out run
+  safekern spa --model ./aligned --mask run/mask.safetensors --data math.jsonl --iterations 1000 --out run
+
+--data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. If it is
+interrupted: the same command again with --resume. It ends with the same bits.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Adds ``spa`` to the subcommands."""
+    parser = commands.add_parser(
+        "spa",
+        help="fine-tune a model with the weights of a mask frozen",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_model(parser)
+    parser.add_argument("--mask", type=Path, required=True, metavar="FILE", help="a mask file: what stays as it is")
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="prompts with the responses to learn")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    tuning.add_training(parser, iterations=1000, lr=2e-5, batch_size=BATCH_SIZE, every=250)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fine-tunes a model.
+
+    Raises:
+        SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
+    """
+    tuning.prepare(args)
+    pairs = load(args.data)
+    model, tokenizer = options.load_model(args)
+    mask, base = options.load_mask(args.mask, model)
+    protected = Weights(mask.parameters(model))
+    original = protected.read()
+
+    losses = tuning.train(
+        args,
+        model,
+        Weights({name: (param, None) for name, param in model.named_parameters()}),
+        # Second moments in bfloat16 could not decay.
+        lambda: SPAAdamW(model.named_parameters(), mask, lr=args.lr, state_dtype=torch.float32),
+        lambda skip: [(1.0, shuffled(tokenizer, pairs, args.batch_size, args.seed, skip=skip))],
+        {"command": "spa", "model": base, "mask": mask.fingerprint, "data": tuning.digest(pairs)},
+    )
+    for name, value in protected.read().items():
+        if not torch.equal(value.view(torch.uint8), original[name].view(torch.uint8)):
+            raise ProtectionError(f"protected weights of {name} have changed; nothing was written. Please report this")
+    with options.stage("save"):
+        save(model, tokenizer, args.out / "model")
+    report = tuning.finish(
+        args,
+        {
+            "model": args.model,
+            "model_fingerprint": base,
+            "tuned_fingerprint": fingerprint(model),
+            "mask": str(args.mask),
+            "mask_fingerprint": mask.fingerprint,
+            "mask_numel": mask.numel,
+            "model_numel": mask.model_numel,
+            "data": str(args.data),
+            "pairs": len(pairs),
+            "losses": losses,
+        },
+        "spa.json",
+    )
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{mask}\n{tuning.summary(losses)}")
+    print("Every weight of the mask was checked to be bit-identical.")
+    print(f"Written to {printable(str(args.out))}: model/, spa.json")

@@ -1,0 +1,140 @@
+"""What ``safekern set`` and ``safekern spa`` share: a training run that can be interrupted and resumed."""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim import Optimizer
+
+from safekern import resume
+from safekern.cli import options
+from safekern.errors import FileAccessError, InvalidArgumentError
+from safekern.prompts import Pairs, load
+from safekern.training import Batch, tune
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FILE = "training.safetensors"
+
+
+def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float, batch_size: int, every: int) -> None:
+    """Adds the options of a training run, with the defaults of the command."""
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--iterations", type=options.number, default=iterations, metavar="N", help=f"steps (default: {iterations})"
+    )
+    group.add_argument("--lr", type=float, default=lr, help=f"learning rate (default: {lr:g})")
+    group.add_argument(
+        "--batch-size",
+        type=options.number,
+        default=batch_size,
+        metavar="N",
+        help=f"pairs per step (default: {batch_size})",
+    )
+    group.add_argument("--seed", type=int, default=0, help="order of the training pairs (default: 0)")
+    group.add_argument(
+        "--checkpoint-every",
+        type=options.number,
+        default=every,
+        metavar="N",
+        help=f"steps between the files that --resume goes on from (default: {every})",
+    )
+    group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Makes sure that the run can be written, and that it neither loses nor misses one that was interrupted.
+
+    Raises:
+        SafekernError: it cannot.
+    """
+    target = args.out / "model"
+    if target.exists() and Path(args.model).exists() and target.samefile(args.model):
+        raise InvalidArgumentError(f"--out {args.out}: the tuned model would take the place of --model; give another")
+    options.prepare_folder(args.out, _FILE)
+    exists = (args.out / _FILE).exists()
+    if args.resume and not exists:
+        raise FileAccessError(f"{args.out / _FILE}: no such file, so there is no run to resume; leave --resume out")
+    if exists and not args.resume:
+        raise InvalidArgumentError(
+            f"{args.out / _FILE}: an interrupted run; add --resume to go on with it, or remove the file"
+        )
+
+
+def read_pairs(path: Path | None, otherwise: Pairs) -> Pairs:
+    """The pairs of a file, or the built-in ones."""
+    return otherwise if path is None else load(path)
+
+
+def digest(pairs: Pairs) -> str:
+    """SHA-256 (hex) of prompts and responses: the same data, wherever it came from."""
+    return hashlib.sha256(json.dumps([pairs.prompts, pairs.responses]).encode()).hexdigest()
+
+
+def train(
+    args: argparse.Namespace,
+    model: "PreTrainedModel",
+    weights: resume.Weights,
+    make_optimizer: Callable[[], Optimizer],
+    make_parts: Callable[[int], Sequence[tuple[float, Iterable[Batch]]]],
+    settings: dict[str, Any],
+) -> list[float]:
+    """Tunes the model, with a checkpoint now and then.
+
+    Args:
+        args: the options of `add_training`.
+        model: trained in place.
+        weights: those that training changes.
+        make_optimizer: called once the weights are those to go on from.
+        make_parts: the data after so many iterations.
+        settings: of the run, beside those of `add_training`.
+
+    Returns:
+        The loss of every iteration.
+
+    Raises:
+        SafekernError: the run to resume is another one, or something of training.
+    """
+    path = args.out / _FILE
+    settings = {**settings, **{name: getattr(args, name) for name in ("lr", "batch_size", "seed")}}
+    run = resume.load(path, settings) if args.resume else None
+    if run is not None:
+        if len(run.losses) > args.iterations:
+            raise InvalidArgumentError(f"{path}: has taken {len(run.losses)} of --iterations {args.iterations} already")
+        weights.write(run.weights)
+    optimizer = make_optimizer()
+    if run is not None:
+        optimizer.load_state_dict(run.optimizer)
+
+    def checkpoint(losses: list[float]) -> None:
+        if len(losses) % args.checkpoint_every == 0 and len(losses) < args.iterations:
+            resume.save(path, weights.read(), optimizer, losses, settings)
+
+    done = [] if run is None else run.losses
+    with options.stage(f"tune, {len(done)} of {args.iterations} steps done" if done else "tune"):
+        return tune(model, optimizer, make_parts(len(done)), args.iterations, done=done, after_step=checkpoint)
+
+
+def finish(args: argparse.Namespace, report: dict[str, Any], name: str) -> dict[str, Any]:
+    """Writes the report and removes the checkpoint, which is of no use any more."""
+    report |= {
+        "iterations": args.iterations,
+        "lr": args.lr,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "versions": options.versions(),
+    }
+    options.write_json(args.out / name, report)
+    (args.out / _FILE).unlink(missing_ok=True)
+    return report
+
+
+def summary(losses: list[float]) -> str:
+    """How the loss went, in words."""
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    return f"loss {first:.3f} at first, {last:.3f} at last (means over {tenth} of {len(losses)} steps)"

@@ -1,0 +1,124 @@
+"""Interrupted training: files from which a run goes on as if nothing had happened, bit for bit."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from safekern import files
+from safekern.errors import FileFormatError, InvalidArgumentError
+from safekern.files import StrPath
+from safekern.optim.masked import flat_view, memory_indices
+
+_KIND, _VERSION = "training", 1
+_WEIGHT, _STATE = "weight:", "state:"
+
+
+class Weights:
+    """Those weights of a model that matter to a run, to be read, put aside and written back.
+
+    Args:
+        params: by name the parameter, and the row-major indices that matter in it, None for all.
+    """
+
+    def __init__(self, params: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
+        self._params = dict(params)
+
+    def read(self) -> dict[str, Tensor]:
+        """A copy of them, 1-D for each parameter, on its device."""
+        return {
+            name: flat_view(param.detach()).clone()
+            if indices is None
+            else flat_view(param.detach()).index_select(0, memory_indices(param, indices))
+            for name, (param, indices) in self._params.items()
+        }
+
+    def write(self, values: Mapping[str, Tensor]) -> None:
+        """Puts back what `read` returned.
+
+        Raises:
+            FileFormatError: these are values of other weights. Nothing was changed.
+        """
+        fits = values.keys() == self._params.keys() and all(
+            (values[name].dtype, values[name].numel())
+            == (param.dtype, param.numel() if indices is None else indices.numel())
+            for name, (param, indices) in self._params.items()
+        )
+        if not fits:
+            raise FileFormatError("the saved weights are not those of this run: start it again without --resume")
+        with torch.no_grad():
+            for name, (param, indices) in self._params.items():
+                flat, saved = flat_view(param), values[name].to(param.device)
+                if indices is None:
+                    flat.copy_(saved)
+                else:
+                    flat.index_copy_(0, memory_indices(param, indices).long(), saved)
+
+
+class Run(NamedTuple):
+    """What a run is continued from.
+
+    Attributes:
+        weights: for `Weights.write`.
+        optimizer: for the optimizer's ``load_state_dict``.
+        losses: of the iterations so far.
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    losses: list[float]
+
+
+def save(
+    path: StrPath, weights: Mapping[str, Tensor], optimizer: Optimizer, losses: list[float], settings: Mapping[str, Any]
+) -> None:
+    """Writes a run to a safetensors file with a checksum, atomically: the last one stays until this one is complete.
+
+    Args:
+        path: the file to write or replace.
+        weights: what `Weights.read` returned.
+        optimizer: one whose state holds tensors only.
+        losses: of the iterations so far.
+        settings: what has to be the same when the run goes on, as JSON can hold it.
+
+    Raises:
+        FileAccessError: the path cannot be written.
+    """
+    state = optimizer.state_dict()
+    tensors = {_WEIGHT + name: tensor for name, tensor in weights.items()}
+    for key, fields in state["state"].items():
+        tensors |= {f"{_STATE}{key}:{field}": tensor for field, tensor in fields.items()}
+    files.write(
+        path, _KIND, _VERSION, tensors, {"groups": state["param_groups"], "losses": losses, "settings": dict(settings)}
+    )
+
+
+def load(path: StrPath, settings: Mapping[str, Any]) -> Run:
+    """Reads what `save` wrote.
+
+    Raises:
+        FileAccessError: the file is missing or cannot be read.
+        FileFormatError: it is damaged, of another kind or newer.
+        InvalidArgumentError: it belongs to a run with other settings; names them.
+    """
+    tensors, meta = files.read(path, _KIND, _VERSION)
+    try:
+        before, losses, groups = dict(meta["settings"]), [float(loss) for loss in meta["losses"]], meta["groups"]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith(_STATE):
+                key, field = name.removeprefix(_STATE).split(":")
+                state.setdefault(int(key), {})[field] = tensor
+        groups = [{**group, "betas": tuple(group["betas"])} for group in groups]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"{path}: not a valid training run ({error}); start it again without --resume") from error
+    other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+    if other:
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in other)
+        raise InvalidArgumentError(
+            f"{path}: belongs to a run with other settings: {changes}. Use the same, or start anew"
+        )
+    weights = {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name.startswith(_WEIGHT)}
+    return Run(weights, {"state": state, "param_groups": groups}, losses)

@@ -1,0 +1,361 @@
+"""``score``, ``set``, ``spa``, ``verify`` and ``apply`` as commands, one after the other, on a tiny model on disk."""
+
+import json
+import shutil
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_objectives import byte_tokenizer, tiny_llama
+
+from safekern import Mask, Scores, models, training
+from safekern.checkpoint import Patched, fingerprint
+from safekern.cli import main
+from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
+
+PAIRS = [{"prompt": f"Bad {i}?", "response": f"No {i}."} for i in range(6)]
+BENIGN = [{"prompt": f"Good {i}?", "response": f"Yes, like this: {i}."} for i in range(6)]
+SMALL = ["--harmful", "harmful.jsonl", "--benign", "benign.jsonl"]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A checkpoint folder and what ``safekern score`` says of it."""
+    folder = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        model = tiny_llama().to(torch.bfloat16)
+        model.save_pretrained("base")
+        byte_tokenizer().save_pretrained("base")
+        write_rows(folder / "harmful.jsonl", PAIRS)
+        write_rows(folder / "benign.jsonl", BENIGN)
+        arguments = ["--pairs", "harmful.jsonl", "--ratio", "0.05", "--save-scores", "--out", "run"]
+        assert main(["score", "--model", "base", *arguments]) == 0
+    return folder
+
+
+@pytest.fixture
+def folder(scored, tmp_path, monkeypatch):
+    shutil.copytree(scored, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def set_command(*more, out="run", iterations=4):
+    given = ["--model", "base", "--mask", "run/mask.safetensors", "--lr", "1e-2", "--iterations", str(iterations)]
+    return main(["set", *given, *SMALL, "--out", out, *more])
+
+
+def tensors(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)) for name in a)
+
+
+def stop_after(monkeypatch, steps):
+    """Ends training as Ctrl-C would, after some steps of the process."""
+    tune = training.tune
+
+    def interrupted(*args, after_step, **options):
+        def step(losses):
+            after_step(losses)
+            if len(losses) == steps:
+                raise KeyboardInterrupt
+
+        return tune(*args, after_step=step, **options)
+
+    monkeypatch.setattr("safekern.cli.tuning.tune", interrupted)
+
+
+class TestScore:
+    def test_the_mask_says_where_it_comes_from(self, folder):
+        mask = Mask.load("run/mask.safetensors")
+        assert mask == Scores.load("run/scores.safetensors").top(0.05)
+        model, _ = models.load("base")
+        assert mask.numel == int(0.05 * sum(param.numel() for param in model.parameters()))
+        expected = {"model": "base", "model_fingerprint": fingerprint(model), "dtype": "bfloat16", "pairs": 6}
+        assert mask.meta.items() >= {**expected, "data": "harmful.jsonl", "ratio": 0.05, "objective": "refusal"}.items()
+
+    def test_prints_tables_or_json(self, folder, capsys):
+        arguments = ["score", "--model", "base", "--pairs", "harmful.jsonl", "--limit", "2", "--batch-size", "1"]
+        assert main([*arguments, "--out", "small.safetensors"]) == 0
+        printed = capsys.readouterr().out
+        for text in ("layer 0 to 1", "enrichment", "Written to small.safetensors"):
+            assert text in printed
+        assert main([*arguments, "--out", "small.safetensors", "--json", "--save-scores"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        mask = Mask.load("small.safetensors")
+        assert found["mask"] == {
+            "numel": mask.numel,
+            "model_numel": mask.model_numel,
+            "fingerprint": mask.fingerprint,
+        }
+        assert found["meta"] == mask.meta
+        assert found["written"] == ["small.safetensors", "small_scores.safetensors"]
+        assert mask.meta["batches"] == mask.meta["pairs"] == 2
+
+    def test_memory_gives_the_same_mask(self, folder):
+        size = sum(value.numel() for value in Scores.load("run/scores.safetensors").values()) * 4
+        arguments = ["--pairs", "harmful.jsonl", "--ratio", "0.05", "--memory", str(size * 3 // 4), "--out", "less"]
+        assert main(["score", "--model", "base", *arguments]) == 0
+        assert Mask.load("less/mask.safetensors") == Mask.load("run/mask.safetensors")
+
+    def test_prompts_without_refusals(self, folder):
+        (folder / "goals.json").write_text(json.dumps([{"goal": f"Do harm {i}", "target": "Sure"} for i in range(3)]))
+        assert main(["score", "--model", "base", "--prompts", "goals.json", "--out", "goals"]) == 0
+        assert Mask.load("goals/mask.safetensors").meta["pairs"] == 3
+
+
+class TestSet:
+    def test_apply_on_a_fresh_copy_gives_the_same_bits(self, folder, capsys):
+        before = tensors(folder / "base")
+        assert set_command("--save-model") == 0
+        printed = capsys.readouterr().out
+        assert "checked to be bit-identical" in printed and "loss" in printed
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy"]) == 0
+        tuned, copy = tensors(folder / "run" / "model"), tensors(folder / "copy")
+        assert same_bits(tuned, copy)
+        assert same_bits(before, tensors(folder / "base"))
+        mask = Mask.load("run/mask.safetensors")
+        changed = {name: (before[name] != copy[name]).flatten().nonzero().flatten().tolist() for name in copy}
+        assert sum(map(len, changed.values())) > mask.numel // 2
+        assert all(set(where) <= set(mask[name].tolist() if name in mask else []) for name, where in changed.items())
+
+        report = json.loads((folder / "run" / "set.json").read_text())
+        assert len(report["losses"]) == report["iterations"] == 4
+        assert report["model_fingerprint"] == mask.meta["model_fingerprint"] == fingerprint(models.load("base")[0])
+        assert report["tuned_fingerprint"] == fingerprint(models.load("copy")[0])
+        assert not (folder / "run" / "training.safetensors").exists()
+
+    def test_other_ways_to_apply(self, folder, capsys):
+        assert set_command() == 0
+        shutil.copytree("base", "other")
+        assert main(["apply", "--model", "other", "run/delta.safetensors", "--in-place", "--json"]) == 0
+        # Loaded, changed in memory and saved.
+        loaded = ["--dtype", "bfloat16", "--out", "loaded"]
+        assert main(["apply", "--model", "base", "run/delta.safetensors", *loaded]) == 0
+        assert same_bits(tensors(folder / "other"), tensors(folder / "loaded"))
+        assert models.load("loaded")[1].chat_template
+        assert main(["apply", "--model", "other", "run/delta.safetensors", "--in-place"]) == 1
+        assert "applied already" in capsys.readouterr().err
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--dtype", "float32", "--out", "wide"]) == 1
+        assert "another dtype" in capsys.readouterr().err
+        assert not (folder / "wide").exists()
+
+    def test_resumed_run_ends_with_the_same_bits(self, folder, monkeypatch, capsys):
+        assert set_command("--save-model", out="whole", iterations=7) == 0
+        with monkeypatch.context() as patch:
+            stop_after(patch, 5)
+            assert set_command("--checkpoint-every", "2", out="parts", iterations=7) == 130
+        assert (folder / "parts" / "training.safetensors").exists()
+        assert not (folder / "parts" / "delta.safetensors").exists()
+        assert set_command("--save-model", out="parts", iterations=7) == 1
+        assert "add --resume" in capsys.readouterr().err
+        assert set_command("--save-model", "--resume", "--refusal-weight", "0.5", out="parts", iterations=7) == 1
+        assert "refusal_weight was 0.25 and is 0.5" in capsys.readouterr().err
+        assert set_command("--save-model", "--resume", out="parts", iterations=3) == 1
+        assert "has taken 4 of" in capsys.readouterr().err
+        assert set_command("--save-model", "--resume", out="parts", iterations=7) == 0
+        assert same_bits(tensors(folder / "whole" / "model"), tensors(folder / "parts" / "model"))
+        for name in ("losses", "tuned_fingerprint"):
+            whole, parts = (json.loads((folder / out / "set.json").read_text())[name] for out in ("whole", "parts"))
+            assert whole == parts
+        assert (folder / "whole/delta.safetensors").read_bytes() == (folder / "parts/delta.safetensors").read_bytes()
+
+    def test_damaged_checkpoint(self, folder, monkeypatch, capsys):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 3)
+            assert set_command("--checkpoint-every", "2") == 130
+        path = folder / "run" / "training.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        assert set_command("--resume") == 1
+        assert "checksum" in capsys.readouterr().err
+
+    def test_notices_a_weight_that_moved_outside_the_mask(self, folder, monkeypatch, capsys):
+        tune = training.tune
+
+        def tune_and_spoil(model, *args, **options):
+            losses = tune(model, *args, **options)
+            with torch.no_grad():
+                model.model.embed_tokens.weight[0, 0] += 1
+            return losses
+
+        monkeypatch.setattr("safekern.cli.tuning.tune", tune_and_spoil)
+        assert set_command() == 1
+        assert "outside the mask have changed" in capsys.readouterr().err
+        assert not (folder / "run" / "delta.safetensors").exists()
+
+    def test_a_mask_of_other_weights_is_noted(self, folder, capsys):
+        assert set_command("--dtype", "float32") == 0
+        assert "ranked on other weights" in capsys.readouterr().err
+
+
+class TestSpa:
+    def spa(self, *more, out="spa"):
+        given = ["--model", "base", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--iterations", "5"]
+        return main(["spa", *given, "--lr", "1e-2", "--out", out, *more])
+
+    def test_the_mask_stays_and_the_rest_learns(self, folder, capsys):
+        assert self.spa("--json") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report == json.loads((folder / "spa" / "spa.json").read_text())
+        assert report["losses"][-1] < report["losses"][0]
+        mask = Mask.load("run/mask.safetensors")
+        before, after = tensors(folder / "base"), tensors(folder / "spa" / "model")
+        for name, tensor in before.items():
+            moved = tensor.view(torch.int16) != after[name].view(torch.int16)
+            assert moved.any()
+            assert name not in mask or not (moved & mask.bool(name)).any()
+
+    def test_resumed_run_ends_with_the_same_bits(self, folder, monkeypatch):
+        assert self.spa(out="whole") == 0
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)
+            assert self.spa("--checkpoint-every", "3", out="parts") == 130
+        assert self.spa("--resume", out="parts") == 0
+        assert same_bits(tensors(folder / "whole" / "model"), tensors(folder / "parts" / "model"))
+        assert not (folder / "parts" / "training.safetensors").exists()
+
+
+def test_verify(folder, capsys):
+    arguments = ["verify", "--model", "base", "--mask", "run/mask.safetensors", *SMALL, "--noise", "0.1", "0.5"]
+    before = tensors(folder / "base")
+    assert main([*arguments, "--scores", "run/scores.safetensors", "--out", "verify.json", "--limit", "3"]) == 0
+    printed = capsys.readouterr()
+    assert "Broken text is not" in printed.out and "bit for bit" in printed.out
+    assert "noise 0.5 on bottom" in printed.err
+    found = json.loads((folder / "verify.json").read_text())
+    assert [(row["weights"], row["noise"]) for row in found["rows"]] == [
+        ("none", 0.0),
+        *((weights, noise) for noise in (0.1, 0.5) for weights in ("top", "random", "bottom")),
+    ]
+    assert found["harmful_prompts"] == found["benign_prompts"] == 3
+    assert same_bits(before, tensors(folder / "base"))
+    assert main([*arguments, "--quick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["weights"] for row in found["rows"]] == ["none", "top", "random", "top", "random"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "--model", "base", "--out", "absent/mask.safetensors"], "does not exist"),
+        (["score", "--model", "base", "--pairs", "absent.jsonl", "--out", "new"], "cannot be read"),
+        (["score", "--model", "absent/", "--out", "new"], "no such folder"),
+        (["score", "--model", "run", "--out", "new"], "holds no config.json"),
+        (["score", "--model", "absent.gguf", "--out", "new"], "no such file"),
+        (["score", "--model", "harmful.jsonl", "--out", "new"], "no .gguf file"),
+        (["score", "--model", "base", "--device", "abacus", "--out", "new"], "--device abacus: not available here"),
+        (["score", "--model", "base", "--memory", "100", "--out", "new"], "is too little"),
+        (["set", "--model", "base", "--mask", "run/scores.safetensors", "--out", "new"], "not 'mask'"),
+        (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--batch-size", "3"], "even"),
+        (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--resume"], "no run to resume"),
+        (["set", "--model", "base", "--mask", "other.safetensors", "--out", "new"], "does not fit"),
+        (["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "no.csv", "--out", "new"], "no.csv"),
+        (
+            ["spa", "--model", "old/model", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "old"],
+            "would take the place of --model",
+        ),
+        (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--noise", "-1"], "noise must be"),
+        (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--seed", "-1"], "seed must be"),
+        (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),
+        (["apply", "--model", "base", "run/mask.safetensors", "--out", "run"], "exists already"),
+        (["apply", "--model", "base", "run/mask.safetensors", "--out", "new"], "not 'delta'"),
+        (["apply", "--model", "smollm2", "run/mask.safetensors", "--in-place"], "needs a checkpoint folder"),
+    ],
+)
+def test_refusals(folder, arguments, message, capsys):
+    Mask.from_indices({"w": [0]}, {"w": (2, 2)}).save("other.safetensors")
+    shutil.copytree("base", "old/model")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("command", ["score", "set", "spa", "verify", "apply"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    printed = capsys.readouterr().out
+    assert "example: " in printed and f"  safekern {command} --model " in printed
+
+
+class TestModels:
+    def test_code_of_its_own_is_not_run(self, folder):
+        path = folder / "base" / "config.json"
+        config = json.loads(path.read_text())
+        config |= {"model_type": "homemade", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
+        path.write_text(json.dumps(config))
+        (folder / "base" / "own.py").write_text("raise SystemExit('this ran')\n")
+        with pytest.raises(InvalidArgumentError, match="--trust-remote-code"):
+            models.load("base")
+
+    def test_gguf_and_the_demo_model(self, folder, monkeypatch):
+        asked = []
+        monkeypatch.setattr(models, "_load_gguf", lambda path, dtype: asked.append((path.name, dtype)) or (0, None))
+        monkeypatch.setattr(models, "load_smollm2", lambda dtype: asked.append(("smollm2", dtype)) or (0, None))
+        (folder / "tiny.GGUF").touch()
+        models.load("tiny.GGUF")
+        models.load("smollm2", dtype=torch.bfloat16)
+        assert asked == [("tiny.GGUF", torch.float32), ("smollm2", torch.bfloat16)]
+        shutil.move("tiny.GGUF", "run/tiny.gguf")
+        with pytest.raises(FileAccessError, match=r"give one of its GGUF files, such as run.tiny\.gguf"):
+            models.load("run")
+
+    def test_no_pickles(self, folder):
+        torch.save(tensors(folder / "base"), folder / "base" / "pytorch_model.bin")
+        (folder / "base" / "model.safetensors").unlink()
+        with pytest.raises(FileAccessError, match="safetensors"):
+            models.load("base")
+
+    def test_weights_that_are_missing(self, folder):
+        from safetensors.torch import save_file
+
+        rest = tensors(folder / "base")
+        del rest["model.layers.0.mlp.up_proj.weight"]
+        save_file(rest, folder / "base" / "model.safetensors", {"format": "pt"})
+        with pytest.raises(FileFormatError, match=r"lacks model\.layers\.0\.mlp\.up_proj\.weight"):
+            models.load("base")
+
+    def test_nothing_touches_the_network_unasked(self, folder, monkeypatch):
+        attempts = []
+
+        def refuse(*args, **options):
+            attempts.append(args)
+            raise OSError("no network in this test")
+
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        models.load("base")
+        # What the hub's client would have left after a download.
+        cached = folder / "cache" / "models--somebody--something"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        shutil.copytree("base", cached / "snapshots" / ("0" * 40))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
+        models.load("somebody/something")
+        with pytest.raises(FileAccessError, match=r"nobody/nothing.*--download"):
+            models.load("nobody/nothing")
+        assert not attempts
+
+
+def test_patched_weights_are_those_of_before():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        weight = torch.randn(5_000_000 if dtype == torch.float64 else 1000).to(dtype)
+        before, indices = weight.clone(), torch.tensor([0, 7, weight.numel() - 1], dtype=torch.int32)
+        weight[indices.long()] = torch.tensor([-0.0, float("nan"), 3.0]).to(dtype)
+        patched = Patched("w", weight, indices, before[indices.long()])
+        assert fingerprint({"w": patched}) == fingerprint({"w": before}) != fingerprint({"w": weight})
