@@ -22,10 +22,13 @@ Batch = Mapping[str, Tensor]
 # The recipe of `safekern demo` and `safekern set`.
 RATIO = 0.01
 LEARNING_RATE = 1e-4
-BATCH_SIZE = 4
-# Of the loss. It moves the model between refusing too much and too little: of 64 held-out prompts each, one run
-# after 100 steps complied with 39% of the harmful and refused 11% of the benign at 0.15, and 6% and 34% at about 0.3.
-REFUSAL_WEIGHT = 0.25
+SCORING_BATCH_SIZE = 4
+# Larger batches tell harmful from benign better after the same number of steps. By the first token's chance of a refusal
+# on 64 held-out prompts of each kind, the area under the ROC curve after 100 steps was 0.914 with 4 and 0.929 with 6.
+TUNING_BATCH_SIZE = 6
+# Of the loss. It moves the model between refusing too much and too little. Attack success and benign refusals after 100
+# steps, one run each: 14% and 12% at 0.16, 11% and 20% at 0.2.
+REFUSAL_WEIGHT = 0.16
 
 
 def in_order(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int) -> list[Batch]:
@@ -72,7 +75,7 @@ def balanced(
     harmful: Pairs,
     benign: Pairs,
     *,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = TUNING_BATCH_SIZE,
     refusal_weight: float = REFUSAL_WEIGHT,
     seed: int = 0,
     skip: int = 0,

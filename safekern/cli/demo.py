@@ -23,7 +23,7 @@ from safekern.objectives import refusal
 from safekern.optim import SETAdamW
 from safekern.prompts import Pairs, builtin
 from safekern.scoring import score
-from safekern.training import BATCH_SIZE, LEARNING_RATE, RATIO, balanced, in_order, tune
+from safekern.training import LEARNING_RATE, RATIO, SCORING_BATCH_SIZE, balanced, in_order, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     with clock.stage("measure_before"):
         before = _measure(model, tokenizer, *held_out)
     with clock.stage("score"):
-        scores = score(model, in_order(tokenizer, harmful[: effort.scored], BATCH_SIZE), refusal)
+        scores = score(model, in_order(tokenizer, harmful[: effort.scored], SCORING_BATCH_SIZE), refusal)
     with clock.stage("select"):
         mask = scores.top(RATIO)
     print(f"\n{mask}\n\n{mask.summary().heat_map()}\n", flush=True)

@@ -12,7 +12,7 @@ from safekern.objectives import refusal
 from safekern.prompts import Pairs, builtin, load, load_prompts, with_refusals
 from safekern.scoring import score
 from safekern.tables import printable
-from safekern.training import BATCH_SIZE, RATIO, in_order
+from safekern.training import RATIO, SCORING_BATCH_SIZE, in_order
 
 _DESCRIPTION = """\
 Scores every weight of a model by its Expected Safety Impact, |sigma * dS/dtheta| (arXiv 2604.08297), in forward and
@@ -68,9 +68,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--batch-size",
         type=options.number,
-        default=BATCH_SIZE,
+        default=SCORING_BATCH_SIZE,
         metavar="N",
-        help=f"pairs per forward and backward (default: {BATCH_SIZE})",
+        help=f"pairs per forward and backward (default: {SCORING_BATCH_SIZE})",
     )
     parser.add_argument(
         "--memory", type=options.number, metavar="BYTES", help="of the accumulators, such as 6e9 (default: no bound)"

@@ -14,7 +14,7 @@ from safekern.optim import SETAdamW
 from safekern.prompts import builtin
 from safekern.resume import Weights
 from safekern.tables import printable
-from safekern.training import BATCH_SIZE, LEARNING_RATE, REFUSAL_WEIGHT, balanced, check_balance
+from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, check_balance
 
 _DESCRIPTION = """\
 Makes a model refuse harmful prompts by updating the weights of a mask alone (SET, arXiv 2604.08297); every other weight
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
         help="share of the refusals in the loss, from 0 to 1; more of it refuses more, also what is harmless "
         f"(default: {REFUSAL_WEIGHT})",
     )
-    tuning.add_training(parser, iterations=100, lr=LEARNING_RATE, batch_size=BATCH_SIZE, every=25)
+    tuning.add_training(parser, iterations=100, lr=LEARNING_RATE, batch_size=TUNING_BATCH_SIZE, every=25)
     parser.add_argument("--save-model", action="store_true", help="also write the whole tuned model")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)

@@ -15,7 +15,7 @@ from safekern.optim import SPAAdamW
 from safekern.prompts import load
 from safekern.resume import Weights
 from safekern.tables import printable
-from safekern.training import BATCH_SIZE, shuffled
+from safekern.training import TUNING_BATCH_SIZE, shuffled
 
 _DESCRIPTION = """\
 Fine-tunes an aligned model on your prompts and responses with the weights of a mask frozen, bit for bit (SPA, arXiv
@@ -51,7 +51,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--mask", type=Path, required=True, metavar="FILE", help="a mask file: what stays as it is")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="prompts with the responses to learn")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    tuning.add_training(parser, iterations=1000, lr=2e-5, batch_size=BATCH_SIZE, every=250)
+    tuning.add_training(parser, iterations=1000, lr=2e-5, batch_size=TUNING_BATCH_SIZE, every=250)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
 
