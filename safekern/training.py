@@ -23,8 +23,8 @@ Batch = Mapping[str, Tensor]
 RATIO = 0.01
 LEARNING_RATE = 1e-4
 SCORING_BATCH_SIZE = 4
-# Larger batches tell harmful from benign better after the same number of steps. By the first token's chance of a refusal
-# on 64 held-out prompts of each kind, the area under the ROC curve after 100 steps was 0.914 with 4 and 0.929 with 6.
+# Larger batches tell harmful from benign better after as many steps. By the first token's chance of a refusal on 64
+# held-out prompts of each kind, the area under the ROC curve after 100 steps was 0.914 with 4 and 0.929 with 6.
 TUNING_BATCH_SIZE = 6
 # Of the loss. It moves the model between refusing too much and too little. Attack success and benign refusals after 100
 # steps, one run each: 14% and 12% at 0.16, 11% and 20% at 0.2.

