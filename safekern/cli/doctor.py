@@ -32,6 +32,7 @@ Ends with status 1 if a comparison failed. A backend that is missing is no failu
 
 _VARIABLES = {
     "SAFEKERN_BACKEND": "insists on one backend: cpu, cuda, triton, or torch for the reference",
+    "SAFEKERN_CPU_CAPABILITY": "makes the CPU kernels use sse2, avx2 or avx512",
     "TRITON_INTERPRET": "1 runs Triton kernels on the CPU, slowly",
     "CUDA_VISIBLE_DEVICES": "which GPUs PyTorch sees",
     "OMP_NUM_THREADS": "how many threads the CPU kernels use",
@@ -76,7 +77,7 @@ def _devices() -> list[dict[str, str]]:
         {
             "device": "cpu",
             "name": _processor(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
+            "capability": ops.cpu_capability() or torch.backends.cpu.get_cpu_capability().lower(),
             "memory": _host_memory(),
             "parallelism": f"{torch.get_num_threads()} threads",
         }
