@@ -256,9 +256,10 @@ def _check_step(op: str, make: Callable[[Any, Mask], Any], setting: Setting, *, 
         selected = mask.bool(name) if name in mask else torch.zeros(param.shape, dtype=torch.bool)
         moved = (~selected if frozen else selected).to(param.device)
         _same(op, [param.detach()[~moved]], [before[~moved]])
-        # One rounding of the weight, and for moments in bfloat16 those of the update, which is a thousandth of it.
-        tolerance = 2 * torch.finfo(param.dtype).eps
-        _same(op, [param.detach()[moved].double()], [exact.detach()[moved]], rtol=tolerance, atol=tolerance * 1e-3)
+        # One rounding of the weight, and those of the update, which is a thousandth: of many millions of weights, some
+        # are all but cancelled by it.
+        eps = torch.finfo(param.dtype).eps
+        _same(op, [param.detach()[moved].double()], [exact.detach()[moved]], rtol=2 * eps, atol=8 * eps * 1e-3)
 
 
 def _adamw(setting: Setting, grads: list[Tensor], size: float) -> Iterator[Contender]:
