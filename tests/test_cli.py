@@ -33,7 +33,7 @@ def tiny_demo(monkeypatch):
     model, tokenizer = tiny_llama(), byte_tokenizer()
     before = {name: param.detach().clone() for name, param in model.named_parameters()}
     monkeypatch.setattr(demo, "load_smollm2", lambda: (model, tokenizer))
-    monkeypatch.setattr(demo, "_QUICK", demo._Effort(held_out=3, scored=6, iterations=2))
+    monkeypatch.setattr(demo, "_QUICK", demo._Effort(held_out=3, scored=6, iterations=2, batch_size=4))
     return model, before
 
 

@@ -159,7 +159,7 @@ class TestSet:
         assert set_command("--save-model", out="parts", iterations=7) == 1
         assert "add --resume" in capsys.readouterr().err
         assert set_command("--save-model", "--resume", "--refusal-weight", "0.5", out="parts", iterations=7) == 1
-        assert "refusal_weight was 0.25 and is 0.5" in capsys.readouterr().err
+        assert "refusal_weight was 0.16 and is 0.5" in capsys.readouterr().err
         assert set_command("--save-model", "--resume", out="parts", iterations=3) == 1
         assert "has taken 4 of" in capsys.readouterr().err
         assert set_command("--save-model", "--resume", out="parts", iterations=7) == 0
