@@ -20,6 +20,7 @@ from protected_training import (
     train,
 )
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from safekern import InvalidArgumentError, Mask, MaskMismatchError, ProtectionError, protect
 
@@ -719,3 +720,16 @@ def test_masks_and_optimizers_that_do_not_fit_are_refused():
         with pytest.raises(error, match=message):
             make()
     assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_step_post_hooks
+
+
+def test_memory_that_the_model_left_is_freed():
+    param = torch.nn.Parameter(torch.randn(8, 4))
+    mask = Mask.from_indices({"w": [1, 5]}, {"w": (8, 4)})
+    optimizer = torch.optim.SGD([param], lr=0.1)
+    handle = protect(optimizer, mask, [("w", param)])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    left = StorageWeakRef(param.untyped_storage())
+    param.data = param.data.clone()
+    assert left.expired()
+    handle.verify()

@@ -80,11 +80,10 @@ class _Saved:
     param: Tensor
     # Where the optimizer holds the parameter, if it does: group, position, and the name it has there.
     place: tuple[int, int, str | None] | None
-    # The layout and the memory that `flat` and the indices are for, and the version of the parameter that last held all
-    # the values.
+    # The memory and layout that the indices are for, and the version of the parameter that last held all the values. No
+    # view of the parameter is kept: it would keep the old memory alive after model.cpu().
     layout: tuple[Any, ...]
     version: int | None
-    flat: Tensor
     indices: Tensor
     values: Tensor
     # The few that are compared where nothing points to an edit. Cut once for many steps: over hundreds of small
@@ -106,7 +105,7 @@ class Protection:
         self._mask = mask
         nothing = torch.empty(0, device="cpu")
         self._saved = [
-            _Saved(name, masked_name, named[name], None, (), None, nothing, nothing, nothing, (nothing, nothing))
+            _Saved(name, masked_name, named[name], None, (), None, nothing, nothing, (nothing, nothing))
             for masked_name, name in mask.resolve(named).items()
         ]
         self._stepping = False
@@ -142,7 +141,7 @@ class Protection:
         for together in by_device([saved.param for saved in self._saved]):
             ops.gather_(
                 [fresh[t] for t in together],
-                [self._saved[t].flat for t in together],
+                [flat_view(self._saved[t].param.detach()) for t in together],
                 [self._saved[t].indices for t in together],
                 torch.zeros(len(together), dtype=torch.bool, device=fresh[together[0]].device),
             )
@@ -239,7 +238,6 @@ class Protection:
                     saved.indices = memory_indices(param, self._mask.compact(saved.masked_name))
                     saved.values = saved.values.to(param.device)
                     saved.cut_spots(0)
-                saved.flat = flat_view(param.detach())
                 saved.layout, saved.version = layout, None
 
     def _successor(self, saved: _Saved) -> Tensor:
@@ -276,11 +274,11 @@ class Protection:
                 compared.append((saved, everything or saved.version != saved.param._version))
             else:
                 moved.append((saved, saved.indices.numel()))
-        for together in by_device([saved.flat for saved, _ in compared]):
+        for together in by_device([saved.param for saved, _ in compared]):
             batch = [compared[t] for t in together]
             places = [(saved.indices, saved.values) if whole else saved.spots for saved, whole in batch]
             counts = ops.count_changed(
-                [saved.flat for saved, _ in batch],
+                [flat_view(saved.param.detach()) for saved, _ in batch],
                 [indices for indices, _ in places],
                 [values for _, values in places],
             )
@@ -315,7 +313,7 @@ class Protection:
         for together in by_device([tensor for tensor, _ in targets]):
             batch = [targets[t] for t in together]
             ops.restore_(
-                [saved.flat if tensor is saved.param else flat_view(tensor.detach()) for tensor, saved in batch],
+                [flat_view(tensor.detach()) for tensor, _ in batch],
                 [
                     saved.indices
                     if tensor.stride() == saved.param.stride()
