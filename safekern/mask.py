@@ -768,11 +768,11 @@ def _per_expert(name: str, indices: Tensor, shape: torch.Size) -> list[tuple[int
     number = names.expert(name)
     if number is not None:
         return [(number, indices.numel(), _numel(shape))]
-    # DBRX stacks the rows of all experts in one matrix, whose first dimension is not the expert.
-    if not names.component(name).startswith("experts") or len(shape) != 3:
+    experts = names.fused_experts(name, shape)
+    if experts is None:
         return []
-    numel = shape[1] * shape[2]
-    selected = np.bincount(indices.numpy() // numel, minlength=shape[0])
+    numel = _numel(shape) // experts
+    selected = np.bincount(indices.numpy() // numel, minlength=experts)
     return [(expert, int(count), numel) for expert, count in enumerate(selected)]
 
 

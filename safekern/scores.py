@@ -1,5 +1,6 @@
 """The ESI of every eligible weight, and the masks that are ranked from it."""
 
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +25,14 @@ _VERSION, _TOP_VERSION = 1, 2
 _PART = 1 << 24
 
 Per = Literal["model", "tensor"]
+SigmaPer = Literal["tensor", "expert"]
 
 
 class Scores(Mapping[str, Tensor]):
     """Expected Safety Impact per weight: ``scores[name]`` is ``|gradient| * sigma``, fp32 of the parameter's shape.
 
     Made by :func:`safekern.score` or :meth:`load`. Holds the mean gradient (4 bytes per eligible weight) and one sigma
-    per tensor; ``scores[name]`` is computed when asked for. Source: arXiv 2604.08297.
+    per tensor, or per expert; ``scores[name]`` is computed when asked for. Source: arXiv 2604.08297.
 
     Example:
         >>> scores = safekern.score(model, loader)            # doctest: +SKIP
@@ -38,7 +40,8 @@ class Scores(Mapping[str, Tensor]):
         >>> scores.save("scores.safetensors")                 # doctest: +SKIP
 
     Attributes:
-        sigma: name -> fp32 0-d tensor on the CPU, the unbiased standard deviation of the parameter when it was scored.
+        sigma: name -> fp32 tensor on the CPU, the unbiased standard deviation of the parameter when it was scored: 0-d,
+            or under ``sigma_per="expert"``, for a fused tensor of E experts, (E, 1, 1).
         num_batches: how many batches were averaged.
         model_numel: the number of weights in the whole model, eligible or not.
         meta: where the scores come from (objective, reduction, versions).
@@ -47,7 +50,7 @@ class Scores(Mapping[str, Tensor]):
     def __init__(
         self,
         gradients: Mapping[str, Tensor],
-        sigma: Tensor,
+        sigma: Mapping[str, Tensor],
         *,
         num_batches: int,
         model_numel: int,
@@ -55,13 +58,14 @@ class Scores(Mapping[str, Tensor]):
     ) -> None:
         self._gradients = dict(gradients)
         self._shapes = {name: gradient.shape for name, gradient in self._gradients.items()}
-        self.sigma: dict[str, Tensor] = dict(zip(self._gradients, sigma.unbind(), strict=True))
+        self.sigma = {name: sigma[name] for name in self._gradients}
         self.num_batches = num_batches
         self.model_numel = model_numel
         self.meta = dict(meta)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.gradient(name).abs().mul_(self.sigma[name])
+        gradient = self.gradient(name)
+        return gradient.abs().mul_(self.sigma[name].to(gradient.device))
 
     def __contains__(self, name: object) -> bool:
         return name in self._gradients
@@ -157,7 +161,9 @@ class Scores(Mapping[str, Tensor]):
         for name, scored in mask.resolve(self._gradients).items():
             gradient = self._gradients[scored]
             index = mask.compact(name).to(gradient.device)
-            distribution.add(gradient.reshape(-1)[index].abs().mul_(self.sigma[scored]))
+            sigma = self.sigma[scored].to(gradient.device).view(-1)
+            weights_per_sigma = gradient.numel() // sigma.numel()
+            distribution.add(gradient.reshape(-1)[index].abs().mul_(sigma[index // weights_per_sigma]))
         return distribution
 
     def report(self) -> "ScoreReport":
@@ -175,14 +181,15 @@ class Scores(Mapping[str, Tensor]):
         cells: dict[tuple[int | None, str], _Cell] = {}
         for name, gradient in self._gradients.items():
             cell = cells.setdefault((names.layer(name), names.component(name)), _Cell())
-            sigma = self.sigma[name]
-            cell.variance += float(sigma) ** 2 * gradient.numel()
-            # In parts, because the scores of a fused expert tensor take gigabytes.
-            for part in gradient.reshape(-1).split(_PART):
-                try:
-                    cell.esi.add(part.abs().mul_(sigma))
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"{name}: {error}") from error
+            sigma = self.sigma[name].view(-1)
+            cell.variance += float(sigma.double().square().mean()) * gradient.numel()
+            for piece, scale in zip(gradient.reshape(-1).tensor_split(sigma.numel()), sigma, strict=True):
+                # In parts, because the scores of a fused expert tensor take gigabytes.
+                for part in piece.split(_PART):
+                    try:
+                        cell.esi.add(part.abs().mul_(scale))
+                    except NonFiniteError as error:
+                        raise NonFiniteError(f"{name}: {error}") from error
         return ScoreReport(cells)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -203,9 +210,6 @@ class Scores(Mapping[str, Tensor]):
         """
         tensors, meta = files.read(path, "scores", _TOP_VERSION)
         try:
-            sigma = torch.tensor([float(value) for value in meta["sigma"].values()], dtype=torch.float32, device="cpu")
-            if not ((sigma >= 0) & sigma.isfinite()).all():
-                raise ValueError("a standard deviation is negative or not finite")
             counts = {"num_batches": int(meta["num_batches"]), "model_numel": int(meta["model_numel"])}
             # The order of the parameters decides ties; a safetensors file keeps its tensors in another order.
             ordered = list(meta["sigma"])
@@ -214,9 +218,10 @@ class Scores(Mapping[str, Tensor]):
             indices = {name: tensors.pop(f"index.{name}") for name in ordered} if top else {}
             if tensors or not ordered or any(g.dtype != torch.float32 for g in gradients.values()):
                 raise ValueError("its tensors are not those its metadata lists")
+            shapes = {name: torch.Size(meta["shapes"][name]) if top else gradients[name].shape for name in ordered}
+            sigma = {name: _loaded_sigma(name, value, shapes[name]) for name, value in meta["sigma"].items()}
             scores: Scores
             if top:
-                shapes = {name: torch.Size(meta["shapes"][name]) for name in ordered}
                 scores = TopScores(
                     gradients, indices, shapes, sigma, keep=_checked(meta["keep"]), meta=meta["meta"], **counts
                 )
@@ -233,7 +238,7 @@ class Scores(Mapping[str, Tensor]):
 
     def _file_meta(self) -> dict[str, Any]:
         return {
-            "sigma": {name: float(sigma) for name, sigma in self.sigma.items()},
+            "sigma": {name: sigma.tolist() for name, sigma in self.sigma.items()},
             "num_batches": self.num_batches,
             "model_numel": self.model_numel,
             "meta": self.meta,
@@ -248,15 +253,14 @@ class Scores(Mapping[str, Tensor]):
 
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
         counts = self._counts(_checked(ratio), per)
-        gradients = list(self._gradients.values())
-        sigma = torch.stack(list(self.sigma.values())).to(gradients[0].device)
+        sigma = list(self.sigma.values())
+        pieces = [_pieces(gradient, scale) for gradient, scale in zip(self._gradients.values(), sigma, strict=True)]
         try:
             if per == "model":
-                selected = ops.select(gradients, sigma, counts[0], largest)
+                selected = _select(pieces, sigma, counts[0], largest)
             else:
                 selected = [
-                    ops.select([gradient], sigma[t : t + 1], k, largest)[0]
-                    for t, (gradient, k) in enumerate(zip(gradients, counts, strict=True))
+                    _select([own], [scale], k, largest)[0] for own, scale, k in zip(pieces, sigma, counts, strict=True)
                 ]
         except RuntimeError as error:
             broken = [name for name in self if self[name].isnan().any()]
@@ -296,18 +300,21 @@ class RunningTop:
         self._k = k
         self.gradients: dict[str, Tensor] = {}
         self.indices: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
 
-    def add(self, part: dict[str, Tensor], sigma: Tensor) -> None:
+    def add(self, part: dict[str, Tensor], sigma: Mapping[str, Tensor]) -> None:
         """Takes over the mean gradients of further parameters, and empties ``part`` to free them one by one.
 
         Args:
             part: fp32 tensors on the device of the parts before.
-            sigma: fp32, one per parameter seen so far, those of ``part`` last.
+            sigma: as :attr:`Scores.sigma`, of all parameters seen so far and any others.
         """
-        rivals = [*self.gradients.values(), *part.values()]
-        count = min(self._k, sum(rival.numel() for rival in rivals))
-        picks = ops.select(rivals, sigma, count, True)
+        rivals = _candidate_pieces(self.gradients, self.indices, sigma, self._shapes)
+        rivals += [_pieces(gradient, sigma[name]) for name, gradient in part.items()]
+        held = sum(gradient.numel() for gradient in (*self.gradients.values(), *part.values()))
+        picks = _select(rivals, [sigma[name] for name in (*self.gradients, *part)], min(self._k, held), True)
         del rivals
+        self._shapes |= {name: gradient.shape for name, gradient in part.items()}
         # One by one, so that what came before is freed as its successors are made.
         picks.reverse()
         for name in [*self.gradients, *part]:
@@ -335,7 +342,7 @@ class TopScores(Scores):
         gradients: Mapping[str, Tensor],
         indices: Mapping[str, Tensor],
         shapes: Mapping[str, torch.Size],
-        sigma: Tensor,
+        sigma: Mapping[str, Tensor],
         *,
         keep: float,
         num_batches: int,
@@ -368,7 +375,8 @@ class TopScores(Scores):
             raise self._unavailable("a ranking inside every tensor")
         if ratio > self.keep:
             raise self._unavailable(f"the top {ratio:.3g}")
-        picks = ops.select(list(self._gradients.values()), torch.stack(list(self.sigma.values())), counts[0], True)
+        pieces = _candidate_pieces(self._gradients, self._indices, self.sigma, self._shapes)
+        picks = _select(pieces, list(self.sigma.values()), counts[0], True)
         selected = [index.index_select(0, pick) for index, pick in zip(self._indices.values(), picks, strict=True)]
         return self._mask(selected, "top", ratio, per)
 
@@ -413,6 +421,57 @@ class TopScores(Scores):
         held = sum(index.numel() for index in self._indices.values())
         if held != count_of(self.keep, self.model_numel, self.numel):
             raise ValueError(f"it holds {held} candidates, which is not the top {self.keep}")
+
+
+def _pieces(gradient: Tensor, sigma: Tensor) -> list[Tensor]:
+    """A tensor cut into those runs of its elements, in order, that share one of its sigmas; views of it."""
+    return list(gradient.view(-1).tensor_split(sigma.numel()))
+
+
+def _candidate_pieces(
+    gradients: Mapping[str, Tensor],
+    indices: Mapping[str, Tensor],
+    sigma: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+) -> list[list[Tensor]]:
+    """As :func:`_pieces`, for candidates of tensors of those shapes at those ascending flat positions."""
+    cuts = []
+    for name, index in indices.items():
+        count = sigma[name].numel()
+        starts = torch.arange(1, count, dtype=index.dtype, device=index.device) * (shapes[name].numel() // count)
+        cuts.append(torch.searchsorted(index, starts))
+    if not cuts:
+        return []
+    # Read in one go, since a read waits for the device.
+    on_host = torch.cat(cuts).cpu().split([cut.numel() for cut in cuts])
+    return [list(gradient.tensor_split(cut)) for gradient, cut in zip(gradients.values(), on_host, strict=True)]
+
+
+def _select(pieces: Sequence[Sequence[Tensor]], sigma: Sequence[Tensor], k: int, largest: bool) -> list[Tensor]:
+    """:func:`ops.select` of tensors that are cut into one piece per sigma; positions count from a tensor's start."""
+    flat = [piece for own in pieces for piece in own]
+    scales = torch.cat([scale.view(-1) for scale in sigma]).to(flat[0].device)
+    picks = iter(ops.select(flat, scales, k, largest))
+    return [_joined([(piece.numel(), next(picks)) for piece in own]) for own in pieces]
+
+
+def _joined(picks: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """The positions in a whole tensor, given those in each of its pieces and the pieces' sizes."""
+    if len(picks) == 1:
+        return picks[0][1]
+    starts = [0, *itertools.accumulate(size for size, _ in picks)]
+    dtype = torch.int32 if starts[-1] <= torch.iinfo(torch.int32).max else torch.int64
+    return torch.cat([pick.to(dtype) + start for start, (_, pick) in zip(starts, picks, strict=False)])
+
+
+def _loaded_sigma(name: str, value: object, shape: torch.Size) -> Tensor:
+    """One parameter's standard deviations as a file holds them: one, or one for each of its fused experts."""
+    sigma = torch.tensor(value, dtype=torch.float32, device="cpu")
+    if not ((sigma >= 0) & sigma.isfinite()).all():
+        raise ValueError("a standard deviation is negative or not finite")
+    if sigma.shape not in ((), (names.fused_experts(name, shape), 1, 1)):
+        raise ValueError(f"the standard deviations of {name} are neither one nor one per expert")
+    return sigma
 
 
 def count_of(ratio: float, model_numel: int, numel: int) -> int:

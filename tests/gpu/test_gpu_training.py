@@ -78,7 +78,7 @@ def test_masks_of_equal_scores_are_the_same_bit_for_bit(dtype, per):
     scores = safekern.score(model, batches())
     moved = Scores(
         {name: scores.gradient(name).cpu() for name in scores},
-        torch.stack(list(scores.sigma.values())),
+        scores.sigma,
         num_batches=scores.num_batches,
         model_numel=scores.model_numel,
         meta=scores.meta,
