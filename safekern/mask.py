@@ -382,6 +382,9 @@ class Mask(Mapping[str, Tensor]):
     def summary(self) -> "Summary":
         """Counts the selected weights per layer and component.
 
+        A component is a parameter as the model has it. Projections that are fused into one (Phi3's ``qkv_proj``, the
+        ``gate_up_proj`` of experts) are one component, since a mask knows no head counts to take them apart with.
+
         A mask only knows the shapes of parameters with at least one selected weight. So a cell's ``numel`` leaves out
         parameters that nothing was selected in, and a cell in which nothing was selected has no row.
 
