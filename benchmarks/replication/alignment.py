@@ -42,7 +42,7 @@ def _per_tensor(scores: Scores, ratio: float) -> Mask:
     return scores.top(min(1.0, ratio * scores.model_numel / scores.numel), per="tensor")
 
 
-# Each leaves the model as it was loaded.
+# The main ones first. Each leaves the model as it was loaded.
 METHODS: dict[str, Callable[[Lab, float, int], Mask | None]] = {
     "esi": lambda lab, ratio, seed: lab.base_scores().top(ratio),
     "random": lambda lab, ratio, seed: lab.base_scores().random(ratio, seed=seed),
@@ -79,13 +79,18 @@ def align(
 
 
 def set_runs(seeds: Sequence[int], steps: Sequence[int] | None) -> list[Run]:
-    """Every method at both learning rates: the low one with all seeds, the high one and refusals alone with one."""
-    first = seeds[0]
+    """Every method at both learning rates: the low one with all seeds, the high one and refusals alone with one.
+
+    Ordered so that an interrupted experiment has the main comparison.
+    """
     runs = [Run("set", "untouched", {"method": "none", "ratio": None, "lr": None, "recipe": None}, _untouched)]
-    runs += [_run("set", method, RATIO, LOW, BALANCED, first, steps) for method in METHODS]
-    runs += [_run("set", method, RATIO, LOW, REFUSALS, first, steps or STEPS[:2]) for method in METHODS]
-    runs += [_run("set", method, RATIO, HIGH, BALANCED, first, steps) for method in METHODS]
-    runs += [_run("set", method, RATIO, LOW, BALANCED, seed, steps) for seed in seeds[1:] for method in METHODS]
+    names = list(METHODS)
+    for methods in (names[:3], names[3:]):
+        first, *others = seeds
+        runs += [_run("set", method, RATIO, LOW, BALANCED, first, steps) for method in methods]
+        runs += [_run("set", method, RATIO, LOW, REFUSALS, first, steps or STEPS[:2]) for method in methods]
+        runs += [_run("set", method, RATIO, HIGH, BALANCED, first, steps) for method in methods]
+        runs += [_run("set", method, RATIO, LOW, BALANCED, seed, steps) for seed in others for method in methods]
     return runs
 
 
@@ -100,6 +105,7 @@ def ratio_runs(seeds: Sequence[int], steps: Sequence[int] | None) -> list[Run]:
 def _run(
     experiment: str, method: str, ratio: float, lr: float, recipe: str, seed: int, steps: Sequence[int] | None
 ) -> Run:
+    ratio = 1.0 if method == "full" else ratio
     settings: dict[str, Any] = {"method": method, "ratio": ratio, "lr": lr, "recipe": recipe, "seed": seed}
     settings["steps"] = list(steps or STEPS)
     name = f"{method}-{ratio:g}-lr{lr:g}-{recipe}-seed{seed}"
