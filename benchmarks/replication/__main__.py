@@ -17,15 +17,20 @@ import torch
 
 from safekern.errors import SafekernError
 
-from . import alignment, report
+from . import alignment, judge, masks, noise, report, spa
 from .lab import Data, Lab
-from .runs import Run, execute
+from .runs import Plan, Run, execute
 
 _RESULTS = Path(__file__).parent.parent / "results" / "replication"
 
-EXPERIMENTS: dict[str, Callable[[Sequence[int], Sequence[int] | None], list[Run]]] = {
+EXPERIMENTS: dict[str, Callable[[Plan], list[Run]]] = {
     "set": alignment.set_runs,
+    "prompts": masks.prompt_runs,
+    "where": masks.where_runs,
+    "perturb": noise.noise_runs,
     "ratio": alignment.ratio_runs,
+    "spa": spa.spa_runs,
+    "judge": judge.judge_runs,
 }
 
 
@@ -48,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs", type=Path, help="harmful prompts with refusals to train on (default: built-in)")
     parser.add_argument("--goals", type=Path, help="harmful prompts, the last 100 to evaluate on (default: built-in)")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's training problems, for spa")
+    parser.add_argument("--guard", help="the model that judges in judge (default: the one that is scored)")
     parser.add_argument("--held-out", type=int, default=64, help="prompts of each kind to evaluate on (default: 64)")
     parser.add_argument("--out", type=Path, default=_RESULTS, help="(default: benchmarks/results/replication)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "safekern" / "replication")
@@ -57,8 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = list(EXPERIMENTS) if "all" in args.experiment else [name for name in args.experiment if name != "table"]
     if names:
         data = Data.read(args.pairs, args.goals, args.gsm8k, args.held_out)
+        tasks = [spa.CHAT, *([spa.GSM8K] if data.gsm8k is not None else [])]
+        plan = Plan(args.seeds, args.steps, tasks, args.guard)
         shared = {"model": Path(args.model).name, "data": data.digest, "precision": args.precision}
-        runs = [run for name in names for run in EXPERIMENTS[name](args.seeds, args.steps) if args.only in run.name]
+        runs = [run for name in names for run in EXPERIMENTS[name](plan) if args.only in run.name]
         lab = functools.cache(lambda: Lab(args.model, data, args.device, args.precision, args.cache))
         execute(runs, folder, shared, lab)
     report.write(folder)

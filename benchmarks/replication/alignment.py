@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from safekern import Mask, Scores
+from safekern.prompts import Pairs
 from safekern.training import REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, shuffled
 
 from .lab import Lab
-from .runs import Record, Run
+from .runs import Plan, Record, Run
 from .tuning import Parts, optimizer_for, tune_and_measure
 
 RATIO = 0.01
@@ -23,18 +24,19 @@ _REFUSALS_BATCH_SIZE = 4
 
 def gradient_only(scores: Scores) -> Scores:
     """The same gradients without sigma."""
-    return _ranked(scores, {name: scores.gradient(name) for name in scores})
+    return ranked_by(scores, {name: scores.gradient(name) for name in scores})
 
 
 def magnitude(lab: Lab, scores: Scores) -> Scores:
     """The size of the weights in place of their ESI."""
     params = dict(lab.model.named_parameters())
-    return _ranked(scores, {name: params[name].detach().float().cpu() for name in scores})
+    return ranked_by(scores, {name: params[name].detach().float().cpu() for name in scores})
 
 
-def _ranked(scores: Scores, values: dict[str, torch.Tensor]) -> Scores:
-    ones = torch.ones(len(values))
-    return Scores(values, ones, num_batches=scores.num_batches, model_numel=scores.model_numel, meta=scores.meta)
+def ranked_by(scores: Scores, values: dict[str, torch.Tensor], sigma: torch.Tensor | None = None) -> Scores:
+    """Scores that rank by the size of other values, by default without sigma."""
+    sigma = torch.ones(len(values)) if sigma is None else sigma
+    return Scores(values, sigma, num_batches=scores.num_batches, model_numel=scores.model_numel, meta=scores.meta)
 
 
 def _per_tensor(scores: Scores, ratio: float) -> Mask:
@@ -54,7 +56,7 @@ METHODS: dict[str, Callable[[Lab, float, int], Mask | None]] = {
 }
 
 
-def parts(lab: Lab, recipe: str, seed: int, skip: int) -> Parts:
+def parts(lab: Lab, recipe: str, answers: Pairs, seed: int, skip: int) -> Parts:
     """The batches of a recipe: as `safekern set` has them, or refusals alone."""
     data = lab.data
     if recipe == REFUSALS:
@@ -62,7 +64,7 @@ def parts(lab: Lab, recipe: str, seed: int, skip: int) -> Parts:
     return balanced(
         lab.tokenizer,
         data.refusals,
-        data.answers,
+        answers,
         batch_size=TUNING_BATCH_SIZE,
         refusal_weight=REFUSAL_WEIGHT,
         seed=seed,
@@ -70,23 +72,15 @@ def parts(lab: Lab, recipe: str, seed: int, skip: int) -> Parts:
     )
 
 
-def align(
-    lab: Lab, record: Record, mask: Mask | None, *, lr: float, recipe: str, seed: int, steps: Sequence[int]
-) -> None:
-    """Tunes the model as it is on refusals, measuring on the way."""
-    optimizer, weights = optimizer_for(lab.model, mask, lr)
-    tune_and_measure(lab, record, lambda: optimizer, weights, partial(parts, lab, recipe, seed), steps)
-
-
-def set_runs(seeds: Sequence[int], steps: Sequence[int] | None) -> list[Run]:
+def set_runs(plan: Plan) -> list[Run]:
     """Every method at both learning rates: the low one with all seeds, the high one and refusals alone with one.
 
     Ordered so that an interrupted experiment has the main comparison.
     """
     runs = [Run("set", "untouched", {"method": "none", "ratio": None, "lr": None, "recipe": None}, _untouched)]
     names = list(METHODS)
+    (first, *others), steps = plan.seeds, plan.steps
     for methods in (names[:3], names[3:]):
-        first, *others = seeds
         runs += [_run("set", method, RATIO, LOW, BALANCED, first, steps) for method in methods]
         runs += [_run("set", method, RATIO, LOW, REFUSALS, first, steps or STEPS[:2]) for method in methods]
         runs += [_run("set", method, RATIO, HIGH, BALANCED, first, steps) for method in methods]
@@ -94,11 +88,13 @@ def set_runs(seeds: Sequence[int], steps: Sequence[int] | None) -> list[Run]:
     return runs
 
 
-def ratio_runs(seeds: Sequence[int], steps: Sequence[int] | None) -> list[Run]:
+def ratio_runs(plan: Plan) -> list[Run]:
     """ESI and random at every ratio but the one that `set_runs` has."""
     ratios = [ratio for ratio in RATIOS if ratio != RATIO]
     return [
-        _run("ratio", method, ratio, LOW, BALANCED, seeds[0], steps) for ratio in ratios for method in ("esi", "random")
+        _run("ratio", method, ratio, LOW, BALANCED, plan.seeds[0], plan.steps)
+        for ratio in ratios
+        for method in ("esi", "random")
     ]
 
 
@@ -117,7 +113,9 @@ def _run(
         if mask is not None:
             top = lab.base_scores().top(ratio)
             record.facts |= {"selected": mask.numel, "jaccard_with_esi": round(mask.jaccard(top), 4)}
-        align(lab, record, mask, lr=lr, recipe=recipe, seed=seed, steps=settings["steps"])
+        make_optimizer, weights = optimizer_for(lab.model, mask, lr)
+        make_parts = partial(parts, lab, recipe, lab.data.answers, seed)
+        tune_and_measure(lab, record, make_optimizer, weights, make_parts, settings["steps"])
 
     return Run(experiment, name, settings, perform)
 

@@ -29,6 +29,23 @@ class OtherSettingsError(safekern.SafekernError):
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What the options say about the runs of every experiment.
+
+    Attributes:
+        seeds: Of batch order, random masks and noise. The main runs take all, others the first.
+        steps: After which everything is measured; None for each experiment's own.
+        tasks: What SPA fine-tunes on.
+        guard: The model that judges, None for the one that is scored.
+    """
+
+    seeds: Sequence[int]
+    steps: Sequence[int] | None
+    tasks: Sequence[str]
+    guard: str | None
+
+
+@dataclass(frozen=True)
 class Run:
     """One independent piece of an experiment.
 

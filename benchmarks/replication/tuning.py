@@ -25,17 +25,19 @@ def select_all(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, None]]:
     return {name: (param, None) for name, param in model.named_parameters()}
 
 
-def optimizer_for(model: torch.nn.Module, mask: Mask | None, lr: float) -> tuple[Optimizer, resume.Weights]:
-    """AdamW on the weights of a mask, or on all, and the weights that it is going to change."""
+def optimizer_for(
+    model: torch.nn.Module, mask: Mask | None, lr: float
+) -> tuple[Callable[[int], Optimizer], resume.Weights]:
+    """What makes AdamW on the weights of a mask, or on all, and the weights that it is going to change."""
     if mask is None:
-        return torch.optim.AdamW(model.parameters(), lr=lr), resume.Weights(select_all(model))
-    return SETAdamW(model.named_parameters(), mask, lr=lr), resume.Weights(mask.parameters(model))
+        return lambda done: torch.optim.AdamW(model.parameters(), lr=lr), resume.Weights(select_all(model))
+    return lambda done: SETAdamW(model.named_parameters(), mask, lr=lr), resume.Weights(mask.parameters(model))
 
 
 def tune_and_measure(
     lab: Lab,
     record: Record,
-    make_optimizer: Callable[[], Optimizer],
+    make_optimizer: Callable[[int], Optimizer],
     weights: resume.Weights,
     make_parts: Callable[[int], Parts],
     steps: Sequence[int],
@@ -48,7 +50,7 @@ def tune_and_measure(
     Args:
         lab: its model is trained as it is.
         record: where the rows go.
-        make_optimizer: called once the weights are those to go on from.
+        make_optimizer: called with the steps already taken, once the weights are those to go on from.
         weights: those that training changes.
         make_parts: the data after so many steps.
         steps: when to measure everything.
@@ -62,7 +64,7 @@ def tune_and_measure(
     record.rows = [row for row in record.rows if row["step"] <= len(done)]
     if run is not None:
         weights.write(run.weights)
-    optimizer = make_optimizer()
+    optimizer = make_optimizer(len(done))
     if run is not None:
         optimizer.load_state_dict(run.optimizer)
 
