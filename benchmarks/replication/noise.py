@@ -27,7 +27,14 @@ SELECTIONS: dict[str, Callable[[Lab, int], Mask]] = {
 
 def noise_runs(plan: Plan) -> list[Run]:
     """Every selection, one run each, over all levels."""
-    return [_run(selection, seed) for seed in plan.seeds[:1] for selection in SELECTIONS]
+    seed = plan.seeds[0]
+    untouched = Run("perturb", "none", {"weights": "none", "aligned": _ALIGNED}, _untouched)
+    return [untouched, *(_run(selection, seed) for selection in SELECTIONS)]
+
+
+def _untouched(lab: Lab, record: Record) -> None:
+    aligned(lab, _ALIGNED)
+    record.add({"noise": 0.0, **lab.measure()})
 
 
 def _run(selection: str, seed: int) -> Run:
@@ -38,7 +45,7 @@ def _run(selection: str, seed: int) -> Run:
             "utility_overlap": round((mask & utility_scores(lab, _ALIGNED).top(RATIO)).numel / mask.numel, 4),
         }
         aligned(lab, _ALIGNED)
-        for level in (0.0, *NOISE)[len(record.rows) :]:
+        for level in NOISE[len(record.rows) :]:
             with perturb(lab.model, mask, level, seed):
                 record.add({"noise": level, **lab.measure()})
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .lab import Lab
 
 Row = dict[str, Any]
+Found = dict[str, Any]
 
 
 class OtherSettingsError(safekern.SafekernError):
@@ -143,7 +144,7 @@ def execute(runs: Sequence[Run], folder: Path, shared: Mapping[str, Any], lab: C
         record.finish()
 
 
-def read(folder: Path, experiment: str) -> list[dict[str, Any]]:
+def read(folder: Path, experiment: str) -> list[Found]:
     """What the runs of an experiment have measured so far, by name of file."""
     return [json.loads(path.read_text()) for path in sorted((folder / experiment).glob("*.json"))]
 
