@@ -122,4 +122,4 @@ def _run(
 
 def _untouched(lab: Lab, record: Record) -> None:
     lab.reset()
-    record.add({"step": 0, **lab.measure()})
+    record.replace([{"step": 0, **lab.measure()}])

@@ -112,8 +112,8 @@ def _panels(rows: int, columns: int) -> "tuple[Figure, list[list[Axes]]]":
 
 def _line(axes: "Axes", points: Sequence[tuple[float, float]], number: int, label: str) -> None:
     if points:
-        style = {"color": _COLORS[number % len(_COLORS)], "marker": _MARKERS[number % len(_MARKERS)]}
-        axes.plot(*zip(*points, strict=True), label=label, markersize=4, linewidth=1.2, **style)
+        color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+        axes.plot(*zip(*points, strict=True), marker, ls="-", color=color, label=label, markersize=4, linewidth=1.2)
 
 
 def _finish(figure: "Figure", grid: "list[list[Axes]]") -> None:

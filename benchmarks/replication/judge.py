@@ -1,6 +1,7 @@
 """A guard's judgement of the model's own answers as the safety score, beside the likelihood of refusals."""
 
 from functools import partial
+from typing import Any, cast
 
 import safekern
 from safekern import Scores
@@ -34,7 +35,7 @@ def _run(count: int, plan: Plan) -> Run:
 
         def make() -> Scores:
             lab.reset()
-            return safekern.score(lab.model, batches, judge)
+            return safekern.score(lab.model, batches, cast(Any, judge))
 
         scores = lab.cached_scores(f"judge-{plan.guard or 'itself'}-{count}".replace("/", "-"), make)
         lab.reset()

@@ -1,5 +1,6 @@
 """What a mask depends on, and where it lies: how many prompts it takes, how they are added up, components, depth."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from safekern.training import SCORING_BATCH_SIZE, in_order
 from .aligned import ALIGNED, safety_scores
 from .alignment import RATIO, ranked_by
 from .lab import Lab
-from .runs import Plan, Record, Run
+from .runs import Plan, Record, Row, Run
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 _RATIOS = (0.001, RATIO, 0.1)
@@ -24,35 +25,17 @@ _RATIOS = (0.001, RATIO, 0.1)
 def prompt_runs(plan: Plan) -> list[Run]:
     """How few prompts give a stable mask, one run per order of the prompts."""
     return [
-        Run(
-            "prompts",
-            f"seed{seed}",
-            {"ratio": RATIO, "seed": seed},
-            lambda lab, record, s=seed: _prompts(lab, record, s),
-        )
+        Run("prompts", f"seed{seed}", {"ratio": RATIO, "seed": seed}, partial(_prompts, seed=seed))
         for seed in plan.seeds
     ]
 
 
 def where_runs(plan: Plan) -> list[Run]:
     """Components and depth of the mask of the model as loaded, and of aligned ones."""
-    runs = [
-        Run(
-            "where",
-            f"base-{ratio:g}",
-            {"weights": "base", "ratio": ratio},
-            lambda lab, record, r=ratio: _where(lab, record, None, r),
-        )
-        for ratio in _RATIOS
-    ]
-    return runs + [
-        Run(
-            "where",
-            f"{name}-{RATIO:g}",
-            {"weights": name, "ratio": RATIO},
-            lambda lab, record, n=name: _where(lab, record, n, RATIO),
-        )
-        for name in ALIGNED
+    wanted = [("base", ratio) for ratio in _RATIOS] + [(name, RATIO) for name in ALIGNED]
+    return [
+        Run("where", f"{name}-{ratio:g}", {"weights": name, "ratio": ratio}, partial(_where, name=name, ratio=ratio))
+        for name, ratio in wanted
     ]
 
 
@@ -91,7 +74,7 @@ def _prompts(lab: Lab, record: Record, seed: int) -> None:
     pairs = Pairs([pairs.prompts[i] for i in order], [pairs.responses[i] for i in order], [""] * len(order))
     sizes = [size for size in SIZES if size < len(pairs)] + [len(pairs)]
     lab.reset()
-    sums, rows = _Sums(), []
+    sums, rows = _Sums(), list[Row]()
     masks: dict[int, Mask] = {}
     for number, batch in enumerate(in_order(lab.tokenizer, pairs, SCORING_BATCH_SIZE), 1):
         sums.add(safekern.score(lab.model, [batch], refusal))
@@ -107,24 +90,26 @@ def _prompts(lab: Lab, record: Record, seed: int) -> None:
                 "bf16": round(sums.mask("bf16", RATIO).jaccard(mask), 4),
             }
         )
-    for row in rows:
-        record.add({**row, "with_all": round(masks[row["prompts"]].jaccard(masks[len(pairs)]), 4)})
+    everything = masks[len(pairs)]
+    record.replace([{**row, "with_all": round(masks[row["prompts"]].jaccard(everything), 4)} for row in rows])
 
 
-def _where(lab: Lab, record: Record, name: str | None, ratio: float) -> None:
-    scores = lab.base_scores() if name is None else safety_scores(lab, name)
+def _where(lab: Lab, record: Record, name: str, ratio: float) -> None:
+    scores = lab.base_scores() if name == "base" else safety_scores(lab, name)
     mask, base = scores.top(ratio), lab.base_scores().top(ratio)
     # Embeddings are not scored, and may be most of a small model.
     evenly = mask.numel / scores.numel
     layers = sorted({row.layer for row in mask.summary() if row.layer is not None})
     record.facts |= {"selected": mask.numel, "jaccard_with_base": round(mask.jaccard(base), 4), "layers": len(layers)}
+    rows = []
     for by in ("component", "layer"):
-        for row in mask.summary().table(by).records():  # type: ignore[arg-type]
-            record.add(_cell(by, row[by], row["selected"], row["numel"], mask.numel, evenly))
+        for row in mask.summary().table(by).records():
+            rows.append(_cell(by, row[by], row["selected"], row["numel"], mask.numel, evenly))
     for third in range(3):
         inside = [row for row in mask.summary() if row.layer is not None and row.layer * 3 // (layers[-1] + 1) == third]
         counts = sum(row.selected for row in inside), sum(row.numel for row in inside)
-        record.add(_cell("third", third, *counts, mask.numel, evenly))
+        rows.append(_cell("third", third, *counts, mask.numel, evenly))
+    record.replace(rows)
 
 
 def _cell(by: str, key: Any, selected: int, numel: int, total: int, evenly: float) -> dict[str, Any]:

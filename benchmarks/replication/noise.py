@@ -34,7 +34,7 @@ def noise_runs(plan: Plan) -> list[Run]:
 
 def _untouched(lab: Lab, record: Record) -> None:
     aligned(lab, _ALIGNED)
-    record.add({"noise": 0.0, **lab.measure()})
+    record.replace([{"noise": 0.0, **lab.measure()}])
 
 
 def _run(selection: str, seed: int) -> Run:

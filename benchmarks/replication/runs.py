@@ -102,6 +102,11 @@ class Record:
         self.rows.append(row)
         self._write()
 
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Writes all rows at once, in place of what an earlier attempt has left."""
+        self.rows = list(rows)
+        self._write()
+
     def finish(self) -> None:
         """Marks the run as done."""
         self.finished = True

@@ -57,7 +57,7 @@ def _aligned_run(name: str) -> Run:
         row = {"step": 0, **lab.measure()}
         if lab.data.gsm8k is not None:
             row["gsm8k_nll"] = lab.nll(_task(lab, GSM8K)[1])
-        record.add(row)
+        record.replace([row])
 
     return Run("spa", f"aligned-{name}", {"aligned": name, "recipe": vars(ALIGNED[name])}, perform)
 
