@@ -97,6 +97,12 @@ def test_every_experiment_runs_and_is_reported(replicate):
     for experiment in ("set", "perturb", "spa"):
         assert (folder / f"{experiment}.png").stat().st_size > 1000
 
+    readme = folder / "README.md"
+    readme.write_text("before\n<!-- replication -->\nold\n<!-- end of replication -->\nafter\n")
+    replicate("table", "--readme", str(readme))
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| esi | 1 |" in text and "old" not in text
+
     tuned = results(folder, "set")
     last = {run["settings"]["method"]: run["rows"][-1] for run in tuned.values() if run["settings"]["lr"] == 1e-4}
     assert set(last) == {"esi", "random", "full", "bottom", "gradient", "per-tensor", "magnitude"}

@@ -10,6 +10,7 @@ interrupted command goes on when it is given again. What takes long to make (sco
 
 import argparse
 import functools
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help="smollm2, gemma3, or what safekern --model takes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--steps", type=int, nargs="+", help="steps after which everything is measured")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only runs with this in their name")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only runs in whose name this is found")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--precision", choices=["bf16", "fp32"], default="bf16", help="of matrix products; weights are fp32"
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=64, help="prompts of each kind to evaluate on (default: 64)")
     parser.add_argument("--out", type=Path, default=_RESULTS, help="(default: benchmarks/results/replication)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "safekern" / "replication")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="also put the main table of set into this file")
     args = parser.parse_args(arguments)
     folder = args.out / Path(args.model).name
 
@@ -66,10 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tasks = [spa.CHAT, *([spa.GSM8K] if data.gsm8k is not None else [])]
         plan = Plan(args.seeds, args.steps, tasks, args.guard)
         shared = {"model": Path(args.model).name, "data": data.digest, "precision": args.precision}
-        runs = [run for name in names for run in EXPERIMENTS[name](plan) if args.only in run.name]
+        runs = [run for name in names for run in EXPERIMENTS[name](plan) if re.search(args.only, run.name)]
         lab = functools.cache(lambda: Lab(args.model, data, args.device, args.precision, args.cache))
         execute(runs, folder, shared, lab)
     report.write(folder)
+    if args.readme:
+        report.update(args.readme, folder)
 
 
 if __name__ == "__main__":

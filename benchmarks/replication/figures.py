@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from safekern import plots
 from safekern.errors import MissingDependencyError
 
+from .alignment import METHODS
 from .runs import Found, Row
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _set(found: Sequence[Found], folder: Path) -> "Figure | None":
     if not settings:
         return None
     figure, grid = _panels(len(settings), 2)
-    methods = list(dict.fromkeys(run["settings"]["method"] for run in tuned))
+    methods = [method for method in METHODS if any(run["settings"]["method"] == method for run in tuned)]
     for (recipe, lr), panels in zip(settings, grid, strict=True):
         mine = [run for run in tuned if (run["settings"]["recipe"], run["settings"]["lr"]) == (recipe, lr)]
         for axes, key, label in zip(

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from safekern import files
+from safekern.errors import InvalidArgumentError
 from safekern.names import component_order
 from safekern.tables import Column, Table
 
 from . import figures
-from .alignment import METHODS
+from .alignment import BALANCED, LOW, METHODS
 from .noise import SELECTIONS
 from .runs import Found, Row, read
 
+_BEGIN, _END = "<!-- replication -->", "<!-- end of replication -->"
 _LEVELS = (0.5, 0.8)
 _INTERVALS = (
     "In brackets 95% bootstrap intervals over prompts (over several seeds: from the lowest to the highest bound). "
@@ -41,6 +43,21 @@ def write(folder: Path) -> None:
         print(f"written to {folder}: {experiment}.md, {finished} of {len(found)} runs finished", flush=True)
 
 
+def update(readme: Path, folder: Path) -> None:
+    """Puts the main table of `set` between its two marks in a file.
+
+    Raises:
+        InvalidArgumentError: The file lacks the marks, or there are no results yet.
+    """
+    text, tables = readme.read_text(), list(_set(read(folder, "set"), compact=True))
+    main = [table for title, table in tables if title == f"{BALANCED}, lr {LOW:g}"]
+    before, begins, rest = text.partition(_BEGIN)
+    _, ends, after = rest.partition(_END)
+    if not (begins and ends and main):
+        raise InvalidArgumentError(f"{readme}: needs {_BEGIN} and {_END}, and {folder} runs of set")
+    _save(readme, f"{before}{_BEGIN}\n{markdown(main[0])}\n{_END}{after}")
+
+
 def markdown(table: Table) -> str:
     """A table as Markdown has it."""
     heads = [column.heading for column in table.columns]
@@ -55,16 +72,22 @@ def _heading(found: Sequence[Found], finished: int) -> str:
     return f"{finished} runs finished{under_way}; {'; '.join(versions)}; products in {precision}."
 
 
-def _set(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+def _set(found: Sequence[Found], compact: bool = False) -> Iterable[tuple[str, Table]]:
     untouched = next((run["rows"][0] for run in found if run["settings"]["method"] == "none" and run["rows"]), None)
     tuned = [run for run in found if run["settings"]["method"] != "none" and run["rows"]]
     for recipe, lr in sorted({(run["settings"]["recipe"], run["settings"]["lr"]) for run in tuned}):
         mine = [run for run in tuned if (run["settings"]["recipe"], run["settings"]["lr"]) == (recipe, lr)]
-        yield f"{recipe}, lr {lr:g}", _tuning_table(mine, untouched)
+        yield f"{recipe}, lr {lr:g}", _tuning_table(mine, untouched, compact)
 
 
-def _tuning_table(runs: Sequence[Found], untouched: Row | None) -> Table:
-    """Per method and ratio: attack success after each step, and what it cost after the last one."""
+def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool = False) -> Table:
+    """Per method and ratio: attack success after each step, and what it cost after the last one.
+
+    Args:
+        runs: of one recipe and learning rate.
+        untouched: what was measured before.
+        compact: without the columns that can be missed.
+    """
     kinds = sorted(
         {(run["settings"]["method"], run["settings"]["ratio"]) for run in runs},
         key=lambda kind: (list(METHODS).index(kind[0]), kind[1]),
@@ -92,7 +115,8 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None) -> Table:
         Column(f"broken{last}", "{:g}"),
         Column("steps to the refusal NLL that random has at last", "{:.0f}"),
     ]
-    return Table(columns, rows)
+    kept = [i for i, column in enumerate(columns) if not (compact and column.key.startswith(("ratio", "AUC")))]
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
 def _ratio(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
