@@ -139,11 +139,16 @@ def _reranked(scores: Scores, change: Callable[[str, Tensor], Tensor]) -> Scores
 def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optimizer:
     """AdamW whose steps never move the masked weights, taken together, down the safety gradient."""
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr)
-    weights = resume.Weights(mask.parameters(model))
-    downhill = {
-        name: safety.gradient(name).reshape(-1)[indices.long()].to(param.device)
+    # Without indices where they are all there are, which saves much time.
+    selected = {
+        name: (param, None if indices.numel() == param.numel() else indices)
         for name, (param, indices) in mask.parameters(model).items()
     }
+    weights = resume.Weights(selected)
+    downhill = {}
+    for name, (param, indices) in selected.items():
+        gradient = safety.gradient(name).reshape(-1).to(param.device)
+        downhill[name] = gradient if indices is None else gradient[indices.long()]
     squared = sum(float(gradient.square().sum()) for gradient in downhill.values())
     before: dict[str, Tensor] = {}
 
