@@ -75,6 +75,8 @@ def _heading(found: Sequence[Found], finished: int) -> str:
 def _set(found: Sequence[Found], compact: bool = False) -> Iterable[tuple[str, Table]]:
     untouched = next((run["rows"][0] for run in found if run["settings"]["method"] == "none" and run["rows"]), None)
     tuned = [run for run in found if run["settings"]["method"] != "none" and run["rows"]]
+    if untouched is not None and not tuned:
+        yield "as it was loaded", _tuning_table([], untouched, compact)
     for recipe, lr in sorted({(run["settings"]["recipe"], run["settings"]["lr"]) for run in tuned}):
         mine = [run for run in tuned if (run["settings"]["recipe"], run["settings"]["lr"]) == (recipe, lr)]
         yield f"{recipe}, lr {lr:g}", _tuning_table(mine, untouched, compact)
@@ -96,7 +98,9 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool = 
     goal = _mean(run["rows"][-1]["refusal_nll"][0] for run in runs if run["settings"]["method"] == "random")
     rows: list[list[Any]] = []
     if untouched is not None:
-        rows.append(["untouched", None, None, *[_percent([untouched])] * len(steps), *_costs([untouched]), None])
+        rows.append(
+            ["untouched", None, None, *[_percent([untouched])] * max(1, len(steps)), *_costs([untouched]), None]
+        )
     for method, ratio in kinds:
         mine = [run for run in runs if (run["settings"]["method"], run["settings"]["ratio"]) == (method, ratio)]
         at = {step: [row for run in mine for row in run["rows"] if row["step"] == step] for step in steps}
@@ -106,7 +110,7 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool = 
         )
     last = f" at {steps[-1]}" if steps else ""
     columns = [Column("weights"), Column("ratio", "{:.2%}"), Column("seeds")]
-    columns += [Column(f"attack success at {step}") for step in steps]
+    columns += [Column(f"attack success at {step}") for step in steps or (0,)]
     columns += [
         Column(f"benign refusals{last}"),
         Column(f"benign NLL{last}"),
