@@ -58,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=64, help="prompts of each kind to evaluate on (default: 64)")
     parser.add_argument("--out", type=Path, default=_RESULTS, help="(default: benchmarks/results/replication)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "safekern" / "replication")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="also put the main table of set into this file")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also put tables of set between the marks in this file"
+    )
     args = parser.parse_args(arguments)
     folder = args.out / Path(args.model).name
 

@@ -14,11 +14,11 @@ from safekern.names import component_order
 from safekern.tables import Column, Table
 
 from . import figures
-from .alignment import BALANCED, LOW, METHODS
+from .alignment import BALANCED, LOW, METHODS, REFUSALS
 from .noise import SELECTIONS
 from .runs import Found, Row, read
 
-_BEGIN, _END = "<!-- replication -->", "<!-- end of replication -->"
+_BEGIN, _END = "<!-- replication: {} -->", "<!-- end of replication -->"
 _LEVELS = (0.5, 0.8)
 _INTERVALS = (
     "In brackets 95% bootstrap intervals over prompts (over several seeds: from the lowest to the highest bound). "
@@ -44,18 +44,23 @@ def write(folder: Path) -> None:
 
 
 def update(readme: Path, folder: Path) -> None:
-    """Puts the main table of `set` between its two marks in a file.
+    """Puts the tables of `set` at the low learning rate into a file, each between the marks of its recipe.
 
     Raises:
-        InvalidArgumentError: The file lacks the marks, or there are no results yet.
+        InvalidArgumentError: The file has no marks, or there are no results for them.
     """
-    text, tables = readme.read_text(), list(_set(read(folder, "set"), compact=True))
-    main = [table for title, table in tables if title == f"{BALANCED}, lr {LOW:g}"]
-    before, begins, rest = text.partition(_BEGIN)
-    _, ends, after = rest.partition(_END)
-    if not (begins and ends and main):
-        raise InvalidArgumentError(f"{readme}: needs {_BEGIN} and {_END}, and {folder} runs of set")
-    _save(readme, f"{before}{_BEGIN}\n{markdown(main[0])}\n{_END}{after}")
+    text, tables = readme.read_text(), dict(_set(read(folder, "set"), compact=True))
+    recipes = [recipe for recipe in (BALANCED, REFUSALS) if _BEGIN.format(recipe) in text]
+    for recipe in recipes:
+        before, begins, rest = text.partition(_BEGIN.format(recipe))
+        _, ends, after = rest.partition(_END)
+        table = tables.get(f"{recipe}, lr {LOW:g}")
+        if not ends or table is None:
+            raise InvalidArgumentError(f"{readme}: {begins} needs {_END} after it, and runs of set in {folder}")
+        text = f"{before}{begins}\n{markdown(table)}\n{_END}{after}"
+    if not recipes:
+        raise InvalidArgumentError(f"{readme}: has no {_BEGIN.format(BALANCED)} to put a table after")
+    _save(readme, text)
 
 
 def markdown(table: Table) -> str:
