@@ -1,6 +1,6 @@
 """SET against its controls: which weights, how many of them, and how fast the model learns to refuse."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,9 +33,11 @@ def magnitude(lab: Lab, scores: Scores) -> Scores:
     return ranked_by(scores, {name: params[name].detach().float().cpu() for name in scores})
 
 
-def ranked_by(scores: Scores, values: dict[str, torch.Tensor], sigma: torch.Tensor | None = None) -> Scores:
+def ranked_by(
+    scores: Scores, values: dict[str, torch.Tensor], sigma: Mapping[str, torch.Tensor] | None = None
+) -> Scores:
     """Scores that rank by the size of other values, by default without sigma."""
-    sigma = torch.ones(len(values)) if sigma is None else sigma
+    sigma = dict.fromkeys(values, torch.ones(())) if sigma is None else sigma
     return Scores(values, sigma, num_batches=scores.num_batches, model_numel=scores.model_numel, meta=scores.meta)
 
 

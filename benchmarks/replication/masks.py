@@ -64,8 +64,8 @@ class _Sums:
 
     def mask(self, way: str, ratio: float) -> Mask:
         assert self._last is not None
-        sigma = torch.stack(list(self._last.sigma.values()))
-        return ranked_by(self._last, {name: value.float() for name, value in self.sums[way].items()}, sigma).top(ratio)
+        values = {name: value.float() for name, value in self.sums[way].items()}
+        return ranked_by(self._last, values, self._last.sigma).top(ratio)
 
 
 def _prompts(lab: Lab, record: Record, seed: int) -> None:

@@ -133,7 +133,7 @@ def _mask(lab: Lab, name: str, task: str, pairs: Pairs, method: str, ratio: floa
 
 def _reranked(scores: Scores, change: Callable[[str, Tensor], Tensor]) -> Scores:
     values = {name: change(name, scores.gradient(name)) for name in scores}
-    return ranked_by(scores, values, torch.stack(list(scores.sigma.values())))
+    return ranked_by(scores, values, scores.sigma)
 
 
 def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optimizer:
