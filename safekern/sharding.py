@@ -1,0 +1,221 @@
+"""Sharded parameters: which part of a DTensor this process holds, and talking to the processes that hold the rest.
+
+Everything else works on local tensors and row-major positions in the whole parameter, and asks here how they relate.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from safekern.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor: what FSDP2 and tensor parallelism make of a parameter, sharded or replicated."""
+    # Importing the module takes long, and before anybody did there can be none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: the same memory, not a copy; a plain tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def like(tensor: Tensor, piece: Tensor) -> Tensor:
+    """A tensor sharded as another one, of which this process holds ``piece``; the piece itself for a plain one."""
+    if not is_sharded(tensor):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        piece, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=_dense(tensor.shape)
+    )
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where the part of a parameter that this process holds lies in the whole: a box of its elements.
+
+    Attributes:
+        shape: of the whole parameter.
+        offset: the first element of the box, per dimension.
+        local_shape: the size of the box, per dimension; it may be empty.
+        owner: False where another process holds the same elements and speaks for them, so that each element is counted
+            once over all processes.
+    """
+
+    shape: torch.Size
+    offset: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    owner: bool
+
+    @classmethod
+    def of(cls, param: Tensor) -> "Shard":
+        """The shard of a parameter. A plain tensor is held whole by every process, and the first speaks for it.
+
+        Raises:
+            InvalidArgumentError: a DTensor that holds partial sums.
+        """
+        if not is_sharded(param):
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            return cls(param.shape, (0,) * param.ndim, tuple(param.shape), rank == 0)
+        from torch.distributed.tensor import Partial, Replicate
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        if any(isinstance(placement, Partial) for placement in param.placements):
+            raise InvalidArgumentError(
+                f"a parameter with the placements {param.placements} holds partial sums: redistribute it first"
+            )
+        coordinate = param.device_mesh.get_coordinate()
+        if coordinate is None:
+            return cls(param.shape, (0,) * param.ndim, (0,) * param.ndim, False)
+        # Sharded twice along one dimension (FSDP2 over tensor parallelism), the box is still one run of rows.
+        local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        first = all(
+            position == 0
+            for position, placement in zip(coordinate, param.placements, strict=True)
+            if isinstance(placement, Replicate)
+        )
+        return cls(param.shape, tuple(offset), tuple(local_shape), first)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the box is the whole parameter."""
+        return tuple(self.local_shape) == tuple(self.shape)
+
+    @property
+    def numel(self) -> int:
+        """How many elements the box has."""
+        return math.prod(self.local_shape)
+
+    def inside(self, indices: Tensor) -> "slice | Tensor":
+        """Which of some elements of the whole parameter lie in the box.
+
+        Args:
+            indices: int32 or int64 [k], ascending row-major positions in the whole parameter.
+
+        Returns:
+            Their places in ``indices``, ascending: a slice, or int64 where they are no run.
+        """
+        if self.whole:
+            return slice(0, indices.numel())
+        if not self.numel:
+            return slice(0, 0)
+        first = self._ravel(self.offset, self.shape)
+        last = self._ravel([o + n - 1 for o, n in zip(self.offset, self.local_shape, strict=True)], self.shape)
+        # Rows before and after the box go at once, so that the rest costs as much as the box has.
+        start, end = torch.searchsorted(indices, torch.tensor([first, last + 1], dtype=indices.dtype)).tolist()
+        if last - first + 1 == self.numel:
+            return slice(start, end)
+        rest = indices[start:end].long()
+        kept = torch.ones(rest.shape, dtype=torch.bool)
+        for size, offset, length in reversed(list(zip(self.shape, self.offset, self.local_shape, strict=True))):
+            position = rest % size
+            kept &= (position >= offset) & (position < offset + length)
+            rest = rest // size
+        return kept.nonzero().view(-1) + start
+
+    def to_local(self, indices: Tensor) -> Tensor:
+        """Positions in the box of elements that lie in it.
+
+        Args:
+            indices: int32 or int64 [k], row-major positions in the whole parameter, all of them :meth:`inside`.
+
+        Returns:
+            [k], row-major positions in the box; int32 unless the box is too large for that.
+        """
+        return self._moved(indices, self.shape, self.local_shape, [-o for o in self.offset])
+
+    def to_global(self, indices: Tensor) -> Tensor:
+        """The inverse of :meth:`to_local`; ascending positions stay ascending."""
+        return self._moved(indices, self.local_shape, self.shape, self.offset)
+
+    def _moved(self, indices: Tensor, source: Sequence[int], target: Sequence[int], shift: Sequence[int]) -> Tensor:
+        dtype = torch.int32 if math.prod(target) <= torch.iinfo(torch.int32).max else torch.int64
+        if self.whole:
+            return indices.to(dtype)
+        rest = indices.long()
+        moved, stride = torch.zeros_like(rest), 1
+        for size, other, offset in reversed(list(zip(source, target, shift, strict=True))):
+            moved += (rest % size + offset) * stride
+            rest = rest // size
+            stride *= other
+        return moved.to(dtype)
+
+    @staticmethod
+    def _ravel(position: Sequence[int], shape: Sequence[int]) -> int:
+        index = 0
+        for size, coordinate in zip(shape, position, strict=True):
+            index = index * size + coordinate
+        return index
+
+
+class Processes:
+    """Those that hold a model together; alone, its methods return what they are given.
+
+    Every process has to call the same methods in the same order. Never from a hook of backward: the order in which
+    hooks run is not the same everywhere.
+
+    Args:
+        device: where the processes can talk: that of the model.
+        together: False for a model that this process has to itself, though there may be others.
+    """
+
+    def __init__(self, device: torch.device, *, together: bool) -> None:
+        self._device = device
+        self.size = dist.get_world_size() if together else 1
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor]) -> "Processes":
+        """Those that hold parts of these parameters."""
+        sharded = next((param for param in params if is_sharded(param)), None)
+        if sharded is None:
+            return cls(torch.device("cpu"), together=False)
+        return cls(torch.device(sharded.device_mesh.device_type), together=True)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over processes of a tensor of one shape, on the device of the one given."""
+        if self.size == 1:
+            return tensor
+        summed = tensor.to(self._device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def every(self, condition: bool) -> bool:
+        """Whether a condition holds in every process."""
+        return int(self.total(torch.tensor(int(condition)))) == self.size
+
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, of one shape, along a new first dimension in the order of their ranks."""
+        if self.size == 1:
+            return tensor[None]
+        mine = tensor.to(self._device).contiguous()
+        gathered = mine.new_empty((self.size, *mine.shape))
+        dist.all_gather(list(gathered.unbind()), mine)
+        return gathered.to(tensor.device)
+
+    def joined(self, values: Tensor) -> Tensor:
+        """The 1-D tensors of all processes, of any lengths, one after the other in the order of their ranks."""
+        if self.size == 1:
+            return values
+        lengths = cast(list[int], self.stacked(torch.tensor(values.numel())).tolist())
+        padded = values.new_zeros(max(lengths))
+        padded[: values.numel()] = values
+        return torch.cat([row[:length] for row, length in zip(self.stacked(padded), lengths, strict=True)])
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
