@@ -1,4 +1,4 @@
-"""Real processes for the tests of models that several of them hold: gloo on the CPU, results compared with one process."""
+"""Real processes for tests of models that several of them hold: gloo on the CPU."""
 
 import os
 import tempfile
