@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safekern import files, names, ops
+from safekern import files, names, ops, ranking
 from safekern.distribution import Distribution
 from safekern.errors import FileFormatError, InvalidArgumentError, NonFiniteError, UnknownNameError
 from safekern.mask import Mask
+from safekern.sharding import Processes, Shard, is_sharded, like, local
 from safekern.tables import Column, Table
 
 # The layout of all scores, and that of top candidates only, which older releases refuse by its number.
@@ -61,7 +62,8 @@ class Scores(Mapping[str, Tensor]):
         self.meta = dict(meta)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.gradient(name).abs().mul_(self.sigma[name])
+        gradient = self.gradient(name)
+        return like(gradient, local(gradient).abs().mul_(self.sigma[name]))
 
     def __contains__(self, name: object) -> bool:
         return name in self._gradients
@@ -153,12 +155,14 @@ class Scores(Mapping[str, Tensor]):
         Example:
             >>> scores.selected(mask).total / scores.report().distribution.total     # doctest: +SKIP
         """
-        distribution = Distribution()
+        distribution, processes = Distribution(), Processes.of(list(self._gradients.values()))
         for name, scored in mask.resolve(self._gradients).items():
-            gradient = self._gradients[scored]
-            index = mask.compact(name).to(gradient.device)
-            distribution.add(gradient.reshape(-1)[index].abs().mul_(self.sigma[scored]))
-        return distribution
+            gradient, index = self._gradients[scored], mask.compact(name)
+            shard, held = Shard.of(gradient), local(gradient)
+            if processes.speaks_for(shard):
+                index = shard.to_local(index[shard.inside(index)]).to(held.device)
+                distribution.add(held.reshape(-1)[index].abs().mul_(self.sigma[scored]))
+        return distribution.everywhere(processes)
 
     def report(self) -> "ScoreReport":
         """Describes the scores per layer and component, in one pass over them.
@@ -173,16 +177,21 @@ class Scores(Mapping[str, Tensor]):
             >>> print(scores.report().table("component"))     # doctest: +SKIP
         """
         cells: dict[tuple[int | None, str], _Cell] = {}
+        processes = Processes.of(list(self._gradients.values()))
         for name, gradient in self._gradients.items():
             cell = cells.setdefault((names.layer(name), names.component(name)), _Cell())
             sigma = self.sigma[name]
             cell.variance += float(sigma) ** 2 * gradient.numel()
+            if not processes.speaks_for(Shard.of(gradient)):
+                continue
             # In parts, because the scores of a fused expert tensor take gigabytes.
-            for part in gradient.reshape(-1).split(_PART):
+            for part in local(gradient).reshape(-1).split(_PART):
                 try:
                     cell.esi.add(part.abs().mul_(sigma))
                 except NonFiniteError as error:
                     raise NonFiniteError(f"{name}: {error}") from error
+        for cell in cells.values():
+            cell.esi = cell.esi.everywhere(processes)
         return ScoreReport(cells)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -190,7 +199,14 @@ class Scores(Mapping[str, Tensor]):
 
         Raises:
             FileAccessError: the path cannot be written; an existing file is left as it was.
+            InvalidArgumentError: several processes hold the scores.
         """
+        if any(map(is_sharded, self._gradients.values())):
+            raise InvalidArgumentError(
+                "the scores of a sharded model are spread over processes, and the file would be larger than the model: "
+                "save a mask, scores.top(0.01).save(path), or the DTensors scores.gradient(name) with "
+                "torch.distributed.checkpoint"
+            )
         files.write(path, "scores", _VERSION, self._gradients, self._file_meta())
 
     @classmethod
@@ -249,17 +265,17 @@ class Scores(Mapping[str, Tensor]):
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
         counts = self._counts(_checked(ratio), per)
         gradients = list(self._gradients.values())
-        sigma = torch.stack(list(self.sigma.values())).to(gradients[0].device)
+        sigma = torch.stack(list(self.sigma.values()))
         try:
             if per == "model":
-                selected = ops.select(gradients, sigma, counts[0], largest)
+                selected = ranking.select(gradients, sigma, counts[0], largest)
             else:
                 selected = [
-                    ops.select([gradient], sigma[t : t + 1], k, largest)[0]
+                    ranking.select([gradient], sigma[t : t + 1], k, largest)[0]
                     for t, (gradient, k) in enumerate(zip(gradients, counts, strict=True))
                 ]
         except RuntimeError as error:
-            broken = [name for name in self if self[name].isnan().any()]
+            broken = [name for name in self if local(self[name]).isnan().any()]
             if broken:
                 raise NonFiniteError(f"the scores of {', '.join(broken)} hold NaN: score the model again") from error
             raise
@@ -274,7 +290,7 @@ class Scores(Mapping[str, Tensor]):
             "per": per,
             **details,
         }
-        indices = {name: index.cpu() for name, index in zip(self, selected, strict=True)}
+        indices = dict(zip(self, selected, strict=True))
         return Mask.from_indices(indices, self._shapes, model_numel=self.model_numel, meta=meta)
 
 

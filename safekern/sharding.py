@@ -84,7 +84,8 @@ class Shard:
             return cls(param.shape, (0,) * param.ndim, (0,) * param.ndim, False)
         # Sharded twice along one dimension (FSDP2 over tensor parallelism), the box is still one run of rows.
         local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        first = all(
+        # A mesh that is a slice of a larger one (FSDP2 beside tensor parallelism) has its like in the other slices.
+        first = bool((param.device_mesh.mesh == 0).any()) and all(
             position == 0
             for position, placement in zip(coordinate, param.placements, strict=True)
             if isinstance(placement, Replicate)
@@ -180,11 +181,25 @@ class Processes:
 
     @classmethod
     def of(cls, params: Sequence[Tensor]) -> "Processes":
-        """Those that hold parts of these parameters."""
-        sharded = next((param for param in params if is_sharded(param)), None)
-        if sharded is None:
+        """Those that hold parts of these parameters: all there are.
+
+        Raises:
+            InvalidArgumentError: a device mesh leaves processes out, so that what they hold is unknown here.
+        """
+        meshes = {param.device_mesh for param in params if is_sharded(param)}
+        for mesh in meshes:
+            if mesh._get_root_mesh().size() != dist.get_world_size():
+                raise InvalidArgumentError(
+                    f"a parameter is sharded over {mesh._get_root_mesh().size()} of {dist.get_world_size()} processes: "
+                    "slice its device mesh from one over all of them, in which replicas are a dimension too (HSDP)"
+                )
+        if not meshes:
             return cls(torch.device("cpu"), together=False)
-        return cls(torch.device(sharded.device_mesh.device_type), together=True)
+        return cls(torch.device(meshes.pop().device_type), together=True)
+
+    def speaks_for(self, shard: Shard) -> bool:
+        """Whether what is counted over all processes counts that shard here."""
+        return self.size == 1 or shard.owner
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over processes of a tensor of one shape, on the device of the one given."""
