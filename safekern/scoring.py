@@ -127,12 +127,9 @@ def score(
         # Every sweep but the last gives the random numbers back that it used: shuffling and dropout repeat.
         with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar:
             fold = _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
-            accs = _sweep(fold, model, loader, compute, replay, bar)
+            _sweep(fold, model, loader, compute, replay, bar)
         num_batches = int(replicas.total(torch.tensor(replay.num_batches)))
-        for acc in accs.values():
-            if replicas.size > 1:
-                acc.copy_(replicas.total(acc))
-            acc.div_(num_batches)
+        accs = fold.means(replicas, num_batches)
         if len(parts) > 1:
             top.add(accs, sigma[: len(top.indices) + len(part)])
     details: dict[str, Any] = {
@@ -152,8 +149,8 @@ def score(
 
 def _sweep(
     fold: "_GradientFold", model: nn.Module, loader: Iterable[Any], compute: Objective, replay: "_Replay", bar: Any
-) -> dict[str, Tensor]:
-    """The summed gradients, or absolute gradients, of one part of the parameters, as far as this process has them."""
+) -> None:
+    """Folds the gradients of all batches that this process has."""
     # Where the inputs go: the first layer of a model that is spread over devices, embeddings included.
     device = next(param.device for param in model.parameters() if not param.is_meta)
     with fold:
@@ -168,7 +165,6 @@ def _sweep(
             fold.finish_batch()
             bar.update()
     replay.finish(fold.num_batches)
-    return fold.accs
 
 
 def _in_step(loader: Iterable[Any], processes: Processes) -> Iterator[Any]:
@@ -375,6 +371,14 @@ class _GradientFold:
                 "float32 instead of float16"
             )
         self.num_batches += 1
+
+    def means(self, replicas: Processes, num_batches: int) -> dict[str, Tensor]:
+        """What was folded here and in replicas of the model, over all of their batches."""
+        for name in self.accs:
+            if replicas.size > 1:
+                self.accs[name].copy_(replicas.total(self.accs[name]))
+            self.accs[name].div_(num_batches)
+        return self.accs
 
 
 def _beside(acc: Tensor, grad: Tensor) -> Tensor:

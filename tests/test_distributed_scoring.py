@@ -281,7 +281,7 @@ def leave_a_process_out() -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = DeviceMesh("cpu", [0, 1]) if dist.get_rank() < 2 else DeviceMesh("cpu", [2, 3])
+    mesh = [DeviceMesh("cpu", ranks) for ranks in ([0, 1], [2, 3])][dist.get_rank() // 2]
     sharded = {name: distribute_tensor(grad, mesh, (Shard(0),)) for name, grad in gradients("normal").items()}
     with pytest.raises(safekern.InvalidArgumentError, match="2 of 4 processes"):
         scores_of(sharded).top(0.1)
