@@ -211,7 +211,7 @@ class Processes:
 
     def every(self, condition: bool) -> bool:
         """Whether a condition holds in every process."""
-        return int(self.total(torch.tensor(int(condition)))) == self.size
+        return condition if self.size == 1 else int(self.total(torch.tensor(int(condition)))) == self.size
 
     def stacked(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, of one shape, along a new first dimension in the order of their ranks."""
