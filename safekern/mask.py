@@ -384,6 +384,9 @@ class Mask(Mapping[str, Tensor]):
     def summary(self) -> "Summary":
         """Counts the selected weights per layer and component.
 
+        A component is a parameter as the model has it. Projections that are fused into one (Phi3's ``qkv_proj``, the
+        ``gate_up_proj`` of experts) are one component, since a mask knows no head counts to take them apart with.
+
         A mask only knows the shapes of parameters with at least one selected weight. So a cell's ``numel`` leaves out
         parameters that nothing was selected in, and a cell in which nothing was selected has no row.
 
@@ -796,11 +799,11 @@ def _per_expert(name: str, indices: Tensor, shape: torch.Size) -> list[tuple[int
     number = names.expert(name)
     if number is not None:
         return [(number, indices.numel(), _numel(shape))]
-    # DBRX stacks the rows of all experts in one matrix, whose first dimension is not the expert.
-    if not names.component(name).startswith("experts") or len(shape) != 3:
+    experts = names.fused_experts(name, shape)
+    if experts is None:
         return []
-    numel = shape[1] * shape[2]
-    selected = np.bincount(indices.numpy() // numel, minlength=shape[0])
+    numel = _numel(shape) // experts
+    selected = np.bincount(indices.numpy() // numel, minlength=experts)
     return [(expert, int(count), numel) for expert, count in enumerate(selected)]
 
 

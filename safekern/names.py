@@ -1,6 +1,6 @@
 """Parameter names: seeing through wrappers, and sorting parameters into layers and components for reports."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from safekern.errors import MaskMismatchError
@@ -146,6 +146,26 @@ def expert(name: str) -> int | None:
         return None
     number = parts[parts.index("experts") + 1 :][:1]
     return int(number[0]) if number and _is_number(number[0]) else None
+
+
+def fused_experts(name: str, shape: Sequence[int]) -> int | None:
+    """How many experts a parameter holds as slices along its first dimension, or None for anything else.
+
+    All mixtures of experts in transformers that fuse their experts stack them there: ``(experts, out, in)``, or
+    ``(experts, in, out)`` in GPT-OSS and Llama 4. DBRX does not: it puts the rows of all experts into one matrix.
+
+    Args:
+        name: A parameter's name.
+        shape: Its shape.
+
+    Example:
+        >>> from safekern.names import fused_experts
+        >>> fused_experts("model.layers.12.mlp.experts.down_proj", (8, 64, 32))
+        8
+        >>> fused_experts("model.layers.12.mlp.experts.7.w1.weight", (64, 32))
+    """
+    is_fused = len(shape) == 3 and "experts" in canonical(name).split(".") and expert(name) is None
+    return shape[0] if is_fused else None
 
 
 def component_order(component: str) -> tuple[int, str]:

@@ -21,8 +21,9 @@ def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) ->
     """Adds normal noise to the masked weights while a block runs, and gives them back their exact bits after it.
 
     Each masked weight gets ``N(0, (noise * sigma)^2)``, with ``sigma`` the standard deviation (``Tensor.std()``) of the
-    tensor that holds it: how much a model's safety suffers tells whether the mask holds it (arXiv 2604.08297). The
-    noise is computed in fp32, added, and rounded to the weight's dtype.
+    tensor that holds it: how much a model's safety suffers tells whether the mask holds it (arXiv 2604.08297). It is
+    always that of the whole tensor as it is now, fused experts together, also for masks that were ranked with
+    ``sigma_per="expert"``. The noise is computed in fp32, added, and rounded to the weight's dtype.
 
     The noise of a weight is a function of the seed, its parameter's name and its index alone. So two masks put the same
     noise on the weights that they share, and every backend, device and number of threads the same bits (where sigma

@@ -529,7 +529,7 @@ _HELP = """\
 <h2>How to read it</h2>
 <dl>
 <dt>ESI</dt><dd>Expected Safety Impact: the absolute gradient of the safety objective with respect to a weight, times
-the standard deviation of the tensor that holds it.</dd>
+the standard deviation of the tensor (with <code>sigma_per: expert</code>, of the expert) that holds it.</dd>
 <dt>Share</dt><dd>Part of the mask that lies there.</dd>
 <dt>Density</dt><dd>Part of the weights there that are selected, of parameters with at least one.</dd>
 <dt>Enrichment</dt><dd>Density relative to that of the whole model: above 1 where the mask concentrates.</dd>

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safekern import files, names, ops, ranking
+from safekern import files, names, ranking
 from safekern.distribution import Distribution
 from safekern.errors import FileFormatError, InvalidArgumentError, NonFiniteError, UnknownNameError
 from safekern.mask import Mask
@@ -31,7 +31,7 @@ class Scores(Mapping[str, Tensor]):
     """Expected Safety Impact per weight: ``scores[name]`` is ``|gradient| * sigma``, fp32 of the parameter's shape.
 
     Made by :func:`safekern.score` or :meth:`load`. Holds the mean gradient (4 bytes per eligible weight) and one sigma
-    per tensor; ``scores[name]`` is computed when asked for. Source: arXiv 2604.08297.
+    per tensor, or per expert; ``scores[name]`` is computed when asked for. Source: arXiv 2604.08297.
 
     Example:
         >>> scores = safekern.score(model, loader)            # doctest: +SKIP
@@ -39,7 +39,8 @@ class Scores(Mapping[str, Tensor]):
         >>> scores.save("scores.safetensors")                 # doctest: +SKIP
 
     Attributes:
-        sigma: name -> fp32 0-d tensor on the CPU, the unbiased standard deviation of the parameter when it was scored.
+        sigma: name -> fp32 tensor on the CPU, the unbiased standard deviation of the parameter when it was scored: 0-d,
+            or under ``sigma_per="expert"``, for a fused tensor of E experts, (E, 1, 1).
         num_batches: how many batches were averaged.
         model_numel: the number of weights in the whole model, eligible or not.
         meta: where the scores come from (objective, reduction, versions).
@@ -48,7 +49,7 @@ class Scores(Mapping[str, Tensor]):
     def __init__(
         self,
         gradients: Mapping[str, Tensor],
-        sigma: Tensor,
+        sigma: Mapping[str, Tensor],
         *,
         num_batches: int,
         model_numel: int,
@@ -56,14 +57,15 @@ class Scores(Mapping[str, Tensor]):
     ) -> None:
         self._gradients = dict(gradients)
         self._shapes = {name: gradient.shape for name, gradient in self._gradients.items()}
-        self.sigma: dict[str, Tensor] = dict(zip(self._gradients, sigma.unbind(), strict=True))
+        self.sigma = {name: sigma[name] for name in self._gradients}
         self.num_batches = num_batches
         self.model_numel = model_numel
         self.meta = dict(meta)
 
     def __getitem__(self, name: str) -> Tensor:
         gradient = self.gradient(name)
-        return like(gradient, local(gradient).abs().mul_(self.sigma[name]))
+        held = ranking.Held.of(gradient, self.sigma[name])
+        return like(gradient, held.esi().view(local(gradient).shape))
 
     def __contains__(self, name: object) -> bool:
         return name in self._gradients
@@ -158,10 +160,10 @@ class Scores(Mapping[str, Tensor]):
         distribution, processes = Distribution(), Processes.of(list(self._gradients.values()))
         for name, scored in mask.resolve(self._gradients).items():
             gradient, index = self._gradients[scored], mask.compact(name)
-            shard, held = Shard.of(gradient), local(gradient)
+            shard, held = Shard.of(gradient), ranking.Held.of(gradient, self.sigma[scored])
             if processes.speaks_for(shard):
-                index = shard.to_local(index[shard.inside(index)]).to(held.device)
-                distribution.add(held.reshape(-1)[index].abs().mul_(self.sigma[scored]))
+                index = shard.to_local(index[shard.inside(index)]).to(held.values.device)
+                distribution.add(held.esi(index))
         return distribution.everywhere(processes)
 
     def report(self) -> "ScoreReport":
@@ -180,16 +182,17 @@ class Scores(Mapping[str, Tensor]):
         processes = Processes.of(list(self._gradients.values()))
         for name, gradient in self._gradients.items():
             cell = cells.setdefault((names.layer(name), names.component(name)), _Cell())
-            sigma = self.sigma[name]
-            cell.variance += float(sigma) ** 2 * gradient.numel()
+            cell.variance += float(self.sigma[name].double().square().mean()) * gradient.numel()
             if not processes.speaks_for(Shard.of(gradient)):
                 continue
-            # In parts, because the scores of a fused expert tensor take gigabytes.
-            for part in local(gradient).reshape(-1).split(_PART):
-                try:
-                    cell.esi.add(part.abs().mul_(sigma))
-                except NonFiniteError as error:
-                    raise NonFiniteError(f"{name}: {error}") from error
+            held = ranking.Held.of(gradient, self.sigma[name])
+            for piece, sigma in zip(held.pieces, held.sigma, strict=True):
+                # In parts, because the scores of a fused expert tensor take gigabytes.
+                for part in piece.split(_PART):
+                    try:
+                        cell.esi.add(part.abs().mul_(sigma))
+                    except NonFiniteError as error:
+                        raise NonFiniteError(f"{name}: {error}") from error
         for cell in cells.values():
             cell.esi = cell.esi.everywhere(processes)
         return ScoreReport(cells)
@@ -219,9 +222,6 @@ class Scores(Mapping[str, Tensor]):
         """
         tensors, meta = files.read(path, "scores", _TOP_VERSION)
         try:
-            sigma = torch.tensor([float(value) for value in meta["sigma"].values()], dtype=torch.float32, device="cpu")
-            if not ((sigma >= 0) & sigma.isfinite()).all():
-                raise ValueError("a standard deviation is negative or not finite")
             counts = {"num_batches": int(meta["num_batches"]), "model_numel": int(meta["model_numel"])}
             # The order of the parameters decides ties; a safetensors file keeps its tensors in another order.
             ordered = list(meta["sigma"])
@@ -230,9 +230,10 @@ class Scores(Mapping[str, Tensor]):
             indices = {name: tensors.pop(f"index.{name}") for name in ordered} if top else {}
             if tensors or not ordered or any(g.dtype != torch.float32 for g in gradients.values()):
                 raise ValueError("its tensors are not those its metadata lists")
+            shapes = {name: torch.Size(meta["shapes"][name]) if top else gradients[name].shape for name in ordered}
+            sigma = {name: _loaded_sigma(name, value, shapes[name]) for name, value in meta["sigma"].items()}
             scores: Scores
             if top:
-                shapes = {name: torch.Size(meta["shapes"][name]) for name in ordered}
                 scores = TopScores(
                     gradients, indices, shapes, sigma, keep=_checked(meta["keep"]), meta=meta["meta"], **counts
                 )
@@ -249,7 +250,7 @@ class Scores(Mapping[str, Tensor]):
 
     def _file_meta(self) -> dict[str, Any]:
         return {
-            "sigma": {name: float(sigma) for name, sigma in self.sigma.items()},
+            "sigma": {name: sigma.tolist() for name, sigma in self.sigma.items()},
             "num_batches": self.num_batches,
             "model_numel": self.model_numel,
             "meta": self.meta,
@@ -264,15 +265,14 @@ class Scores(Mapping[str, Tensor]):
 
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
         counts = self._counts(_checked(ratio), per)
-        gradients = list(self._gradients.values())
-        sigma = torch.stack(list(self.sigma.values()))
+        gradients, sigma = list(self._gradients.values()), list(self.sigma.values())
         try:
             if per == "model":
                 selected = ranking.select(gradients, sigma, counts[0], largest)
             else:
                 selected = [
-                    ranking.select([gradient], sigma[t : t + 1], k, largest)[0]
-                    for t, (gradient, k) in enumerate(zip(gradients, counts, strict=True))
+                    ranking.select([gradient], [scale], k, largest)[0]
+                    for gradient, scale, k in zip(gradients, sigma, counts, strict=True)
                 ]
         except RuntimeError as error:
             broken = [name for name in self if local(self[name]).isnan().any()]
@@ -312,18 +312,21 @@ class RunningTop:
         self._k = k
         self.gradients: dict[str, Tensor] = {}
         self.indices: dict[str, Tensor] = {}
+        self._shapes: dict[str, torch.Size] = {}
 
-    def add(self, part: dict[str, Tensor], sigma: Tensor) -> None:
+    def add(self, part: dict[str, Tensor], sigma: Mapping[str, Tensor]) -> None:
         """Takes over the mean gradients of further parameters, and empties ``part`` to free them one by one.
 
         Args:
             part: fp32 tensors on the device of the parts before.
-            sigma: fp32, one per parameter seen so far, those of ``part`` last.
+            sigma: as :attr:`Scores.sigma`, of all parameters seen so far and any others.
         """
-        rivals = [*self.gradients.values(), *part.values()]
-        count = min(self._k, sum(rival.numel() for rival in rivals))
-        picks = ops.select(rivals, sigma, count, True)
+        rivals = ranking.held_candidates(self.gradients, self.indices, sigma, self._shapes)
+        rivals += [ranking.Held.of(gradient, sigma[name]) for name, gradient in part.items()]
+        numel = sum(rival.values.numel() for rival in rivals)
+        picks = ranking.select_here(rivals, min(self._k, numel), True)
         del rivals
+        self._shapes |= {name: gradient.shape for name, gradient in part.items()}
         # One by one, so that what came before is freed as its successors are made.
         picks.reverse()
         for name in [*self.gradients, *part]:
@@ -351,7 +354,7 @@ class TopScores(Scores):
         gradients: Mapping[str, Tensor],
         indices: Mapping[str, Tensor],
         shapes: Mapping[str, torch.Size],
-        sigma: Tensor,
+        sigma: Mapping[str, Tensor],
         *,
         keep: float,
         num_batches: int,
@@ -384,7 +387,8 @@ class TopScores(Scores):
             raise self._unavailable("a ranking inside every tensor")
         if ratio > self.keep:
             raise self._unavailable(f"the top {ratio:.3g}")
-        picks = ops.select(list(self._gradients.values()), torch.stack(list(self.sigma.values())), counts[0], True)
+        candidates = ranking.held_candidates(self._gradients, self._indices, self.sigma, self._shapes)
+        picks = ranking.select_here(candidates, counts[0], True)
         selected = [index.index_select(0, pick) for index, pick in zip(self._indices.values(), picks, strict=True)]
         return self._mask(selected, "top", ratio, per)
 
@@ -429,6 +433,16 @@ class TopScores(Scores):
         held = sum(index.numel() for index in self._indices.values())
         if held != count_of(self.keep, self.model_numel, self.numel):
             raise ValueError(f"it holds {held} candidates, which is not the top {self.keep}")
+
+
+def _loaded_sigma(name: str, value: object, shape: torch.Size) -> Tensor:
+    """One parameter's standard deviations as a file holds them: one, or one for each of its fused experts."""
+    sigma = torch.tensor(value, dtype=torch.float32, device="cpu")
+    if not ((sigma >= 0) & sigma.isfinite()).all():
+        raise ValueError("a standard deviation is negative or not finite")
+    if sigma.shape not in ((), (names.fused_experts(name, shape), 1, 1)):
+        raise ValueError(f"the standard deviations of {name} are neither one nor one per expert")
+    return sigma
 
 
 def count_of(ratio: float, model_numel: int, numel: int) -> int:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from safekern import ops
 from safekern._version import __version__
-from safekern.deviation import deviations
+from safekern.deviation import SigmaPer, deviations
 from safekern.eligibility import eligible_parameters
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
 from safekern.scores import RunningTop, Scores, TopScores, count_of
@@ -40,6 +40,7 @@ def score(
     memory: float | None = None,
     keep: float = 0.05,
     offload: bool = False,
+    sigma_per: SigmaPer = "tensor",
 ) -> Scores:
     """Scores every eligible weight by its Expected Safety Impact, ``|sigma * dS/dtheta|`` (arXiv 2604.08297).
 
@@ -71,6 +72,10 @@ def score(
             ``memory`` (8 between sweeps), so a smaller share leaves more of it to accumulators and needs fewer sweeps.
         offload: accumulate in CPU memory when the model is on a GPU (``memory`` then bounds that). Every gradient
             crosses the bus once per batch, 2 bytes per bf16 weight, and the GPU waits while the CPU adds it.
+        sigma_per: ``"tensor"`` takes the standard deviation over the whole tensor that holds a weight (as published).
+            Where the experts of a mixture are fused into one 3-D tensor, that one number serves all of them;
+            ``"expert"`` takes it over each expert's slice instead, as if every expert had tensors of its own. No
+            difference for any other tensor.
 
     Raises:
         InvalidArgumentError: an empty loader, nothing to score, a parameter that cannot be scored, a one-shot iterator
@@ -86,6 +91,8 @@ def score(
     """
     if reduction not in ("mean", "abs"):
         raise InvalidArgumentError(f"reduction must be 'mean' or 'abs', got {reduction!r}")
+    if sigma_per not in ("tensor", "expert"):
+        raise InvalidArgumentError(f"sigma_per must be 'tensor' or 'expert', got {sigma_per!r}")
     if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
         raise InvalidArgumentError(
             f"loader must yield batches, got {type(loader).__name__}: to score a single batch, pass [batch]"
@@ -116,7 +123,7 @@ def score(
             f"memory={memory} takes {len(parts)} sweeps over the loader, but a {type(loader).__name__} can be read "
             "only once: pass a list or a DataLoader, or more memory"
         )
-    sigma = _sigma(params)
+    sigma = _sigma(params, sigma_per)
     compute = objective or _model_loss
     gpus = sorted({param.device.index for param in model.parameters() if param.is_cuda})
     replay = _Replay(len(parts))
@@ -131,13 +138,14 @@ def score(
         num_batches = int(replicas.total(torch.tensor(replay.num_batches)))
         accs = fold.means(replicas, num_batches)
         if len(parts) > 1:
-            top.add(accs, sigma[: len(top.indices) + len(part)])
+            top.add(accs, sigma)
     details: dict[str, Any] = {
         "num_batches": num_batches,
         "model_numel": model_numel,
         "meta": {
             "objective": getattr(compute, "__qualname__", type(compute).__qualname__) if objective else "model loss",
             "reduction": reduction,
+            **({"sigma_per": sigma_per} if sigma_per != "tensor" else {}),
             "versions": {"safekern": __version__, "torch": str(torch.__version__)},
         },
     }
@@ -405,10 +413,11 @@ def _dropped_gradients_raise() -> Iterator[None]:
             ) from warning
 
 
-def _sigma(params: Mapping[str, nn.Parameter]) -> Tensor:
-    sigma = deviations(list(params.values()))
-    for name, value in zip(params, sigma.tolist(), strict=True):
-        if not value < float("inf"):
+def _sigma(params: Mapping[str, nn.Parameter], per: SigmaPer) -> dict[str, Tensor]:
+    """See :attr:`Scores.sigma`."""
+    sigma = deviations(params, per)
+    for name, values in sigma.items():
+        if not (values < float("inf")).all():
             raise NonFiniteError(f"parameter {name} holds NaN or infinity: repair or reload the model before scoring")
     return sigma
 

@@ -172,6 +172,24 @@ def test_layer_and_component(name, layer, component):
     assert names.component(name) == component
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "experts"),
+    [
+        ("model.layers.5.mlp.experts.down_proj", (8, 4, 2), 8),
+        ("module.base_model.model.layers.5.mlp.experts.base_layer.gate_up_proj", (8, 4, 2), 8),
+        ("experts.w", (3, 4, 2), 3),
+        ("model.layers.5.mlp.experts.down_proj_bias", (8, 4), None),
+        ("blocks.0.ffn.experts.mlp.w1", (32, 2), None),
+        ("layers.5.experts.7.conv.weight", (8, 4, 2), None),
+        ("layers.5.shared_experts.conv.weight", (8, 4, 2), None),
+        ("layers.5.conv.weight", (8, 4, 2), None),
+        ("experts", (8, 4, 2), 8),
+    ],
+)
+def test_fused_experts(name, shape, experts):
+    assert names.fused_experts(name, shape) == experts
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([*PARTS, "experts", "shared_expert", "²", ""]), min_size=1, max_size=6).map(".".join))
 def test_every_name_has_a_place(name):

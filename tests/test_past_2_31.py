@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from safekern import Mask, ops
+from safekern import Mask, Scores, ops
 from safekern.ops.registry import OPS
 
 pytestmark = pytest.mark.full
@@ -55,3 +55,16 @@ def test_masks(tmp_path):
     mask = Mask.from_indices({"experts": PLACES}, {"experts": (NUMEL,)})
     mask.save(tmp_path / "mask.safetensors")
     assert torch.equal(Mask.load(tmp_path / "mask.safetensors")["experts"], PLACES)
+
+
+def test_ranking_with_a_sigma_per_expert():
+    shape = (3, 2**15, 2**15 + 1)
+    numel = shape[0] * shape[1] * shape[2]
+    gradient = torch.frombuffer(mmap.mmap(-1, numel * 4), dtype=torch.float32).view(shape)
+    places = torch.tensor([5, 2**31 - 1, 2**31 + 7, numel - 1])
+    gradient.view(-1)[places] = torch.tensor([1.0, 1.0, 2.0, 1.0])
+    # The first expert's largest gradient ranks below those of the others.
+    sigma = torch.tensor([0.5, 1.0, 1.0]).view(3, 1, 1)
+    name = "layers.0.experts.down_proj"
+    scores = Scores({name: gradient}, {name: sigma}, num_batches=1, model_numel=numel, meta={})
+    assert scores.top(3.5 / numel)[name].tolist() == places[1:].tolist()

@@ -32,7 +32,7 @@ def scores(seed=0, layers=3, **special):
     shapes["lm_head.weight"] = (17, 7)
     gradients = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     gradients |= special
-    sigma = torch.rand(len(gradients), generator=generator) + 0.1
+    sigma = dict(zip(gradients, (torch.rand(len(gradients), generator=generator) + 0.1).unbind(), strict=True))
     return Scores(gradients, sigma, num_batches=5, model_numel=1000, meta={"objective": "refusal", "reduction": "mean"})
 
 
@@ -237,7 +237,7 @@ class TestScoresReport:
         ]
 
     def test_all_zero(self):
-        ranked = Scores({"w": torch.zeros(3, 2)}, torch.zeros(1), num_batches=1, model_numel=6, meta={})
+        ranked = Scores({"w": torch.zeros(3, 2)}, {"w": torch.tensor(0.0)}, num_batches=1, model_numel=6, meta={})
         row = ranked.report()[0]
         assert (row.share, row.median, row.largest) == (0.0, 0.0, 0.0)
 

@@ -81,7 +81,8 @@ def folder(tmp_path_factory):
     evil = folder / "\"'><img src=x onerror=document.title='pwned'>.safetensors"
     Mask.from_indices(indices, shapes, meta=HOSTILE_META).save(evil)
     Mask.from_indices(dict(list(indices.items())[1:]), shapes).save(folder / f"{SCRIPT.replace('/', '')}.safetensors")
-    Scores(gradients, torch.ones(4), num_batches=1, model_numel=80, meta=HOSTILE_META).save(folder / "evil_scores")
+    sigma = dict.fromkeys(gradients, torch.tensor(1.0))
+    Scores(gradients, sigma, num_batches=1, model_numel=80, meta=HOSTILE_META).save(folder / "evil_scores")
     return folder
 
 

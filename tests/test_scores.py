@@ -32,9 +32,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 def make(gradients, sigma=None, *, others=0, **options):
     """Scores over the gradients (lists or tensors), in a model that has ``others`` weights besides."""
     tensors = {name: torch.as_tensor(values, dtype=torch.float32) for name, values in gradients.items()}
+    values = torch.ones(len(tensors)) if sigma is None else torch.as_tensor(sigma, dtype=torch.float32)
     return Scores(
         tensors,
-        torch.ones(len(tensors)) if sigma is None else torch.as_tensor(sigma, dtype=torch.float32),
+        dict(zip(tensors, values.unbind(), strict=True)),
         model_numel=sum(tensor.numel() for tensor in tensors.values()) + others,
         **{"num_batches": 3, "meta": META, **options},
     )

@@ -101,7 +101,7 @@ VALUES = [0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.0, -1.0, 1.0000001, 2.0, 3e38]
 def test_ties_zeros_and_denormals(gradients, data):
     means = {f"w{i}": torch.tensor([values]) for i, values in enumerate(gradients)}
     # Where sigma is 0 or tiny, all scores of a tensor are 0 or tie.
-    sigma = torch.tensor([data.draw(st.sampled_from([0.0, 1e-30, 0.5, 1.0])) for _ in gradients])
+    sigma = {name: torch.tensor(data.draw(st.sampled_from([0.0, 1e-30, 0.5, 1.0]))) for name in means}
     numel = sum(map(len, gradients))
     details = {"num_batches": 1, "model_numel": numel, "meta": {}}
     want = Scores(means, sigma, **details)
@@ -110,7 +110,7 @@ def test_ties_zeros_and_denormals(gradients, data):
     while len(top.indices) < len(names):
         seen = len(top.indices)
         part = names[seen : seen + data.draw(st.integers(1, 4))]
-        top.add({name: means[name].clone() for name in part}, sigma[: seen + len(part)])
+        top.add({name: means[name].clone() for name in part}, sigma)
     shapes = {name: mean.shape for name, mean in means.items()}
     assert_same_masks(TopScores(top.gradients, top.indices, shapes, sigma, keep=keep, **details), want, keep)
 

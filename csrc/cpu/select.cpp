@@ -20,7 +20,8 @@ namespace {
 
 constexpr int64_t kBlock = 1 << 16;  // a position inside a block fits 16 bits
 constexpr int64_t kLine = 16;        // fp32 elements in a cache line
-constexpr int64_t kSampleLines = 1 << 14;
+constexpr int64_t kMostSampleLines = 1 << 14, kFewestSampleLines = 1 << 8;
+constexpr int64_t kSampleShare = 16;                    // at most one in so many lines
 constexpr int kHighBins = 1 << 15, kLowBins = 1 << 16;  // a 31-bit key in two digits
 
 struct Problem {
@@ -173,11 +174,12 @@ std::vector<SampledLine> sample_lines(const Problem& problem, int64_t count) {
 
 // A key that, going by a sample of cache lines, somewhat more than k elements reach; 0 when a sample cannot tell.
 uint32_t guess_cutoff(const Problem& problem) {
-  if (problem.numel < 4 * kSampleLines * kLine) return 0;
-  const std::vector<SampledLine> lines = sample_lines(problem, kSampleLines);
+  const int64_t number = std::min(kMostSampleLines, problem.numel / (kSampleShare * kLine));
+  if (number < kFewestSampleLines) return 0;
+  const std::vector<SampledLine> lines = sample_lines(problem, number);
   Candidates sample;
-  std::vector<uint32_t>& keys = sample.keys.emplace_back(kSampleLines * kLine);
-  sample.positions.emplace_back(kSampleLines * kLine);
+  std::vector<uint32_t>& keys = sample.keys.emplace_back(number * kLine);
+  sample.positions.emplace_back(number * kLine);
   size_t count = 0;
   for (size_t l = 0; l < lines.size(); l++) {
     // Few enough at a time for the caches to hold them until they are read.

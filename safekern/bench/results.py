@@ -361,7 +361,7 @@ def plot_ops(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 
 def plot_scaling(rows: Sequence[Row], axis: str, path: Path) -> None:
-    """Draws safekern's time along an axis, with the fitted slopes in the legend.
+    """Draws safekern's time along an axis, an op beside the other, with the fitted slopes in the legends.
 
     Args:
         rows: at several sizes or ratios.
@@ -374,16 +374,22 @@ def plot_scaling(rows: Sequence[Row], axis: str, path: Path) -> None:
     check_plotting()
     from matplotlib.figure import Figure
 
-    figure = Figure(layout="constrained", figsize=(8, 5))
-    axes = figure.subplots()
-    fitted = slopes(rows, axis)
-    for key, points in _series(rows, axis).items():
-        op, dtype, threads = key
-        slope = f", slope {fitted[key]:.2f}" if key in fitted else ""
-        axes.loglog(*zip(*points, strict=True), marker="o", label=f"{op} {dtype} {threads}t{slope}")
-    axes.set_xlabel({"elements": "elements", "selected": "selected weights"}[axis])
-    axes.set_ylabel("ms")
-    axes.legend(fontsize=8)
+    fitted, series = slopes(rows, axis), _series(rows, axis)
+    ops = list(dict.fromkeys(op for op, _, _ in series))
+    figure = Figure(layout="constrained", figsize=(3.2 * len(ops), 3.4))
+    panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
+    for op, axes in zip(ops, panels, strict=True):
+        for key, points in series.items():
+            _, dtype, threads = key
+            if key[0] == op:
+                slope = f"slope {fitted[key]:.2f}" if key in fitted else ""
+                label = " ".join(filter(None, (dtype, f"{threads}t", slope)))
+                axes.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+        axes.set_title(op, fontsize=10)
+        axes.set_xlabel({"elements": "elements", "selected": "selected weights"}[axis])
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    panels[0].set_ylabel("ms")
     figure.savefig(path, dpi=120)
 
 

@@ -30,7 +30,8 @@ checked before it is timed. On a CPU the command starts itself again with glibc'
 _OPS = ("accumulate", "sigma", "select", "set", "spa", "protect", "mask_save", "mask_load", "score", "train")
 _SIZES = [10**6, 4 * 10**6, 16 * 10**6, 64 * 10**6, 256 * 10**6, 10**9]
 _RATIOS = [0.001, 0.003, 0.01, 0.03, 0.1]
-_STREAMING = ("accumulate", "sigma", "select", "set", "spa")
+# What checking and timing hold at once: tensors like the weights, and bytes per weight beside them.
+_STREAMING = {"accumulate": (1, 12), "sigma": (1, 2), "select": (0, 6), "set": (3, 2), "spa": (5, 2)}
 _SPARSE = ("set", "protect", "select", "mask_save")
 
 
@@ -156,8 +157,8 @@ def _growing(args: argparse.Namespace, base: Any) -> Iterable[tuple[Any, str]]:
     for op in [op for op in args.ops or _STREAMING if op in _STREAMING]:
         for dtype in args.dtypes if cases.OPS[op].dtypes else args.dtypes[:1]:
             for size in sizes:
-                # Weights, gradients, two moments or an accumulator, and what making a mask takes.
-                need = size * (4 * cases.DTYPES[dtype].itemsize + 8)
+                tensors, more = _STREAMING[op]
+                need = size * (tensors * cases.DTYPES[dtype].itemsize + more)
                 if need > 0.8 * measure.available_memory():
                     print(f"\n{op} {dtype} {size:,} is left out: it needs about {need / 1e9:.1f} GB")
                     continue

@@ -66,6 +66,14 @@ def add_parser(commands: Any) -> None:
         help="rank by the absolute mean gradient, as published, or by the mean absolute gradient (default: mean)",
     )
     parser.add_argument(
+        "--sigma-per",
+        choices=["tensor", "expert"],
+        default="tensor",
+        help="over what the standard deviation of a weight is taken: the whole tensor, as published, or, where the "
+        "experts of a mixture share one fused tensor, that expert's slice: experts of small weights then rank lower, "
+        "those of large weights higher. No difference for other models (default: tensor)",
+    )
+    parser.add_argument(
         "--batch-size",
         type=options.number,
         default=SCORING_BATCH_SIZE,
@@ -99,6 +107,7 @@ def run(args: argparse.Namespace) -> None:
             memory=args.memory,
             keep=args.ratio,
             offload=args.offload,
+            sigma_per=args.sigma_per,
         )
     scores.meta |= {
         "model": args.model,

@@ -78,7 +78,7 @@ def test_masks_of_equal_scores_are_the_same_bit_for_bit(dtype, per):
     scores = safekern.score(model, batches())
     moved = Scores(
         {name: scores.gradient(name).cpu() for name in scores},
-        torch.stack(list(scores.sigma.values())),
+        scores.sigma,
         num_batches=scores.num_batches,
         model_numel=scores.model_numel,
         meta=scores.meta,
@@ -86,6 +86,26 @@ def test_masks_of_equal_scores_are_the_same_bit_for_bit(dtype, per):
     for ratio in (0.001, 0.01, 0.3, 1.0):
         assert scores.top(ratio, per=per) == moved.top(ratio, per=per)
         assert scores.bottom(ratio, per=per) == moved.bottom(ratio, per=per)
+
+
+def test_a_sigma_per_expert():
+    torch.manual_seed(0)
+    experts = torch.nn.ParameterDict({"w": torch.randn(5, 20, 33) * torch.arange(1, 6).view(-1, 1, 1)})
+    model = torch.nn.ModuleDict({"experts": experts, "dense": torch.nn.Linear(30, 40)}).to(DEVICE)
+    loader = [{name: torch.randn(param.shape) for name, param in model.named_parameters()} for _ in range(2)]
+
+    def linear(model, batch):
+        return sum((param * batch[name]).sum() for name, param in model.named_parameters())
+
+    scores = safekern.score(model, loader, linear, sigma_per="expert")
+    kept = {name: scores.gradient(name).cpu() for name in scores}
+    moved = Scores(kept, scores.sigma, num_batches=2, model_numel=scores.model_numel, meta=scores.meta)
+    swept = safekern.score(model, loader, linear, sigma_per="expert", memory=3300 * 4 + 4540 * 20 * 0.05, keep=0.05)
+    for ratio in (0.001, 0.05):
+        assert scores.top(ratio) == moved.top(ratio) == swept.top(ratio)
+    assert scores.bottom(0.7) == moved.bottom(0.7) and scores.top(1.0, per="tensor") == moved.top(1.0, per="tensor")
+    assert torch.equal(scores["experts.w"].cpu(), moved["experts.w"])
+    assert scores.selected(scores.top(0.05)).total == moved.selected(scores.top(0.05)).total
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
