@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import safekern
 from safekern.bench.measure import environment, peak_memory
 from safekern.bench.models import llama, token_batches
+from safekern.sharding import local
 
 
 def main() -> None:
@@ -85,7 +87,7 @@ def main() -> None:
 
 def _sharded(params: float, device: torch.device) -> Any:
     model = llama(params, torch.bfloat16, "meta")
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -94,7 +96,7 @@ def _sharded(params: float, device: torch.device) -> Any:
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
     with torch.no_grad():
         for param in model.parameters():
-            held = param.to_local()
+            held = local(param)
             if param.ndim > 1:
                 held.normal_(0, 0.02)
             else:

@@ -506,8 +506,10 @@ class Mask(Mapping[str, Tensor]):
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file holds of the mask: 1-D codes for each parameter, and a description as JSON can hold it."""
-        packed = isinstance(self._indices, _Packed)
-        codes = self._indices.codes if packed else {name: _encode(self._indices[name]) for name in self._indices}
+        if isinstance(self._indices, _Packed):
+            codes = self._indices.codes
+        else:
+            codes = {name: _encode(indices) for name, indices in self._indices.items()}
         shapes = {name: list(shape) for name, shape in self._shapes.items()}
         return codes, {"model_numel": self._model_numel, "shapes": shapes, "meta": self._meta}
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from numbers import Real
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.utils.hooks
@@ -99,7 +99,8 @@ def score(
         )
     # Its gradients would be averaged over processes batch by batch; once, at the end, is enough.
     replicated = isinstance(model, nn.parallel.DistributedDataParallel)
-    model = model.module if replicated else model
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = cast(nn.Module, model.module)
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise InvalidArgumentError(
             "FullyShardedDataParallel keeps many parameters in one flat tensor: shard the model by fully_shard (FSDP2)"

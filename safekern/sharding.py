@@ -127,7 +127,8 @@ class Shard:
             position = rest % size
             kept &= (position >= offset) & (position < offset + length)
             rest = rest // size
-        return kept.nonzero().view(-1) + start
+        places: Tensor = kept.nonzero().view(-1) + start
+        return places
 
     def to_local(self, indices: Tensor) -> Tensor:
         """Positions in the box of elements that lie in it.
