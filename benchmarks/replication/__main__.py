@@ -1,0 +1,85 @@
+"""The claims of arXiv 2604.08297, measured: one command per experiment, or ``all``.
+
+    python -m benchmarks.replication set                       # SmolLM2, the package's own prompts, 2 CPU cores
+    python -m benchmarks.replication all --model gemma3 --device cuda
+    python -m benchmarks.replication table                     # redraw tables and plots from the JSON files
+
+An experiment is a list of runs. Each writes one JSON file, and one whose file is finished is not repeated: an
+interrupted command goes on when it is given again. What takes long to make (scores, aligned models) is in --cache.
+"""
+
+import argparse
+import functools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from safekern.errors import SafekernError
+
+from . import alignment, judge, masks, noise, report, spa
+from .lab import Data, Lab
+from .runs import Plan, Run, execute
+
+_RESULTS = Path(__file__).parent.parent / "results" / "replication"
+
+EXPERIMENTS: dict[str, Callable[[Plan], list[Run]]] = {
+    "set": alignment.set_runs,
+    "prompts": masks.prompt_runs,
+    "where": masks.where_runs,
+    "perturb": noise.noise_runs,
+    "ratio": alignment.ratio_runs,
+    "spa": spa.spa_runs,
+    "judge": judge.judge_runs,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.replication",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "all", "table"], nargs="+")
+    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3, or what safekern --model takes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--steps", type=int, nargs="+", help="steps after which everything is measured")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only runs in whose name this is found")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], default="bf16", help="of matrix products; weights are fp32"
+    )
+    parser.add_argument("--pairs", type=Path, help="harmful prompts with refusals to train on (default: built-in)")
+    parser.add_argument("--goals", type=Path, help="harmful prompts, the last 100 to evaluate on (default: built-in)")
+    parser.add_argument("--gsm8k", type=Path, help="GSM8K's training problems, for spa")
+    parser.add_argument("--guard", help="the model that judges in judge (default: the one that is scored)")
+    parser.add_argument("--held-out", type=int, default=64, help="prompts of each kind to evaluate on (default: 64)")
+    parser.add_argument("--out", type=Path, default=_RESULTS, help="(default: benchmarks/results/replication)")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "safekern" / "replication")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also put tables of set between the marks in this file"
+    )
+    args = parser.parse_args(arguments)
+    folder = args.out / Path(args.model).name
+
+    names = list(EXPERIMENTS) if "all" in args.experiment else [name for name in args.experiment if name != "table"]
+    if names:
+        data = Data.read(args.pairs, args.goals, args.gsm8k, args.held_out)
+        tasks = [spa.CHAT, *([spa.GSM8K] if data.gsm8k is not None else [])]
+        plan = Plan(args.seeds, args.steps, tasks, args.guard)
+        shared = {"model": Path(args.model).name, "data": data.digest, "precision": args.precision}
+        runs = [run for name in names for run in EXPERIMENTS[name](plan) if re.search(args.only, run.name)]
+        lab = functools.cache(lambda: Lab(args.model, data, args.device, args.precision, args.cache))
+        execute(runs, folder, shared, lab)
+    report.write(folder)
+    if args.readme:
+        report.update(args.readme, folder)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except SafekernError as error:
+        raise SystemExit(f"error: {error}") from None

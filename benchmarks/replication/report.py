@@ -1,0 +1,383 @@
+"""Tables (Markdown, and CSV with every row) from the JSON files; the plots are in `figures`."""
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safekern import files
+from safekern.errors import InvalidArgumentError
+from safekern.names import component_order
+from safekern.tables import Column, Table
+
+from . import figures
+from .alignment import BALANCED, LOW, METHODS, REFUSALS
+from .noise import SELECTIONS
+from .runs import Found, Row, read
+
+_BEGIN, _END = "<!-- replication: {} -->", "<!-- end of replication -->"
+_LEVELS = (0.5, 0.8)
+_INTERVALS = (
+    "In brackets 95% bootstrap intervals over prompts (over several seeds: from the lowest to the highest bound). "
+    "Broken answers (empty or looping) count neither as successful attacks nor as refusals; NLL is in nats per token."
+)
+
+
+def write(folder: Path) -> None:
+    """Writes ``NAME.md``, ``NAME.csv`` and the plots of every experiment that has results."""
+    for experiment, sections in _SECTIONS.items():
+        found = read(folder, experiment)
+        if not found:
+            continue
+        finished = sum(run["finished"] for run in found)
+        parts = [f"# {experiment}: {folder.name}", _heading(found, finished)]
+        for title, table in sections(found):
+            parts += [f"## {title}", markdown(table)]
+        text = "\n\n".join([*parts, _INTERVALS]) + "\n"
+        _save(folder / f"{experiment}.md", text)
+        _save(folder / f"{experiment}.csv", _every_row(found))
+        figures.draw(experiment, found, folder)
+        print(f"written to {folder}: {experiment}.md, {finished} of {len(found)} runs finished", flush=True)
+
+
+def update(readme: Path, folder: Path) -> None:
+    """Puts the tables of `set` at the low learning rate into a file, each between the marks of its recipe.
+
+    Raises:
+        InvalidArgumentError: The file has no marks, or there are no results for them.
+    """
+    text, tables = readme.read_text(), dict(_set(read(folder, "set"), compact=True))
+    recipes = [recipe for recipe in (BALANCED, REFUSALS) if _BEGIN.format(recipe) in text]
+    for recipe in recipes:
+        before, begins, rest = text.partition(_BEGIN.format(recipe))
+        _, ends, after = rest.partition(_END)
+        table = tables.get(f"{recipe}, lr {LOW:g}")
+        if not ends or table is None:
+            raise InvalidArgumentError(f"{readme}: {begins} needs {_END} after it, and runs of set in {folder}")
+        text = f"{before}{begins}\n{markdown(table)}\n{_END}{after}"
+    if not recipes:
+        raise InvalidArgumentError(f"{readme}: has no {_BEGIN.format(BALANCED)} to put a table after")
+    _save(readme, text)
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown has it."""
+    heads = [column.heading for column in table.columns]
+    rule = ["---" if table.is_text(position) else "---:" for position in range(len(heads))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, rule, *table.cells()])
+
+
+def _heading(found: Sequence[Found], finished: int) -> str:
+    under_way = f", {len(found) - finished} under way" if finished < len(found) else ""
+    versions = sorted({f"torch {run['versions']['torch']} on {run['device']}" for run in found})
+    precision = ", ".join(sorted({run["settings"]["precision"] for run in found}))
+    return f"{finished} runs finished{under_way}; {'; '.join(versions)}; products in {precision}."
+
+
+def _set(found: Sequence[Found], compact: bool = False) -> Iterable[tuple[str, Table]]:
+    untouched = next((run["rows"][0] for run in found if run["settings"]["method"] == "none" and run["rows"]), None)
+    tuned = [run for run in found if run["settings"]["method"] != "none" and run["rows"]]
+    if untouched is not None and not tuned:
+        yield "as it was loaded", _tuning_table([], untouched, compact)
+    for recipe, lr in sorted({(run["settings"]["recipe"], run["settings"]["lr"]) for run in tuned}):
+        mine = [run for run in tuned if (run["settings"]["recipe"], run["settings"]["lr"]) == (recipe, lr)]
+        yield f"{recipe}, lr {lr:g}", _tuning_table(mine, untouched, compact)
+
+
+def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool = False) -> Table:
+    """Per method and ratio: attack success after each step, and what it cost after the last one.
+
+    Args:
+        runs: of one recipe and learning rate.
+        untouched: what was measured before.
+        compact: without the columns that can be missed.
+    """
+    kinds = sorted(
+        {(run["settings"]["method"], run["settings"]["ratio"]) for run in runs},
+        key=lambda kind: (list(METHODS).index(kind[0]), kind[1]),
+    )
+    steps = sorted({row["step"] for run in runs for row in run["rows"] if "attack_success" in row})
+    goal = _mean(run["rows"][-1]["refusal_nll"][0] for run in runs if run["settings"]["method"] == "random")
+    rows: list[list[Any]] = []
+    if untouched is not None:
+        rows.append(
+            ["untouched", None, None, *[_percent([untouched])] * max(1, len(steps)), *_costs([untouched]), None]
+        )
+    for method, ratio in kinds:
+        mine = [run for run in runs if (run["settings"]["method"], run["settings"]["ratio"]) == (method, ratio)]
+        at = {step: [row for run in mine for row in run["rows"] if row["step"] == step] for step in steps}
+        reached = [crossing(_with_start(run, untouched), "refusal_nll", goal, "step") for run in mine]
+        rows.append(
+            [method, ratio, len(mine), *[_percent(at[step]) for step in steps], *_costs(at[steps[-1]]), _mean(reached)]
+        )
+    last = f" at {steps[-1]}" if steps else ""
+    columns = [Column("weights"), Column("ratio", "{:.2%}"), Column("seeds")]
+    columns += [Column(f"attack success at {step}") for step in steps or (0,)]
+    columns += [
+        Column(f"benign refusals{last}"),
+        Column(f"benign NLL{last}"),
+        Column(f"refusal NLL{last}"),
+        Column(f"AUC{last}", "{:.3f}"),
+        Column(f"broken{last}", "{:g}"),
+        Column("steps to the refusal NLL that random has at last", "{:.0f}"),
+    ]
+    kept = [i for i, column in enumerate(columns) if not (compact and column.key.startswith(("ratio", "AUC")))]
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _ratio(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+    yield "balanced; the ratio of 1% is in the table of set", _tuning_table([run for run in found if run["rows"]], None)
+
+
+def _prompts(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+    keys = ("with_all", "disjoint_halves", "abs", "bf16")
+    rows = [row for run in found for row in run["rows"]]
+    columns = [
+        Column("prompts"),
+        Column("with_all", "{:.2f}", "Jaccard with all prompts"),
+        Column("disjoint_halves", "{:.2f}", "between its halves"),
+        Column("abs", "{:.2f}", "mean of abs with abs of mean"),
+        Column("bf16", "{:.3f}", "bf16 with fp32 accumulation"),
+    ]
+    sizes = sorted({row["prompts"] for row in rows})
+    table = [[size, *(_mean([row[key] for row in rows if row["prompts"] == size]) for key in keys)] for size in sizes]
+    yield f"means over {len(found)} orders of the prompts", Table(columns, table)
+
+
+def _where(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+    for by in ("component", "third"):
+        keys = {row[by] for run in found for row in run["rows"] if row["by"] == by}
+        names = sorted(keys, key=component_order if by == "component" else None)
+        rows = []
+        for run in found:
+            cells = {row[by]: row for row in run["rows"] if row["by"] == by}
+            shown = [
+                f"{cells[name]['share']:.0%}, {cells[name]['enrichment']:.2f}x" if name in cells else None
+                for name in names
+            ]
+            settings = run["settings"]
+            rows.append([settings["weights"], settings["ratio"], run["facts"].get("jaccard_with_base"), *shown])
+        columns = [Column("model"), Column("ratio", "{:.1%}"), Column("Jaccard with base", "{:.2f}")]
+        yield (
+            f"share of the mask and enrichment over all scored weights, by {by}",
+            Table([*columns, *(Column(str(name)) for name in names)], rows),
+        )
+
+
+def _perturb(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+    columns = [
+        Column("weights"),
+        Column("noise", "{:g}"),
+        Column("attack success"),
+        Column("benign refusals"),
+        Column("benign NLL"),
+        Column("refusal NLL"),
+        Column("AUC", "{:.3f}"),
+        Column("broken", "{:g}"),
+    ]
+    rows = [
+        [run["settings"]["weights"], row["noise"], _percent([row]), *_costs([row])]
+        for run in sorted(found, key=lambda run: ["none", *SELECTIONS].index(run["settings"]["weights"]))
+        for row in run["rows"]
+    ]
+    yield "noise in units of each tensor's sigma", Table(columns, rows)
+
+
+def _spa(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+    starts = {
+        run["settings"]["aligned"]: run["rows"][0] for run in found if "task" not in run["settings"] and run["rows"]
+    }
+    keys = ("aligned", "task", "lr", "steps")
+    tuned = [run for run in found if "task" in run["settings"] and run["rows"]]
+    groups: dict[tuple[Any, ...], list[Found]] = {}
+    for run in tuned:
+        groups.setdefault(tuple(str(run["settings"][key]) for key in keys), []).append(run)
+    for (name, task, lr, steps), runs in sorted(groups.items()):
+        start = starts.get(name)
+        if start is not None:
+            yield f"aligned: {name}; task: {task}; lr {lr}; steps {steps}", _spa_table(runs, spa_start(start, task))
+
+
+def spa_start(start: Row, task: str) -> Row:
+    """The row of an aligned model as the first of a run on a task."""
+    return {**start, "task_nll": start["benign_nll"] if task == "chat" else start["gsm8k_nll"]}
+
+
+def _spa_table(runs: Sequence[Found], start: Row) -> Table:
+    """Attack success and refusal NLL where the task's loss has come to the same point as without protection."""
+    plain = [row["task_nll"][0] for run in runs if run["settings"]["method"] == "nothing" for row in run["rows"]]
+    gain = start["task_nll"][0] - min(plain, default=start["task_nll"][0])
+    levels = [start["task_nll"][0] - share * gain for share in _LEVELS]
+    columns = [Column("protected"), Column("ratio", "{:.0%}"), Column("seeds")]
+    for share, level in zip(_LEVELS, levels, strict=True):
+        note = f"at {share:.0%} of the task's gain (NLL {level:.2f})"
+        columns += [
+            Column(f"steps {note}", "{:.0f}", f"steps {note}"),
+            Column(f"refusal NLL {note}", "{:.2f}", "refusal NLL there"),
+            Column(f"attack success {note}", "{:.0%}", "attack success there"),
+        ]
+    columns += [
+        Column("last attack success", "{}", "attack success at the last step"),
+        Column("task NLL at the last step"),
+    ]
+    rows: list[list[Any]] = [["(start)", None, None]]
+    rows[0] += [0, start["refusal_nll"][0], start["attack_success"][0]] * len(levels)
+    rows[0] += [_percent([start]), _number([start], "task_nll")]
+    kinds = list(dict.fromkeys((run["settings"]["method"], run["settings"]["ratio"]) for run in _in_order(runs)))
+    for method, ratio in kinds:
+        mine = [run for run in runs if (run["settings"]["method"], run["settings"]["ratio"]) == (method, ratio)]
+        row: list[Any] = [method, ratio or None, len(mine)]
+        for level in levels:
+            for key in ("step", "refusal_nll", "attack_success"):
+                row.append(_mean([crossing([start, *run["rows"]], "task_nll", level, key) for run in mine]))
+        last = [[one for one in run["rows"] if "attack_success" in one][-1:] for run in mine]
+        ends = [one for some in last for one in some]
+        rows.append([*row, _percent(ends), _number(ends, "task_nll")])
+    return Table(columns, rows)
+
+
+def _judge(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+    rows = []
+    for run in found:
+        facts, last = run["facts"], run["rows"][-1:]
+        rows.append(
+            [
+                run["settings"]["guard"] or "the model itself",
+                run["settings"]["prompts"],
+                facts.get("auc_of_judge"),
+                facts.get("jaccard_with_refusal"),
+                facts.get("jaccard_of_refusals_with_as_many_prompts"),
+                *(_percent([row for row in run["rows"] if row["step"] == step]) for step in (10, 30, 100)),
+                *_costs(last),
+            ]
+        )
+    columns = [
+        Column("guard"),
+        Column("prompts"),
+        Column("AUC of the judge", "{:.2f}"),
+        Column("Jaccard with refusal ESI", "{:.2f}"),
+        Column("Jaccard of refusal ESI on as many prompts", "{:.2f}"),
+        *(Column(f"attack success at {step}") for step in (10, 30, 100)),
+        Column("benign refusals"),
+        Column("benign NLL"),
+        Column("refusal NLL"),
+        Column("AUC", "{:.3f}"),
+        Column("broken", "{:g}"),
+    ]
+    yield "SET on the judge's top 1%, balanced, lr 3e-5", Table(columns, rows)
+
+
+_SECTIONS: dict[str, Callable[[Sequence[Found]], Iterable[tuple[str, Table]]]] = {
+    "set": _set,
+    "ratio": _ratio,
+    "prompts": _prompts,
+    "where": _where,
+    "perturb": _perturb,
+    "spa": _spa,
+    "judge": _judge,
+}
+
+
+def crossing(rows: Sequence[Row], along: str, level: float | None, key: str) -> float | None:
+    """The value of one measurement where another one first falls to a level, between rows by straight lines.
+
+    Args:
+        rows: by step; those that lack either measurement are left out.
+        along: what falls.
+        level: to where.
+        key: what to read there.
+
+    Returns:
+        None where the level is never reached.
+    """
+    known = [(_value(row[along]), _value(row[key])) for row in rows if along in row and key in row]
+    for (before, start), (after, end) in itertools.pairwise(known):
+        if level is not None and before > level >= after:
+            return start + (before - level) / (before - after) * (end - start)
+    return None
+
+
+def _in_order(runs: Sequence[Found]) -> list[Found]:
+    first = ("nothing", "esi", "random")
+    return sorted(
+        runs,
+        key=lambda run: (
+            first.index(run["settings"]["method"]) if run["settings"]["method"] in first else len(first),
+            run["settings"]["method"],
+            run["settings"]["ratio"],
+        ),
+    )
+
+
+def _with_start(run: Found, start: Row | None) -> list[Row]:
+    return [*([start] if start is not None else []), *run["rows"]]
+
+
+def _costs(rows: Sequence[Row]) -> list[Any]:
+    """The cells from benign refusals on."""
+    broken = [row["broken_harmful"] + row["broken_benign"] for row in rows if "broken_harmful" in row]
+    return [
+        _percent(rows, "benign_refusals"),
+        _number(rows, "benign_nll"),
+        _number(rows, "refusal_nll"),
+        _mean([row["auc"] for row in rows]),
+        _mean(broken),
+    ]
+
+
+def _percent(rows: Sequence[Row], key: str = "attack_success") -> str | None:
+    return _interval(rows, key, "{:.0%}")
+
+
+def _number(rows: Sequence[Row], key: str) -> str | None:
+    return _interval(rows, key, "{:.2f}")
+
+
+def _interval(rows: Sequence[Row], key: str, template: str) -> str | None:
+    found = [row[key] for row in rows if key in row]
+    if not found:
+        return None
+    mean = sum(one[0] for one in found) / len(found)
+    low, high = min(one[1] for one in found), max(one[2] for one in found)
+    return f"{template.format(mean)} [{template.format(low)}, {template.format(high)}]"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None where any is missing: a mean over the runs that got there would flatter."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(found) else None
+
+
+def _value(measured: Any) -> float:
+    return float(measured[0] if isinstance(measured, list) else measured)
+
+
+def _every_row(found: Sequence[Found]) -> str:
+    flat = [_flat({**run["settings"], **run["facts"], **row}) for run in found for row in run["rows"]]
+    keys = list(dict.fromkeys(key for row in flat for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def _flat(row: Row) -> Row:
+    flat: Row = {}
+    for key, value in row.items():
+        if key in ("steps", "noise") and isinstance(value, list):
+            continue
+        if isinstance(value, list):
+            flat |= dict(zip((key, f"{key}_low", f"{key}_high"), value, strict=True))
+        elif not isinstance(value, dict):
+            flat[key] = value
+    return flat
+
+
+def _save(path: Path, text: str) -> None:
+    with files.replacing(path) as file:
+        file.write(text.encode())

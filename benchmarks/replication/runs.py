@@ -1,0 +1,173 @@
+"""Runs and their JSON files: a finished one is not repeated, so an interrupted experiment goes on."""
+
+import functools
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import safekern
+from safekern import files
+
+if TYPE_CHECKING:
+    from .lab import Lab
+
+Row = dict[str, Any]
+Found = dict[str, Any]
+
+
+class OtherSettingsError(safekern.SafekernError):
+    """A result file belongs to a run with other settings."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the options say about the runs of every experiment.
+
+    Attributes:
+        seeds: Of batch order, random masks and noise. The main runs take all, others the first.
+        steps: After which everything is measured; None for each experiment's own.
+        tasks: What SPA fine-tunes on.
+        guard: The model that judges, None for the one that is scored.
+    """
+
+    seeds: Sequence[int]
+    steps: Sequence[int] | None
+    tasks: Sequence[str]
+    guard: str | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One independent piece of an experiment.
+
+    Attributes:
+        experiment: Its folder.
+        name: Its file, without suffix.
+        settings: What distinguishes it from the others, as JSON can hold it.
+        perform: Measures, and puts what it finds into the record.
+    """
+
+    experiment: str
+    name: str
+    settings: Mapping[str, Any]
+    perform: Callable[["Lab", "Record"], None]
+
+
+class Record:
+    """The JSON file of a run, rewritten with every row.
+
+    Attributes:
+        path: The file.
+        rows: What was measured, in order.
+        facts: What is true of the whole run.
+        finished: Whether there is nothing left to do.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Takes over what an earlier attempt has measured.
+
+        Raises:
+            OtherSettingsError: The file is of another run.
+        """
+        self.path = path
+        self.rows: list[Row] = []
+        self.facts: dict[str, Any] = {}
+        self.finished = False
+        self._settings = dict(settings)
+        self._earlier, self._began = 0.0, time.perf_counter()
+        if not path.exists():
+            return
+        found = json.loads(path.read_text())
+        # Through JSON, as the file's own have gone.
+        wanted = json.loads(json.dumps(self._settings))
+        other = [key for key in {**found["settings"], **wanted} if found["settings"].get(key) != wanted.get(key)]
+        if other:
+            changes = ", ".join(f"{key} was {found['settings'].get(key)!r} and is {wanted.get(key)!r}" for key in other)
+            raise OtherSettingsError(f"{path}: belongs to a run with other settings: {changes}. Use another --out")
+        self.rows, self.facts, self.finished = found["rows"], found["facts"], found["finished"]
+        self._earlier = found["seconds"]
+
+    def add(self, row: Row) -> None:
+        """Adds a row and writes the file."""
+        self.rows.append(row)
+        self._write()
+
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Writes all rows at once, in place of what an earlier attempt has left."""
+        self.rows = list(rows)
+        self._write()
+
+    def finish(self) -> None:
+        """Marks the run as done."""
+        self.finished = True
+        self._write()
+
+    def _write(self) -> None:
+        content = {
+            "settings": self._settings,
+            "facts": self.facts,
+            "rows": self.rows,
+            "finished": self.finished,
+            "seconds": round(self._earlier + time.perf_counter() - self._began, 1),
+            **_circumstances(),
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with files.replacing(self.path) as file:
+            file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def execute(runs: Sequence[Run], folder: Path, shared: Mapping[str, Any], lab: Callable[[], "Lab"]) -> None:
+    """Performs the runs that are not finished, in order.
+
+    Args:
+        runs: Those of one or several experiments.
+        folder: Where each experiment has its folder.
+        shared: Settings of all runs.
+        lab: Gives the model and data; not called where nothing is to be done.
+
+    Raises:
+        OtherSettingsError: A file in the folder is of a run with other settings. Nothing was run.
+    """
+    records = [Record(folder / run.experiment / f"{run.name}.json", {**shared, **run.settings}) for run in runs]
+    todo = [(run, record.path) for run, record in zip(runs, records, strict=True) if not record.finished]
+    print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
+    for run, path in tqdm(todo, "runs", unit="run"):
+        # Made anew, so that its clock starts now.
+        record = Record(path, {**shared, **run.settings})
+        tqdm.write(f"{datetime.now(UTC):%H:%M} {run.experiment}/{run.name}")
+        run.perform(lab(), record)
+        record.finish()
+
+
+def read(folder: Path, experiment: str) -> list[Found]:
+    """What the runs of an experiment have measured so far, by name of file."""
+    return [json.loads(path.read_text()) for path in sorted((folder / experiment).glob("*.json"))]
+
+
+@functools.cache
+def _circumstances() -> dict[str, Any]:
+    """When, where and with what."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
+    )
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "device": f"{where}, {torch.get_num_threads()} threads",
+        "versions": {
+            "safekern": safekern.__version__,
+            "torch": str(torch.__version__),
+            "transformers": str(transformers.__version__),
+        },
+    }

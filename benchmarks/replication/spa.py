@@ -1,0 +1,189 @@
+"""SPA: an aligned model is fine-tuned on a task with some of its weights protected. How much safety does that save?"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from safekern import Mask, Scores, SPAAdamW, protect, resume
+from safekern.optim.protect import Protection
+from safekern.prompts import Pairs
+from safekern.training import shuffled
+
+from .aligned import ALIGNED, aligned, safety_scores, task_scores, taught
+from .alignment import RATIO, ranked_by
+from .lab import Lab
+from .runs import Plan, Record, Run
+from .tuning import Parts, select_all, tune_and_measure
+
+STEPS = (10, 20, 50, 100, 200)
+LONG = (10, 100, 300, 1000)
+_WATCHED = (5, 15, 30, 70, 150, 300, 500, 700)
+LR = 2e-5
+REFRESHED_EVERY = 50
+# Share of the loss that refusals have where they are replayed.
+REPLAYED = 0.1
+_BATCH_SIZE = 4
+_SCORED, _RESCORED, _HELD_OUT = 128, 32, 32
+CHAT, GSM8K = "chat", "gsm8k"
+
+
+def spa_runs(plan: Plan) -> list[Run]:
+    """Ordered by what they tell: what is claimed, with all seeds; other ratios; variants; rates, alignments, length."""
+    runs = [_aligned_run(name) for name in ALIGNED]
+    (first, *others), steps = plan.seeds, plan.steps or STEPS
+    main = [("nothing", 0.0), ("esi", 0.01), ("random", 0.01)]
+    ratios = [("esi", 0.05), ("random", 0.05), ("esi", 0.1), ("esi", 0.03)]
+    variants = [("project", 0.01), ("project", 1.0), ("conflict", 0.01), ("conflict", 0.05), ("replay", 0.0)]
+    variants += [("refresh", 0.01), ("refresh", 0.05), ("signed", 0.01), ("not-task", 0.01), ("not-task", 0.05)]
+    for task in plan.tasks:
+        runs += [_run("set", task, LR, *kind, first, steps) for kind in [*main, *ratios, *variants]]
+    for task in plan.tasks:
+        runs += [_run("set", task, LR, *kind, seed, steps) for seed in others for kind in main]
+        runs += [_run("firm", task, LR, *kind, first, steps) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
+        runs += [_run("set", task, lr, *kind, first, steps) for lr in (5e-6, 1e-4) for kind in [*main, ("esi", 0.05)]]
+        long = plan.steps or LONG
+        runs += [_run("firm", task, 5e-6, *kind, first, long) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
+    return runs
+
+
+def _aligned_run(name: str) -> Run:
+    def perform(lab: Lab, record: Record) -> None:
+        aligned(lab, name)
+        scores = safety_scores(lab, name)
+        record.facts["jaccard_with_base"] = round(scores.top(RATIO).jaccard(lab.base_scores().top(RATIO)), 4)
+        row = {"step": 0, **lab.measure()}
+        if lab.data.gsm8k is not None:
+            row["gsm8k_nll"] = lab.nll(_task(lab, GSM8K)[1])
+        record.replace([row])
+
+    return Run("spa", f"aligned-{name}", {"aligned": name, "recipe": vars(ALIGNED[name])}, perform)
+
+
+def _run(name: str, task: str, lr: float, method: str, ratio: float, seed: int, steps: Sequence[int]) -> Run:
+    settings = {"aligned": name, "task": task, "lr": lr, "method": method, "ratio": ratio, "seed": seed}
+    settings["steps"] = list(steps)
+
+    def perform(lab: Lab, record: Record) -> None:
+        pairs, held_out = _task(lab, task)
+        mask = _mask(lab, name, task, pairs, method, ratio, seed)
+        safety = safety_scores(lab, name)
+        aligned(lab, name)
+        if mask is not None:
+            record.facts |= {"protected": mask.numel}
+
+        def make_optimizer(done: int) -> Optimizer:
+            if method == "project" and mask is not None:
+                return _projected(lab.model, lr, mask, safety)
+            if method == "refresh" and mask is not None:
+                return _refreshed(lab, lr, mask, ratio, done)
+            if mask is not None:
+                return SPAAdamW(lab.model.named_parameters(), mask, lr=lr)
+            return torch.optim.AdamW(lab.model.named_parameters(), lr=lr)
+
+        def make_parts(skip: int) -> Parts:
+            batches = shuffled(lab.tokenizer, pairs, _BATCH_SIZE, seed, skip=skip)
+            if method != "replay":
+                return [(1.0, batches)]
+            refusals = shuffled(lab.tokenizer, lab.data.refusals, _BATCH_SIZE // 2, seed, skip=skip)
+            return [(1 - REPLAYED, batches), (REPLAYED, refusals)]
+
+        tune_and_measure(
+            lab,
+            record,
+            make_optimizer,
+            resume.Weights(select_all(lab.model)),
+            make_parts,
+            steps,
+            watched=_WATCHED,
+            extra=lambda: {"task_nll": lab.nll(held_out)},
+        )
+
+    return Run("spa", f"{name}-{task}-lr{lr:g}-{method}-{ratio:g}-seed{seed}-{steps[-1]}steps", settings, perform)
+
+
+def _task(lab: Lab, task: str) -> tuple[Pairs, Pairs]:
+    """What to train on, and what to measure the task's loss on."""
+    if task == CHAT:
+        return lab.data.answers[len(taught(lab)) :], lab.data.benign
+    assert lab.data.gsm8k is not None
+    return lab.data.gsm8k[:-_HELD_OUT], lab.data.gsm8k[-_HELD_OUT:]
+
+
+def _mask(lab: Lab, name: str, task: str, pairs: Pairs, method: str, ratio: float, seed: int) -> Mask | None:
+    """Which weights a method protects."""
+    if method in ("nothing", "replay"):
+        return None
+    safety = safety_scores(lab, name)
+    if method == "random":
+        return safety.random(ratio, seed=seed)
+    if method == "signed":
+        # A larger weight makes refusals less likely.
+        return _reranked(safety, lambda name, gradient: gradient.clamp(min=0)).top(ratio)
+    if method == "conflict":
+        # The task's own gradient step makes refusals less likely.
+        wanted = task_scores(lab, name, task, pairs[:_SCORED])
+        return _reranked(safety, lambda name, gradient: gradient * (gradient * wanted.gradient(name) < 0)).top(ratio)
+    if method == "not-task":
+        return safety.top(ratio) - task_scores(lab, name, task, pairs[:_SCORED]).top(ratio)
+    return safety.top(ratio)
+
+
+def _reranked(scores: Scores, change: Callable[[str, Tensor], Tensor]) -> Scores:
+    values = {name: change(name, scores.gradient(name)) for name in scores}
+    return ranked_by(scores, values, scores.sigma)
+
+
+def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optimizer:
+    """AdamW whose steps never move the masked weights, taken together, down the safety gradient."""
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr)
+    # Without indices where they are all there are, which saves much time.
+    selected = {
+        name: (param, None if indices.numel() == param.numel() else indices)
+        for name, (param, indices) in mask.parameters(model).items()
+    }
+    weights = resume.Weights(selected)
+    downhill = {}
+    for name, (param, indices) in selected.items():
+        gradient = safety.gradient(name).reshape(-1).to(param.device)
+        downhill[name] = gradient if indices is None else gradient[indices.long()]
+    squared = sum(float(gradient.square().sum()) for gradient in downhill.values())
+    before: dict[str, Tensor] = {}
+
+    def save(*_: Any) -> None:
+        before.update(weights.read())
+
+    def project(*_: Any) -> None:
+        after = weights.read()
+        # To first order, how much the step raises the loss on refusals.
+        raised = sum(float(((after[name] - before[name]) * downhill[name]).sum()) for name in after)
+        if raised > 0:
+            weights.write({name: value - raised / squared * downhill[name] for name, value in after.items()})
+
+    optimizer.register_step_pre_hook(save)
+    optimizer.register_step_post_hook(project)
+    return optimizer
+
+
+def _refreshed(lab: Lab, lr: float, mask: Mask, ratio: float, done: int) -> Optimizer:
+    """AdamW with the model's own top protected, ranked anew every `REFRESHED_EVERY` steps."""
+    optimizer = torch.optim.AdamW(lab.model.named_parameters(), lr=lr)
+
+    def rank() -> Mask:
+        return lab.score(lab.data.refusals[:_RESCORED]).top(ratio)
+
+    state: dict[str, Protection] = {}
+    taken = done
+
+    def step(*_: Any) -> None:
+        nonlocal taken
+        taken += 1
+        if taken % REFRESHED_EVERY == 0:
+            state["protection"].remove()
+            state["protection"] = protect(optimizer, rank(), lab.model.named_parameters())
+
+    state["protection"] = protect(optimizer, rank() if done else mask, lab.model.named_parameters())
+    optimizer.register_step_post_hook(step)
+    return optimizer

@@ -1,0 +1,82 @@
+"""Training that is measured on the way, and goes on where it was interrupted."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from safekern import Mask, SETAdamW, resume
+from safekern.training import Batch, tune
+
+from .lab import Lab
+from .runs import Record
+
+# Between the steps at which everything is measured; at these, forward passes only.
+WATCHED = (20, 50, 70, 200, 500, 700)
+# A run of fewer steps starts anew, which takes less than writing all its state.
+_WORTH_SAVING = 100
+
+Parts = Sequence[tuple[float, Iterable[Batch]]]
+
+
+def select_all(model: torch.nn.Module) -> dict[str, tuple[torch.Tensor, None]]:
+    """For `resume.Weights`: every weight."""
+    return {name: (param, None) for name, param in model.named_parameters()}
+
+
+def optimizer_for(
+    model: torch.nn.Module, mask: Mask | None, lr: float
+) -> tuple[Callable[[int], Optimizer], resume.Weights]:
+    """What makes AdamW on the weights of a mask, or on all, and the weights that it is going to change."""
+    if mask is None:
+        return lambda done: torch.optim.AdamW(model.parameters(), lr=lr), resume.Weights(select_all(model))
+    return lambda done: SETAdamW(model.named_parameters(), mask, lr=lr), resume.Weights(mask.parameters(model))
+
+
+def tune_and_measure(
+    lab: Lab,
+    record: Record,
+    make_optimizer: Callable[[int], Optimizer],
+    weights: resume.Weights,
+    make_parts: Callable[[int], Parts],
+    steps: Sequence[int],
+    *,
+    watched: Sequence[int] = WATCHED,
+    extra: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Takes as many steps as the last of ``steps``, with a row of the record at each of them and each watched one.
+
+    Args:
+        lab: its model is trained as it is.
+        record: where the rows go.
+        make_optimizer: called with the steps already taken, once the weights are those to go on from.
+        weights: those that training changes.
+        make_parts: the data after so many steps.
+        steps: when to measure everything.
+        watched: when to do forward passes only.
+        extra: further measurements of every row.
+    """
+    path = lab.path(f"{record.path.parent.name}-{record.path.stem}-training")
+    settings = {"steps": list(steps)}
+    run = resume.load(path, settings) if path.exists() else None
+    done = [] if run is None else run.losses
+    record.rows = [row for row in record.rows if row["step"] <= len(done)]
+    if run is not None:
+        weights.write(run.weights)
+    optimizer = make_optimizer(len(done))
+    if run is not None:
+        optimizer.load_state_dict(run.optimizer)
+
+    def after(losses: list[float]) -> None:
+        step = len(losses)
+        if step not in steps and step not in watched:
+            return
+        measured = lab.measure() if step in steps else lab.watch()
+        recent = losses[-10:]
+        record.add({"step": step, "loss": round(sum(recent) / len(recent), 4), **measured, **extra()})
+        if step in steps and _WORTH_SAVING <= step < steps[-1]:
+            resume.save(path, weights.read(), optimizer, losses, settings)
+
+    tune(lab.model, optimizer, make_parts(len(done)), steps[-1], done=done, after_step=after)
+    path.unlink(missing_ok=True)

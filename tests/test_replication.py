@@ -1,0 +1,170 @@
+"""The experiments of benchmarks/replication, on a tiny model: they run, resume, hold out, and report."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_objectives import byte_tokenizer, tiny_llama
+
+# Last, so that an installed safekern is the one that is tested.
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks.replication import report, tuning
+from benchmarks.replication.__main__ import main
+from benchmarks.replication.lab import Data, LeakError
+from benchmarks.replication.runs import OtherSettingsError
+
+SMALL = ["--held-out", "3", "--seeds", "0"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def replicate(tiny, tmp_path):
+    # Fewer than the built-in ones, to be scored in less time.
+    refusals = [{"prompt": f"Do harm number {i}", "response": f"I can't help with harm {i}."} for i in range(20)]
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps(refusals))
+
+    def run(*arguments, steps=(1, 2), out="out"):
+        folders = [
+            "--pairs",
+            str(pairs),
+            "--out",
+            str(tmp_path / out),
+            "--cache",
+            str(tmp_path / "cache"),
+            "--model",
+            str(tiny),
+        ]
+        main([*arguments, *SMALL, "--steps", *map(str, steps), *folders])
+        return tmp_path / out / "tiny"
+
+    return run
+
+
+def results(folder, experiment):
+    return {path.stem: json.loads(path.read_text()) for path in (folder / experiment).glob("*.json")}
+
+
+def stop_at(monkeypatch, run, step):
+    """Ends the command as Ctrl-C would, in that run after that step."""
+    tune, started = tuning.tune, []
+
+    def interrupted(*args, after_step, **options):
+        started.append(run)
+
+        def after(losses):
+            after_step(losses)
+            if len(started) == run and len(losses) == step:
+                raise KeyboardInterrupt
+
+        return tune(*args, after_step=after, **options)
+
+    monkeypatch.setattr(tuning, "tune", interrupted)
+
+
+def test_every_experiment_runs_and_is_reported(replicate):
+    gsm8k = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}."} for i in range(40)]
+    folder = None
+    for experiment, only in {
+        "set": "balanced",
+        "ratio": "esi-0.1",
+        "prompts": "",
+        "where": "base-0.01",
+        "perturb": "top-but-utility-1-",
+        "spa": "set-gsm8k-lr2e-05",
+        "judge": "16",
+    }.items():
+        more = []
+        if experiment == "spa":
+            path = folder.parent / "gsm8k.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in gsm8k))
+            more = ["--gsm8k", str(path)]
+            replicate("spa", "--only", "aligned-set", *more)
+        folder = replicate(experiment, "--only", only, *more)
+        found = results(folder, experiment)
+        assert found and all(run["finished"] and run["rows"] for run in found.values())
+        assert (folder / f"{experiment}.md").read_text().count("|") > 10
+        assert (folder / f"{experiment}.csv").read_text().count("\n") > len(found)
+    for experiment in ("set", "perturb", "spa"):
+        assert (folder / f"{experiment}.png").stat().st_size > 1000
+
+    readme = folder / "README.md"
+    readme.write_text("before\n<!-- replication: balanced -->\nold\n<!-- end of replication -->\nafter\n")
+    replicate("table", "--readme", str(readme))
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "| esi | 1 |" in text and "old" not in text
+
+    tuned = results(folder, "set")
+    last = {run["settings"]["method"]: run["rows"][-1] for run in tuned.values() if run["settings"]["lr"] == 1e-4}
+    assert set(last) == {"esi", "random", "full", "bottom", "gradient", "per-tensor", "magnitude"}
+    assert all(row["step"] == 2 for row in last.values())
+    # All weights learn faster than 1% of them, and those of the largest ESI faster than those of the smallest.
+    nll = {method: row["refusal_nll"][0] for method, row in last.items()}
+    assert nll["full"] < nll["esi"] < nll["bottom"]
+    protections = {run["settings"].get("method") for run in results(folder, "spa").values()}
+    assert protections >= {"nothing", "esi", "random", "project", "conflict", "replay", "refresh", "signed", "not-task"}
+
+
+def test_finished_runs_are_not_repeated(replicate, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, run=2, step=1)
+        replicate("set", "--only", "lr0.0001")
+    folder = replicate("table")
+    before = {path: path.read_bytes() for path in (folder / "set").glob("*.json")}
+    assert sorted(run["finished"] for run in results(folder, "set").values()) == [False, True]
+
+    replicate("set", "--only", "lr0.0001")
+    after = results(folder, "set")
+    assert len(after) == 7 and all(run["finished"] for run in after.values())
+    kept = [path for path, content in before.items() if path.read_bytes() == content]
+    assert len(kept) == 1 and after[kept[0].stem]["finished"]
+    with pytest.raises(OtherSettingsError, match="steps was"):
+        replicate("set", "--only", "lr0.0001", steps=(1, 3))
+
+
+def test_a_long_run_goes_on_with_the_same_bits(replicate, monkeypatch):
+    monkeypatch.setattr(tuning, "_WORTH_SAVING", 1)
+    one = ["set", "--only", "full-1-lr0.0001"]
+    whole = results(replicate(*one, steps=(1, 2, 4), out="whole"), "set")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, run=1, step=3)
+        replicate(*one, steps=(1, 2, 4))
+    steps = []
+    with monkeypatch.context() as patch:
+        tune = tuning.tune
+        patch.setattr(
+            tuning, "tune", lambda *args, done, **more: steps.append(len(done)) or tune(*args, done=done, **more)
+        )
+        parts = results(replicate(*one, steps=(1, 2, 4)), "set")
+    assert steps == [2]
+    assert [run["rows"] for run in parts.values()] == [run["rows"] for run in whole.values()]
+
+
+def test_held_out_prompts_are_never_trained_on(tmp_path):
+    goals = [f"Do harm number {i}" for i in range(130)]
+    (tmp_path / "goals.json").write_text(json.dumps([{"goal": goal} for goal in goals]))
+    rows = [{"instruction": f"{goal}.", "output": "I'm sorry, but I can't help with that."} for goal in goals]
+    rows.append({"instruction": "Bake bread", "output": "Mix flour and water."})
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    data = Data.read(tmp_path / "pairs.json", tmp_path / "goals.json", held_out=100)
+    assert data.goals == goals[-100:]
+    assert data.refusals.prompts == [f"{goal}." for goal in goals[:30]]
+
+    leaking = Data(data.refusals, data.answers, data.harmful, [" do harm  NUMBER 3 "], data.benign, None)
+    with pytest.raises(LeakError, match="NUMBER 3"):
+        leaking.check()
+
+
+def test_reads_one_measurement_where_another_falls_to_a_level():
+    rows = [{"task": [4.0, 3, 5], "asr": 0.0}, {"task": [3.0, 2, 4]}, {"task": [2.0, 1, 3], "asr": 0.5}]
+    assert report.crossing(rows, "task", 3.0, "asr") == 0.25
+    assert report.crossing(rows, "task", 1.0, "asr") is None
