@@ -35,14 +35,33 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, piece: Tensor) -> Tensor:
-    """A tensor sharded as another one, of which this process holds ``piece``; the piece itself for a plain one."""
+    """A tensor sharded as another one, of which this process holds ``piece``; the piece itself for a plain one.
+
+    The piece may be of a subclass of tensors, and on another device than the mesh's, as with FSDP2's CPU offloading.
+    """
     if not is_sharded(tensor):
         return piece
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import TensorMeta
 
-    return DTensor.from_local(
-        piece, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=_dense(tensor.shape)
-    )
+    # DTensor.from_local would move the piece to the mesh's device, and give autograd a view of it.
+    meta = TensorMeta(tensor.shape, _dense(tensor.shape), piece.dtype)
+    return DTensor(piece, tensor._spec.shallow_copy_with_tensor_meta(meta), requires_grad=False)
+
+
+def part(tensor: Tensor, param: Tensor) -> Tensor:
+    """What belongs to the part of a parameter that this process holds.
+
+    Args:
+        tensor: of the parameter's shape, whole or sharded; if in another way than the parameter, all processes have to
+            call this together.
+        param: plain or sharded.
+    """
+    if is_sharded(tensor) and is_sharded(param) and tensor.device_mesh == param.device_mesh:
+        return local(tensor.redistribute(placements=param.placements))
+    whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+    shard = Shard.of(param)
+    return whole[tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.local_shape, strict=True))]
 
 
 @dataclass(frozen=True)
@@ -118,7 +137,9 @@ class Shard:
         first = self._ravel(self.offset, self.shape)
         last = self._ravel([o + n - 1 for o, n in zip(self.offset, self.local_shape, strict=True)], self.shape)
         # Rows before and after the box go at once, so that the rest costs as much as the box has.
-        start, end = torch.searchsorted(indices, torch.tensor([first, last + 1], dtype=indices.dtype)).tolist()
+        start, end = torch.searchsorted(
+            indices, torch.tensor([first, last + 1], dtype=indices.dtype, device="cpu")
+        ).tolist()
         if last - first + 1 == self.numel:
             return slice(start, end)
         rest = indices[start:end].long()
@@ -212,7 +233,7 @@ class Processes:
 
     def every(self, condition: bool) -> bool:
         """Whether a condition holds in every process."""
-        return condition if self.size == 1 else int(self.total(torch.tensor(int(condition)))) == self.size
+        return condition if self.size == 1 else int(self.total(torch.tensor(int(condition), device="cpu"))) == self.size
 
     def stacked(self, tensor: Tensor) -> Tensor:
         """The tensors of all processes, of one shape, along a new first dimension in the order of their ranks."""
@@ -227,7 +248,7 @@ class Processes:
         """The 1-D tensors of all processes, of any lengths, one after the other in the order of their ranks."""
         if self.size == 1:
             return values
-        lengths = cast(list[int], self.stacked(torch.tensor(values.numel())).tolist())
+        lengths = cast(list[int], self.stacked(torch.tensor(values.numel(), device="cpu")).tolist())
         padded = values.new_zeros(max(lengths))
         padded[: values.numel()] = values
         return torch.cat([row[:length] for row, length in zip(self.stacked(padded), lengths, strict=True)])
