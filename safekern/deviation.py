@@ -30,7 +30,7 @@ def deviations(params: Mapping[str, Tensor], per: SigmaPer) -> dict[str, Tensor]
     experts = {name: names.fused_experts(name, p.shape) if per == "expert" else None for name, p in params.items()}
     counts = [experts[name] or 1 for name in params]
     sigma = torch.empty(sum(counts), device="cpu")
-    rows = dict(zip(params, torch.arange(len(sigma)).split(counts), strict=True))
+    rows = dict(zip(params, torch.arange(len(sigma), device="cpu").split(counts), strict=True))
     sharded = [name for name, param in params.items() if is_sharded(param)]
     if sharded:
         values = _across([params[name] for name in sharded], [len(rows[name]) for name in sharded])

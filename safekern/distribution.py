@@ -74,7 +74,7 @@ class Distribution:
             return self
         together = Distribution()
         together._counts = processes.total(torch.from_numpy(self._counts)).numpy()
-        numbers = torch.tensor([self.numel, self.total, self.smallest, self.largest], dtype=torch.float64)
+        numbers = torch.tensor([self.numel, self.total, self.smallest, self.largest], dtype=torch.float64, device="cpu")
         numel, total, smallest, largest = processes.stacked(numbers).unbind(1)
         together.numel, together.total = int(numel.sum()), float(total.sum())
         together.smallest, together.largest = float(smallest.min()), float(largest.max())

@@ -199,7 +199,7 @@ def _last_tie(
 ) -> tuple[int, int]:
     """The tensor and the position of the last selected element whose key is the cutoff."""
     tied = [position[key == cutoff] for position, key in zip(positions, keys, strict=True)]
-    reached = processes.total(torch.tensor([position.numel() for position in tied])).cumsum(0)
+    reached = processes.total(torch.tensor([position.numel() for position in tied], device="cpu")).cumsum(0)
     t = int(torch.searchsorted(reached, ties))
     rank = ties - (int(reached[t - 1]) if t else 0)
     bits = torch.iinfo(torch.int64).bits - 1

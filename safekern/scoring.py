@@ -136,7 +136,7 @@ def score(
         with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar:
             fold = _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
             _sweep(fold, model, loader, compute, replay, bar)
-        num_batches = int(replicas.total(torch.tensor(replay.num_batches)))
+        num_batches = int(replicas.total(torch.tensor(replay.num_batches, device="cpu")))
         accs = fold.means(replicas, num_batches)
         if len(parts) > 1:
             top.add(accs, sigma)
@@ -185,7 +185,7 @@ def _in_step(loader: Iterable[Any], processes: Processes) -> Iterator[Any]:
     end = object()
     for index in itertools.count():
         batch = next(batches, end)
-        ready = int(processes.total(torch.tensor(int(batch is not end))))
+        ready = int(processes.total(torch.tensor(int(batch is not end), device="cpu")))
         if ready == 0:
             return
         if ready < processes.size:
