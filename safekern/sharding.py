@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from safekern.errors import InvalidArgumentError
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether it is a DTensor: what FSDP2 and tensor parallelism make of a parameter, sharded or replicated."""
+    # Almost always, and asked many times in every step of an optimizer.
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
     # Importing the module takes long, and before anybody did there can be none.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
