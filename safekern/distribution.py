@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from safekern.errors import NonFiniteError
+from safekern.sharding import Processes
 
 # A float32 that is not negative sorts like its bits. The upper 16 hold the exponent and 7 bits of the mantissa, so that
 # a bucket is at most 1/128 wide, relative to its values.
@@ -66,6 +67,18 @@ class Distribution:
         self.numel += other.numel
         self.total += other.total
         self.smallest, self.largest = min(self.smallest, other.smallest), max(self.largest, other.largest)
+
+    def everywhere(self, processes: Processes) -> "Distribution":
+        """The values of all processes together."""
+        if processes.size == 1:
+            return self
+        together = Distribution()
+        together._counts = processes.total(torch.from_numpy(self._counts)).numpy()
+        numbers = torch.tensor([self.numel, self.total, self.smallest, self.largest], dtype=torch.float64, device="cpu")
+        numel, total, smallest, largest = processes.stacked(numbers).unbind(1)
+        together.numel, together.total = int(numel.sum()), float(total.sum())
+        together.smallest, together.largest = float(smallest.min()), float(largest.max())
+        return together
 
     @property
     def zeros(self) -> int:

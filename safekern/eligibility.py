@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safekern.errors import InvalidArgumentError
+from safekern.sharding import is_sharded, local
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -41,12 +42,23 @@ def eligible_parameters(
             "no parameter of the model is eligible for scoring: choose some with select=lambda name, param: ..."
         )
     for name, param in chosen.items():
-        check_plain(name, param)
+        check_plain(name, param, sharded=True)
     return chosen
 
 
-def check_plain(name: str, param: Tensor) -> None:
-    """Refuses parameters whose memory the kernels cannot address, or whose gradient autograd cannot compute."""
+def check_plain(name: str, param: Tensor, *, sharded: bool = False) -> None:
+    """Refuses parameters whose memory the kernels cannot address, or whose gradient autograd cannot compute.
+
+    Args:
+        name: of the parameter, for messages.
+        param: the parameter.
+        sharded: the caller can work on the part that this process holds.
+
+    Raises:
+        InvalidArgumentError: as above.
+    """
+    if sharded and is_sharded(param):
+        param = local(param)
     if param.is_meta:
         raise InvalidArgumentError(
             f"parameter {name} is on the meta device (offloaded or not loaded yet), so no gradient will reach it: "
@@ -55,8 +67,12 @@ def check_plain(name: str, param: Tensor) -> None:
     is_wrapper: bool = is_traceable_wrapper_subclass(param)
     if is_wrapper:
         raise InvalidArgumentError(
-            f"parameter {name} is a {type(param).__name__}, not a plain tensor: sharded and quantised parameters are "
-            "not supported yet"
+            f"parameter {name} is a {type(param).__name__}, not a plain tensor: "
+            + (
+                "this works on whole models, not on shards: use one process, or gather the model's state_dict first"
+                if is_sharded(param)
+                else "quantised parameters are not supported"
+            )
         )
     if param.dtype not in SUPPORTED_DTYPES:
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""What other training libraries need beyond an optimizer: a Trainer's way to build one, and merging LoRA adapters.
+"""What other training libraries need beyond an optimizer: a Trainer's way to build one, DDP, merging LoRA adapters.
 
 Most need nothing. ``transformers.Trainer`` and TRL's trainers take ``optimizers=(SETAdamW(...), None)``, and
 ``Accelerator.prepare(model, optimizer)`` works as with any optimizer.
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,6 +40,46 @@ def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Calla
         return optimizer_class(model.named_parameters(), **options)
 
     return lambda: build
+
+
+@torch.no_grad()
+def leave_to_set(model: nn.Module, mask: Mask) -> None:
+    """Keeps ``DistributedDataParallel`` away from the masked parameters, which `SETAdamW` then looks after.
+
+    With ``in_backward=True`` no dense gradient is left for DDP to average, and it would write zeros back. So it is told
+    to ignore the masked parameters; `SETAdamW` averages their selected entries over all processes in ``step()``, one
+    all-reduce of 4 bytes per selected weight. DDP does not send ignored parameters to the other processes at the start
+    either: this does, from process 0.
+
+    DDP goes on averaging gradients of the other parameters that train, whoever uses them. Freeze those that nobody
+    trains. Where none is left, DDP has nothing to do and refuses the model: train it without, each process on its own
+    batches.
+
+    Args:
+        model: before it is wrapped; the same in all processes, which call this together.
+        mask: of the optimizer.
+
+    Raises:
+        MaskMismatchError: the mask does not fit the model.
+        InvalidArgumentError: a masked parameter is sharded, which DDP is not for.
+
+    Example:
+        >>> safekern.integrations.leave_to_set(model, mask)                                         # doctest: +SKIP
+        >>> opt = safekern.SETAdamW(model.named_parameters(), mask, in_backward=True)               # doctest: +SKIP
+        >>> model = DistributedDataParallel(model)                                                  # doctest: +SKIP
+    """
+    masked = mask.parameters(model)
+    for name, (param, _) in masked.items():
+        check_plain(name, param)
+    params = {id(param): param for param, _ in masked.values()}
+    # What DistributedDataParallel asks a model for; torch has no public function to set it.
+    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
+        *getattr(model, "_ddp_params_and_buffers_to_ignore", []),
+        *(name for name, param in model.named_parameters(remove_duplicate=False) if id(param) in params),
+    ]
+    if dist.is_available() and dist.is_initialized():
+        for param in params.values():
+            dist.broadcast(param.detach(), src=0)
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ class Mask(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, indices: dict[str, Tensor], shapes: dict[str, torch.Size], model_numel: int, meta: dict[str, Any]
+        self, indices: Mapping[str, Tensor], shapes: dict[str, torch.Size], model_numel: int, meta: dict[str, Any]
     ) -> None:
         """Takes over data that was checked before; use :meth:`from_indices` for anything else."""
         self._indices = indices
@@ -135,7 +135,7 @@ class Mask(Mapping[str, Tensor]):
         return len(self._indices)
 
     def __contains__(self, name: object) -> builtins.bool:
-        return name in self._indices
+        return name in self._shapes
 
     @overload
     def get(self, name: str, /) -> Tensor | None: ...
@@ -143,10 +143,10 @@ class Mask(Mapping[str, Tensor]):
     def get(self, name: str, /, default: Tensor | _Default) -> Tensor | _Default: ...
     def get(self, name: str, /, default: Any = None) -> Any:
         """The indices of one parameter, or ``default`` where none is selected."""
-        return self[name] if name in self._indices else default
+        return self[name] if name in self._shapes else default
 
     def compact(self, name: str) -> Tensor:
-        """The sorted indices as they are stored, without a copy: not to be written to.
+        """The sorted indices without a copy where they are stored as such: not to be written to.
 
         Args:
             name: A parameter's name.
@@ -195,6 +195,8 @@ class Mask(Mapping[str, Tensor]):
     @cached_property
     def numel(self) -> int:
         """How many weights are selected."""
+        if isinstance(self._indices, _Packed):
+            return self._indices.numel
         return sum(indices.numel() for indices in self._indices.values())
 
     @property
@@ -504,13 +506,19 @@ class Mask(Mapping[str, Tensor]):
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file holds of the mask: 1-D codes for each parameter, and a description as JSON can hold it."""
-        codes = {name: _encode(indices) for name, indices in self._indices.items()}
+        if isinstance(self._indices, _Packed):
+            codes = self._indices.codes
+        else:
+            codes = {name: _encode(indices) for name, indices in self._indices.items()}
         shapes = {name: list(shape) for name, shape in self._shapes.items()}
         return codes, {"model_numel": self._model_numel, "shapes": shapes, "meta": self._meta}
 
     @classmethod
     def unpack(cls, codes: Mapping[str, Tensor], description: Mapping[str, Any]) -> "Mask":
         """The inverse of :meth:`pack`, for content of any origin.
+
+        The mask keeps the codes, about 1.1 bytes per selected weight at 1%, and unpacks a parameter's when asked for
+        them: each of many processes can hold it, and unpack what it has to do with.
 
         Raises:
             InvalidArgumentError: If it does not describe a mask.
@@ -528,7 +536,7 @@ class Mask(Mapping[str, Tensor]):
             copy.deepcopy(meta)
         except RecursionError as error:
             raise InvalidArgumentError("Its meta is nested too deeply.") from error
-        return cls({name: _decode(name, codes[name], size) for name, size in sizes.items()}, sizes, model_numel, meta)
+        return cls(_Packed({name: codes[name] for name in sizes}, sizes), sizes, model_numel, meta)
 
     def __repr__(self) -> str:
         return (
@@ -715,6 +723,28 @@ def _check_indices(name: str, values: Any, shape: torch.Size) -> Tensor:
         if repeated.numel():
             raise InvalidArgumentError(f"{name!r}: index {int(repeated[0]):,} is given more than once.")
     return indices.to(_index_dtype(shape), copy=True)
+
+
+class _Packed(Mapping[str, Tensor]):
+    """Sorted indices by parameter, kept as the codes of a file and decoded when asked for.
+
+    Raises:
+        InvalidArgumentError: If codes of any origin are not those of a mask.
+    """
+
+    def __init__(self, codes: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+        self.codes = dict(codes)
+        self._shapes = shapes
+        self.numel = sum(self[name].numel() for name in codes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _decode(name, self.codes[name], self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.codes)
+
+    def __len__(self) -> int:
+        return len(self.codes)
 
 
 def _contains(sorted_values: Tensor, values: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """The ESI of every eligible weight, and the masks that are ranked from it."""
 
-import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safekern import files, names, ops
+from safekern import files, names, ranking
 from safekern.distribution import Distribution
 from safekern.errors import FileFormatError, InvalidArgumentError, NonFiniteError, UnknownNameError
 from safekern.mask import Mask
+from safekern.sharding import Processes, Shard, is_sharded, like, local
 from safekern.tables import Column, Table
 
 # The layout of all scores, and that of top candidates only, which older releases refuse by its number.
@@ -25,7 +25,6 @@ _VERSION, _TOP_VERSION = 1, 2
 _PART = 1 << 24
 
 Per = Literal["model", "tensor"]
-SigmaPer = Literal["tensor", "expert"]
 
 
 class Scores(Mapping[str, Tensor]):
@@ -65,7 +64,8 @@ class Scores(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         gradient = self.gradient(name)
-        return gradient.abs().mul_(self.sigma[name].to(gradient.device))
+        held = ranking.Held.of(gradient, self.sigma[name])
+        return like(gradient, held.esi().view(local(gradient).shape))
 
     def __contains__(self, name: object) -> bool:
         return name in self._gradients
@@ -157,14 +157,14 @@ class Scores(Mapping[str, Tensor]):
         Example:
             >>> scores.selected(mask).total / scores.report().distribution.total     # doctest: +SKIP
         """
-        distribution = Distribution()
+        distribution, processes = Distribution(), Processes.of(list(self._gradients.values()))
         for name, scored in mask.resolve(self._gradients).items():
-            gradient = self._gradients[scored]
-            index = mask.compact(name).to(gradient.device)
-            sigma = self.sigma[scored].to(gradient.device).view(-1)
-            weights_per_sigma = gradient.numel() // sigma.numel()
-            distribution.add(gradient.reshape(-1)[index].abs().mul_(sigma[index // weights_per_sigma]))
-        return distribution
+            gradient, index = self._gradients[scored], mask.compact(name)
+            shard, held = Shard.of(gradient), ranking.Held.of(gradient, self.sigma[scored])
+            if processes.speaks_for(shard):
+                index = shard.to_local(index[shard.inside(index)]).to(held.values.device)
+                distribution.add(held.esi(index))
+        return distribution.everywhere(processes)
 
     def report(self) -> "ScoreReport":
         """Describes the scores per layer and component, in one pass over them.
@@ -179,17 +179,22 @@ class Scores(Mapping[str, Tensor]):
             >>> print(scores.report().table("component"))     # doctest: +SKIP
         """
         cells: dict[tuple[int | None, str], _Cell] = {}
+        processes = Processes.of(list(self._gradients.values()))
         for name, gradient in self._gradients.items():
             cell = cells.setdefault((names.layer(name), names.component(name)), _Cell())
-            sigma = self.sigma[name].view(-1)
-            cell.variance += float(sigma.double().square().mean()) * gradient.numel()
-            for piece, scale in zip(gradient.reshape(-1).tensor_split(sigma.numel()), sigma, strict=True):
+            cell.variance += float(self.sigma[name].double().square().mean()) * gradient.numel()
+            if not processes.speaks_for(Shard.of(gradient)):
+                continue
+            held = ranking.Held.of(gradient, self.sigma[name])
+            for piece, sigma in zip(held.pieces, held.sigma, strict=True):
                 # In parts, because the scores of a fused expert tensor take gigabytes.
                 for part in piece.split(_PART):
                     try:
-                        cell.esi.add(part.abs().mul_(scale))
+                        cell.esi.add(part.abs().mul_(sigma))
                     except NonFiniteError as error:
                         raise NonFiniteError(f"{name}: {error}") from error
+        for cell in cells.values():
+            cell.esi = cell.esi.everywhere(processes)
         return ScoreReport(cells)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -197,7 +202,14 @@ class Scores(Mapping[str, Tensor]):
 
         Raises:
             FileAccessError: the path cannot be written; an existing file is left as it was.
+            InvalidArgumentError: several processes hold the scores.
         """
+        if any(map(is_sharded, self._gradients.values())):
+            raise InvalidArgumentError(
+                "the scores of a sharded model are spread over processes, and the file would be larger than the model: "
+                "save a mask, scores.top(0.01).save(path), or the DTensors scores.gradient(name) with "
+                "torch.distributed.checkpoint"
+            )
         files.write(path, "scores", _VERSION, self._gradients, self._file_meta())
 
     @classmethod
@@ -253,17 +265,17 @@ class Scores(Mapping[str, Tensor]):
 
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
         counts = self._counts(_checked(ratio), per)
-        sigma = list(self.sigma.values())
-        pieces = [_pieces(gradient, scale) for gradient, scale in zip(self._gradients.values(), sigma, strict=True)]
+        gradients, sigma = list(self._gradients.values()), list(self.sigma.values())
         try:
             if per == "model":
-                selected = _select(pieces, sigma, counts[0], largest)
+                selected = ranking.select(gradients, sigma, counts[0], largest)
             else:
                 selected = [
-                    _select([own], [scale], k, largest)[0] for own, scale, k in zip(pieces, sigma, counts, strict=True)
+                    ranking.select([gradient], [scale], k, largest)[0]
+                    for gradient, scale, k in zip(gradients, sigma, counts, strict=True)
                 ]
         except RuntimeError as error:
-            broken = [name for name in self if self[name].isnan().any()]
+            broken = [name for name in self if local(self[name]).isnan().any()]
             if broken:
                 raise NonFiniteError(f"the scores of {', '.join(broken)} hold NaN: score the model again") from error
             raise
@@ -278,7 +290,7 @@ class Scores(Mapping[str, Tensor]):
             "per": per,
             **details,
         }
-        indices = {name: index.cpu() for name, index in zip(self, selected, strict=True)}
+        indices = dict(zip(self, selected, strict=True))
         return Mask.from_indices(indices, self._shapes, model_numel=self.model_numel, meta=meta)
 
 
@@ -309,10 +321,10 @@ class RunningTop:
             part: fp32 tensors on the device of the parts before.
             sigma: as :attr:`Scores.sigma`, of all parameters seen so far and any others.
         """
-        rivals = _candidate_pieces(self.gradients, self.indices, sigma, self._shapes)
-        rivals += [_pieces(gradient, sigma[name]) for name, gradient in part.items()]
-        held = sum(gradient.numel() for gradient in (*self.gradients.values(), *part.values()))
-        picks = _select(rivals, [sigma[name] for name in (*self.gradients, *part)], min(self._k, held), True)
+        rivals = ranking.held_candidates(self.gradients, self.indices, sigma, self._shapes)
+        rivals += [ranking.Held.of(gradient, sigma[name]) for name, gradient in part.items()]
+        numel = sum(rival.values.numel() for rival in rivals)
+        picks = ranking.select_here(rivals, min(self._k, numel), True)
         del rivals
         self._shapes |= {name: gradient.shape for name, gradient in part.items()}
         # One by one, so that what came before is freed as its successors are made.
@@ -375,8 +387,8 @@ class TopScores(Scores):
             raise self._unavailable("a ranking inside every tensor")
         if ratio > self.keep:
             raise self._unavailable(f"the top {ratio:.3g}")
-        pieces = _candidate_pieces(self._gradients, self._indices, self.sigma, self._shapes)
-        picks = _select(pieces, list(self.sigma.values()), counts[0], True)
+        candidates = ranking.held_candidates(self._gradients, self._indices, self.sigma, self._shapes)
+        picks = ranking.select_here(candidates, counts[0], True)
         selected = [index.index_select(0, pick) for index, pick in zip(self._indices.values(), picks, strict=True)]
         return self._mask(selected, "top", ratio, per)
 
@@ -421,47 +433,6 @@ class TopScores(Scores):
         held = sum(index.numel() for index in self._indices.values())
         if held != count_of(self.keep, self.model_numel, self.numel):
             raise ValueError(f"it holds {held} candidates, which is not the top {self.keep}")
-
-
-def _pieces(gradient: Tensor, sigma: Tensor) -> list[Tensor]:
-    """A tensor cut into those runs of its elements, in order, that share one of its sigmas; views of it."""
-    return list(gradient.view(-1).tensor_split(sigma.numel()))
-
-
-def _candidate_pieces(
-    gradients: Mapping[str, Tensor],
-    indices: Mapping[str, Tensor],
-    sigma: Mapping[str, Tensor],
-    shapes: Mapping[str, torch.Size],
-) -> list[list[Tensor]]:
-    """As :func:`_pieces`, for candidates of tensors of those shapes at those ascending flat positions."""
-    cuts = []
-    for name, index in indices.items():
-        count = sigma[name].numel()
-        starts = torch.arange(1, count, dtype=index.dtype, device=index.device) * (shapes[name].numel() // count)
-        cuts.append(torch.searchsorted(index, starts))
-    if not cuts:
-        return []
-    # Read in one go, since a read waits for the device.
-    on_host = torch.cat(cuts).cpu().split([cut.numel() for cut in cuts])
-    return [list(gradient.tensor_split(cut)) for gradient, cut in zip(gradients.values(), on_host, strict=True)]
-
-
-def _select(pieces: Sequence[Sequence[Tensor]], sigma: Sequence[Tensor], k: int, largest: bool) -> list[Tensor]:
-    """:func:`ops.select` of tensors that are cut into one piece per sigma; positions count from a tensor's start."""
-    flat = [piece for own in pieces for piece in own]
-    scales = torch.cat([scale.view(-1) for scale in sigma]).to(flat[0].device)
-    picks = iter(ops.select(flat, scales, k, largest))
-    return [_joined([(piece.numel(), next(picks)) for piece in own]) for own in pieces]
-
-
-def _joined(picks: Sequence[tuple[int, Tensor]]) -> Tensor:
-    """The positions in a whole tensor, given those in each of its pieces and the pieces' sizes."""
-    if len(picks) == 1:
-        return picks[0][1]
-    starts = [0, *itertools.accumulate(size for size, _ in picks)]
-    dtype = torch.int32 if starts[-1] <= torch.iinfo(torch.int32).max else torch.int64
-    return torch.cat([pick.to(dtype) + start for start, (_, pick) in zip(starts, picks, strict=False)])
 
 
 def _loaded_sigma(name: str, value: object, shape: torch.Size) -> Tensor:

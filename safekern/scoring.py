@@ -1,23 +1,26 @@
 """``score``: passes of forward and backward that fold gradients into ESI accumulators."""
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from numbers import Real
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.utils.hooks
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from safekern import names, ops
+from safekern import ops
 from safekern._version import __version__
+from safekern.deviation import SigmaPer, deviations
 from safekern.eligibility import eligible_parameters
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
-from safekern.scores import RunningTop, Scores, SigmaPer, TopScores, count_of
+from safekern.scores import RunningTop, Scores, TopScores, count_of
+from safekern.sharding import Processes, is_sharded, like, local
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -47,7 +50,10 @@ def score(
     they were, also after an exception.
 
     Args:
-        model: a module whose parameters are plain tensors on real devices.
+        model: a module whose parameters are on real devices: plain tensors, or DTensors of ``fully_shard`` (FSDP2),
+            HSDP or tensor parallelism; also in DistributedDataParallel. Every process then calls ``score`` with its own
+            batches, and gets scores over all of them: under DDP as the mean over all batches, in one all-reduce at the
+            end; under FSDP2, where processes need the same number of batches, what they do together is one batch.
         loader: batches: mappings, sequences or tensors, moved to the model's device.
         objective: ``objective(model, batch) -> scalar``. By default ``model(**batch).loss`` for a mapping, else
             ``model(*batch)``. See :mod:`safekern.objectives`.
@@ -91,11 +97,25 @@ def score(
         raise InvalidArgumentError(
             f"loader must yield batches, got {type(loader).__name__}: to score a single batch, pass [batch]"
         )
+    # Its gradients would be averaged over processes batch by batch; once, at the end, is enough.
+    replicated = isinstance(model, nn.parallel.DistributedDataParallel)
     if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise InvalidArgumentError("scoring under DistributedDataParallel is not supported yet: pass model.module")
+        model = cast(nn.Module, model.module)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise InvalidArgumentError(
+            "FullyShardedDataParallel keeps many parameters in one flat tensor: shard the model by fully_shard (FSDP2)"
+        )
     if torch.is_inference_mode_enabled():
         raise ScoringError("torch.inference_mode rules gradients out: call score outside of it (torch.no_grad is fine)")
     params = eligible_parameters(model, select)
+    # Several processes hold one model, or each of them a model of its own.
+    sharded = Processes.of(list(params.values()))
+    replicas = Processes(next(iter(params.values())).device, together=replicated)
+    if memory is not None and sharded.size > 1:
+        raise InvalidArgumentError(
+            "memory= sweeps over a model that one process holds; this one is sharded over processes. To keep the "
+            "accumulators of each in its CPU memory, use offload=True"
+        )
     model_numel = sum(param.numel() for param in model.parameters())
     k = count_of(_positive("keep", keep, most=1), model_numel, sum(param.numel() for param in params.values()))
     parts = [list(params)] if memory is None else _parts(params, _positive("memory", memory), k, offload)
@@ -114,11 +134,14 @@ def score(
         bar = tqdm(desc=label, unit="batch", total=_length(loader), disable=None if progress is None else not progress)
         # Every sweep but the last gives the random numbers back that it used: shuffling and dropout repeat.
         with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar:
-            accs = _sweep(model, params, part, loader, compute, replay, bar, absolute=reduction == "abs", host=offload)
+            fold = _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
+            _sweep(fold, model, loader, compute, replay, bar)
+        num_batches = int(replicas.total(torch.tensor(replay.num_batches, device="cpu")))
+        accs = fold.means(replicas, num_batches)
         if len(parts) > 1:
             top.add(accs, sigma)
     details: dict[str, Any] = {
-        "num_batches": replay.num_batches,
+        "num_batches": num_batches,
         "model_numel": model_numel,
         "meta": {
             "objective": getattr(compute, "__qualname__", type(compute).__qualname__) if objective else "model loss",
@@ -128,28 +151,19 @@ def score(
         },
     }
     if len(parts) == 1:
-        return Scores(accs, sigma, **details)
+        return Scores({name: like(params[name], acc) for name, acc in accs.items()}, sigma, **details)
     shapes = {name: param.shape for name, param in params.items()}
     return TopScores(top.gradients, top.indices, shapes, sigma, keep=float(keep), **details)
 
 
 def _sweep(
-    model: nn.Module,
-    params: Mapping[str, nn.Parameter],
-    part: list[str],
-    loader: Iterable[Any],
-    compute: Objective,
-    replay: "_Replay",
-    bar: Any,
-    *,
-    absolute: bool,
-    host: bool,
-) -> dict[str, Tensor]:
-    """The mean gradients, or mean absolute gradients, of one part of the parameters."""
+    fold: "_GradientFold", model: nn.Module, loader: Iterable[Any], compute: Objective, replay: "_Replay", bar: Any
+) -> None:
+    """Folds the gradients of all batches that this process has."""
     # Where the inputs go: the first layer of a model that is spread over devices, embeddings included.
     device = next(param.device for param in model.parameters() if not param.is_meta)
-    with _GradientFold(model, params, part, absolute=absolute, host=host) as fold:
-        for batch in loader:
+    with fold:
+        for batch in _in_step(loader, fold.processes):
             # Once, since it touches the process's warning filters, and every batch takes the same way.
             guard = nullcontext() if fold.num_batches else _dropped_gradients_raise()
             with torch.enable_grad(), guard:
@@ -160,8 +174,26 @@ def _sweep(
             fold.finish_batch()
             bar.update()
     replay.finish(fold.num_batches)
-    torch._foreach_div_(list(fold.accs.values()), float(fold.num_batches))
-    return fold.accs
+
+
+def _in_step(loader: Iterable[Any], processes: Processes) -> Iterator[Any]:
+    """The batches, as long as each of the processes that hold the model has one: a forward takes all of them."""
+    if processes.size == 1:
+        yield from loader
+        return
+    batches = iter(loader)
+    end = object()
+    for index in itertools.count():
+        batch = next(batches, end)
+        ready = int(processes.total(torch.tensor(int(batch is not end), device="cpu")))
+        if ready == 0:
+            return
+        if ready < processes.size:
+            raise ScoringError(
+                f"{processes.size - ready} of {processes.size} processes had no batch {index}: where a model is "
+                "sharded, each needs as many batches as the others, for instance from a DistributedSampler"
+            )
+        yield batch
 
 
 def _positive(name: str, value: object, most: float = float("inf")) -> float:
@@ -248,14 +280,23 @@ class _GradientFold:
     """
 
     def __init__(
-        self, model: nn.Module, params: Mapping[str, nn.Parameter], part: list[str], *, absolute: bool, host: bool
+        self,
+        model: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        part: list[str],
+        processes: Processes,
+        *,
+        absolute: bool,
+        host: bool,
     ) -> None:
         self._model = model
         self._params = params
         self._absolute = absolute
+        self.processes = processes
+        held = {name: local(params[name]) for name in part}
         self.accs = {
-            name: torch.zeros(params[name].shape, dtype=torch.float32, device="cpu" if host else params[name].device)
-            for name in part
+            name: torch.zeros(tensor.shape, dtype=torch.float32, device="cpu" if host else tensor.device)
+            for name, tensor in held.items()
         }
         self.num_batches = 0
         # One flag per accumulator, on its device: read once per batch, since a read waits for the device.
@@ -306,6 +347,11 @@ class _GradientFold:
             return
         if grad.layout != torch.strided:
             raise ScoringError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
+        if is_sharded(grad) and is_sharded(param) and grad.placements != param.placements:
+            raise ScoringError(
+                f"the gradient of {name} came with the placements {grad.placements}, the parameter has "
+                f"{param.placements}: leave it out with select=, or shard it in the plan of its module"
+            )
         if self._absolute and name in self._arrived:
             raise ScoringError(
                 f"the gradient of {name} came in parts, whose absolute values do not add up to that of the whole: use "
@@ -313,18 +359,20 @@ class _GradientFold:
             )
         self._arrived.add(name)
         if acc is not None and flag is not None:
-            ops.accumulate_([acc], [_beside(acc, grad.detach().contiguous())], flag, self._absolute)
+            ops.accumulate_([acc], [_beside(acc, local(grad.detach()).contiguous())], flag, self._absolute)
 
     def finish_batch(self) -> None:
         if not self._arrived:
             raise ScoringError(
                 f"batch {self.num_batches}: no eligible parameter received a gradient: does the objective use this "
-                "model's parameters, with gradients enabled?"
+                "model's parameters, with gradients enabled"
+                + (", and with set_requires_gradient_sync(True)?" if self.processes.size > 1 else "?")
             )
         self._arrived.clear()
         read = [flags.tolist() for flags in self._nonfinite.values()]
         names = [name for name, *flags in zip(self.accs, *read, strict=True) if any(flags)]
-        if names:
+        if not self.processes.every(not names):
+            names = names or ["a parameter in another process"]
             more = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
             raise NonFiniteError(
                 f"batch {self.num_batches}: the gradient of {names[0]}{more} holds NaN or infinity (or its sum over "
@@ -332,6 +380,14 @@ class _GradientFold:
                 "float32 instead of float16"
             )
         self.num_batches += 1
+
+    def means(self, replicas: Processes, num_batches: int) -> dict[str, Tensor]:
+        """What was folded here and in replicas of the model, over all of their batches."""
+        for name in self.accs:
+            if replicas.size > 1:
+                self.accs[name].copy_(replicas.total(self.accs[name]))
+            self.accs[name].div_(num_batches)
+        return self.accs
 
 
 def _beside(acc: Tensor, grad: Tensor) -> Tensor:
@@ -360,28 +416,10 @@ def _dropped_gradients_raise() -> Iterator[None]:
 
 def _sigma(params: Mapping[str, nn.Parameter], per: SigmaPer) -> dict[str, Tensor]:
     """See :attr:`Scores.sigma`."""
-    experts = {name: names.fused_experts(name, p.shape) if per == "expert" else None for name, p in params.items()}
-    pieces = [[p.detach()] if experts[name] is None else list(p.detach().unbind()) for name, p in params.items()]
-    values = _deviations([piece for own in pieces for piece in own]).split([len(own) for own in pieces])
-    for name, own in zip(params, values, strict=True):
-        if not (own < float("inf")).all():
+    sigma = deviations(params, per)
+    for name, values in sigma.items():
+        if not (values < float("inf")).all():
             raise NonFiniteError(f"parameter {name} holds NaN or infinity: repair or reload the model before scoring")
-    return {
-        name: own.squeeze(0) if experts[name] is None else own.view(-1, 1, 1)
-        for name, own in zip(params, values, strict=True)
-    }
-
-
-def _deviations(tensors: list[Tensor]) -> Tensor:
-    """The standard deviation of each tensor, fp32 on the CPU."""
-    sigma = torch.empty(len(tensors), device="cpu")
-    for device in dict.fromkeys(tensor.device for tensor in tensors):
-        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
-        dense = [i for i in here if tensors[i].is_contiguous()]
-        # Those that have to be copied, one at a time: together, the copies could be as large as the model.
-        groups = [dense, *([i] for i in here if not tensors[i].is_contiguous())]
-        values = [ops.sigma([tensors[i].contiguous() for i in group]) for group in groups if group]
-        sigma[[i for group in groups for i in group]] = torch.cat(values).cpu()
     return sigma
 
 

@@ -1,18 +1,25 @@
-"""What the masked optimizers share: named parameter groups, and the selected weights of a parameter in memory."""
+"""What the masked optimizers share: parameters and state by name, and the selected weights of a parameter in memory."""
 
+import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.optim import Optimizer
 
-from safekern import ops
-from safekern.errors import InvalidArgumentError, StepError
+from safekern import names, ops
+from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
+from safekern.mask import Mask
+from safekern.sharding import Shard, is_sharded, local
 
 # Made once: a plain number would be made a tensor anew for every parameter.
 _ONE = torch.ones(())
 
+Places = slice | Tensor
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
 
 
@@ -56,6 +63,176 @@ def named_groups(named_parameters: NamedParameters) -> list[dict[str, Any]]:
     return groups
 
 
+class MaskedOptimizer(Optimizer):
+    """An optimizer that matches its parameters with a mask by name, and keeps its state by name too.
+
+    Tools that shard, wrap or move a model put other tensors into ``param_groups``, without a word to the optimizer. So
+    each use starts with :meth:`_bind`, which looks for changes, and in between nothing holds on to a parameter but the
+    groups: whoever shards a model wants the memory of the whole one back.
+
+    Args:
+        groups: of :func:`named_groups`.
+        mask: which weights of the parameters are meant.
+        defaults: hyperparameters.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], mask: Mask, defaults: dict[str, Any]) -> None:
+        named = {name: param for group in groups for name, param in group["params"]}
+        self._mask = mask
+        # The name in the mask of each masked parameter.
+        self._masked = {given: masked for masked, given in mask.resolve(named).items()}
+        self._states: dict[str, dict[str, Tensor]] = {}
+        self._seen: dict[str, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
+        super().__init__(groups, {**defaults, "mask_fingerprint": mask.fingerprint})
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, dict[str, Tensor]]:
+        """The state of every parameter that has one; it is made when it is first asked for."""
+        self._bind()
+        for _, name, param in self._named():
+            self._ensure_state(name, param)
+        return {param: self._states[name] for _, name, param in self._named() if name in self._states}
+
+    @state.setter
+    def state(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        self._states = {name: state[param] for _, name, param in self._named() if param in state}
+
+    def _named(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+        for group in self.__dict__.get("param_groups", ()):
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                yield group, name, param
+
+    def _bind(self) -> None:
+        """Follows parameters that are new, were swapped for others of the same name, moved, or laid out anew."""
+        for _, name, param in self._named():
+            self._bind_one(name, param)
+
+    def _bind_one(self, name: str, param: Tensor) -> None:
+        before, form = self._seen.get(name, (None, None))
+        swapped = before is not None and before() is not param
+        now = form_of(param)
+        if swapped or form != now:
+            self._follow(name, param, swapped=swapped)
+            self._seen[name] = weakref.ref(param), now
+
+    def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
+        """Works out what depends on the memory of a parameter; an error leaves everything as it was."""
+        raise NotImplementedError
+
+    def _ensure_state(self, name: str, param: Tensor) -> None:
+        """Makes the state of a parameter that should have one, unless :meth:`_follow` does."""
+
+    def _saved_state(self, name: str, param: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter as ``state_dict()`` gives it."""
+        return self._states[name]
+
+    def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A copy of a saved state in the form this optimizer keeps it; an error if it does not fit."""
+        raise NotImplementedError
+
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters given to the optimizer."""
+        self._bind()
+        super().zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        self._bind()
+        groups: list[dict[str, Any]] = []
+        state: dict[int, dict[str, Tensor]] = {}
+        key = 0
+        for group in self.param_groups:
+            saved = {field: value for field, value in group.items() if field != "params"}
+            groups.append({**saved, "params": list(range(key, key + len(group["params"])))})
+            for name, param in zip(group["param_names"], group["params"], strict=True):
+                if name in self._states:
+                    state[key] = self._saved_state(name, param)
+                key += 1
+        state_dict: dict[str, Any] = {"state": state, "param_groups": groups}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            state_dict = post_hook(self, state_dict) or state_dict
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise InvalidArgumentError("this is no optimizer state: pass what the optimizer's state_dict() returned")
+        self._bind()
+        groups: list[dict[str, Any]] = []
+        states: dict[str, dict[str, Tensor]] = {}
+        for group, (saved, keys) in zip(self.param_groups, self._match(state_dict["param_groups"]), strict=True):
+            saved = copy.deepcopy({field: value for field, value in saved.items() if field != "params"})
+            groups.append({**saved, "params": group["params"], "param_names": group["param_names"]})
+            check_hyperparameters(groups[-1])
+            for name, param, key in zip(group["param_names"], group["params"], keys, strict=True):
+                values = state_dict["state"].get(key)
+                if values is None and not param.requires_grad:
+                    # torch.distributed.checkpoint leaves out what does not train.
+                    states.update({name: self._states[name]} if name in self._states else {})
+                elif values is not None or name in self._states:
+                    states[name] = self._loaded_state(name, param, values or {})
+        self.param_groups, self._states = groups, states
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _match(self, saved_groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Any]]]:
+        """For each group the saved one with the same parameters, and the keys of their state in this one's order."""
+        keys_by_name = []
+        for saved in saved_groups:
+            if saved.get("mask_fingerprint") != self.defaults["mask_fingerprint"]:
+                raise MaskMismatchError("this optimizer state was saved with another mask: load the mask it belongs to")
+            keys = saved["params"]
+            # torch.distributed.checkpoint puts names in place of numbers, in an order of its own.
+            given = keys if all(isinstance(key, str) for key in keys) else saved.get("param_names", [])
+            keys_by_name.append(dict(zip(given, keys, strict=False)))
+        found = names.resolve([name for _, name, _ in self._named()], [name for keys in keys_by_name for name in keys])
+        matches = []
+        for group in self.param_groups:
+            wanted = [found.get(name) for name in group["param_names"]]
+            for saved, keys in zip(saved_groups, keys_by_name, strict=True):
+                if keys.keys() == set(wanted):
+                    matches.append((saved, [keys[name] for name in wanted]))
+                    break
+        if len(matches) != len(self.param_groups) or len(matches) != len(saved_groups):
+            raise MaskMismatchError(
+                "this optimizer state was saved for other parameters, or for the same ones in other groups: give the "
+                "optimizer the parameters and groups that it was saved with"
+            )
+        return matches
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(super().__getstate__())
+        del state["state"]
+        own = ("_mask", "_masked", "_states")
+        return {**state, **{field: self.__dict__[field] for field in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A copy has parameters of its own, to which it binds anew.
+        self.__dict__.setdefault("_seen", {})
+
+
+def form_of(param: Tensor) -> tuple[Any, ...]:
+    """What positions in a parameter's memory hold for."""
+    piece = local(param)
+    return param.shape, piece.stride(), piece.dtype, piece.device
+
+
+def settled_gradient(param: Tensor) -> Tensor:
+    """This process's part of a gradient that the parameter has, with elements where the parameter has them."""
+    grad = param.grad
+    assert grad is not None
+    if is_sharded(grad) and is_sharded(param) and grad.placements != param.placements:
+        # Tensor parallelism leaves partial sums for parameters that every process holds whole.
+        param.grad = grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
+
+
 def flat_view(param: Tensor) -> Tensor:
     """The parameter's memory as one contiguous 1-D tensor that shares its storage.
 
@@ -83,6 +260,38 @@ def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:
     flag = torch.zeros(1, dtype=torch.bool, device=param.device)
     ops.gather_([selected], [flat_like(tensor.detach(), param)], [indices], flag)
     return selected
+
+
+def held(param: Tensor, indices: Tensor) -> tuple[Places, Tensor]:
+    """Those of some elements of a parameter that this process holds.
+
+    Args:
+        param: plain or sharded.
+        indices: ascending row-major positions in the whole parameter.
+
+    Returns:
+        Their places in ``indices``, and where they lie in the memory of this process's part, in the same order.
+    """
+    shard = Shard.of(param)
+    places = shard.inside(indices)
+    return places, memory_indices(local(param), shard.to_local(indices[places]))
+
+
+def at(values: Tensor, places: Places) -> Tensor:
+    """The values at some places."""
+    return values[places.to(values.device) if isinstance(places, Tensor) else places]
+
+
+def cut(values: Tensor, before: Places, after: Places, count: int) -> Tensor | None:
+    """Of values for the places ``before``, those for the places ``after``; None if they are not among them.
+
+    ``count`` is how many places there are over all processes.
+    """
+    if isinstance(before, Tensor):
+        return values if isinstance(after, Tensor) and torch.equal(before, after) else None
+    if not isinstance(after, Tensor) and before == after:
+        return values
+    return at(values, after).clone() if before == slice(0, count) else None
 
 
 def memory_indices(param: Tensor, indices: Tensor) -> Tensor:

@@ -15,7 +15,17 @@ from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.mask import Mask
-from safekern.optim.masked import NamedParameters, by_device, flat_view, memory_indices, named_groups, overlaps_itself
+from safekern.optim.masked import (
+    NamedParameters,
+    Places,
+    by_device,
+    cut,
+    flat_view,
+    held,
+    named_groups,
+    overlaps_itself,
+)
+from safekern.sharding import local
 
 # How many protected weights of a parameter are compared before a step where torch's version counter says that it was
 # not touched since the last one: the counter does not see edits through .data or numpy. Comparing all of them would
@@ -39,6 +49,10 @@ def protect(optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters)
     parameters that torch saw written to, and at least 64 in every other; so only an edit through ``.data`` or numpy,
     and of a few weights among more, can be overwritten.
 
+    Of sharded parameters (FSDP2, tensor parallelism) each process protects, compares and restores the part it holds,
+    and speaks for that alone: an error in one process is none in the others. With accelerate, protect after
+    ``prepare()``.
+
     The protection lasts until :meth:`Protection.remove`, also when the handle is dropped. It is not part of the
     optimizer's ``state_dict()``, and copies of the optimizer (``deepcopy``, ``pickle``) are without it, as torch copies
     no hooks.
@@ -57,7 +71,7 @@ def protect(optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters)
 
     Raises:
         MaskMismatchError: the mask does not fit the parameters, or the optimizer holds none of those it names.
-        InvalidArgumentError: a masked parameter is on the meta device, quantised, sharded or overlaps itself in memory;
+        InvalidArgumentError: a masked parameter is on the meta device, quantised or overlaps itself in memory;
             or a protected weight is -0.0, NaN or infinite, which a schedule-free optimizer's swap would change.
 
     Example:
@@ -84,11 +98,18 @@ class _Saved:
     # view of the parameter is kept: it would keep the old memory alive after model.cpu().
     layout: tuple[Any, ...]
     version: int | None
+    # Of the mask's weights, those that this process holds, and where in its memory.
+    places: Places | None
     indices: Tensor
     values: Tensor
     # The few that are compared where nothing points to an edit. Cut once for many steps: over hundreds of small
     # parameters, a step is Python time.
     spots: tuple[Tensor, Tensor]
+
+    @property
+    def piece(self) -> Tensor:
+        """The part of the parameter that this process holds."""
+        return local(self.param).detach()
 
     def cut_spots(self, turn: int) -> None:
         count = self.indices.numel()
@@ -105,7 +126,7 @@ class Protection:
         self._mask = mask
         nothing = torch.empty(0, device="cpu")
         self._saved = [
-            _Saved(name, masked_name, named[name], None, (), None, nothing, nothing, (nothing, nothing))
+            _Saved(name, masked_name, named[name], None, (), None, None, nothing, nothing, (nothing, nothing))
             for masked_name, name in mask.resolve(named).items()
         ]
         self._stepping = False
@@ -135,13 +156,13 @@ class Protection:
         """Protects the values that the model has now, after other weights were loaded on purpose."""
         self._locate()
         fresh = [
-            torch.empty(saved.indices.shape, dtype=saved.param.dtype, device=saved.param.device)
+            torch.empty(saved.indices.shape, dtype=saved.piece.dtype, device=saved.piece.device)
             for saved in self._saved
         ]
-        for together in by_device([saved.param for saved in self._saved]):
+        for together in by_device(fresh):
             ops.gather_(
                 [fresh[t] for t in together],
-                [flat_view(self._saved[t].param.detach()) for t in together],
+                [flat_view(self._saved[t].piece) for t in together],
                 [self._saved[t].indices for t in together],
                 torch.zeros(len(together), dtype=torch.bool, device=fresh[together[0]].device),
             )
@@ -222,23 +243,31 @@ class Protection:
             if id(saved.param) in held:
                 g, i = held[id(saved.param)]
                 saved.place = (g, i, groups[g]["param_names"][i] if "param_names" in groups[g] else None)
-            param = saved.param
-            layout = (param.data_ptr(), param.dtype, param.shape, param.stride(), param.device)
+            piece = saved.piece
+            layout = (piece.data_ptr(), piece.dtype, saved.param.shape, piece.shape, piece.stride(), piece.device)
             if saved.layout != layout:
-                check_plain(saved.name, param)
-                if param.shape != self._mask.shapes[saved.masked_name]:
-                    raise MaskMismatchError(
-                        f"parameter {saved.name} now has the shape {tuple(param.shape)}: make a new mask"
-                    )
-                if overlaps_itself(param):
-                    raise InvalidArgumentError(
-                        f"parameter {saved.name} has overlapping memory: make it contiguous first"
-                    )
-                if saved.layout[2:] != layout[2:]:
-                    saved.indices = memory_indices(param, self._mask.compact(saved.masked_name))
-                    saved.values = saved.values.to(param.device)
-                    saved.cut_spots(0)
-                saved.layout, saved.version = layout, None
+                self._follow(saved, layout)
+
+    def _follow(self, saved: _Saved, layout: tuple[Any, ...]) -> None:
+        param, piece = saved.param, saved.piece
+        check_plain(saved.name, param, sharded=True)
+        if param.shape != self._mask.shapes[saved.masked_name]:
+            raise MaskMismatchError(f"parameter {saved.name} now has the shape {tuple(param.shape)}: make a new mask")
+        if overlaps_itself(piece):
+            raise InvalidArgumentError(f"parameter {saved.name} has overlapping memory: make it contiguous first")
+        if saved.layout[2:] != layout[2:]:
+            compact = self._mask.compact(saved.masked_name)
+            places, indices = held(param, compact)
+            values: Tensor | None = saved.values
+            if saved.places is not None:
+                values = cut(saved.values, saved.places, places, compact.numel())
+            if values is None:
+                raise ProtectionError(
+                    f"parameter {saved.name} was sharded anew: remove() this handle and protect() it anew"
+                )
+            saved.places, saved.indices, saved.values = places, indices, values.to(piece.device)
+            saved.cut_spots(0)
+        saved.layout, saved.version = layout, None
 
     def _successor(self, saved: _Saved) -> Tensor:
         """The parameter now in the place of one that the optimizer held.
@@ -274,11 +303,11 @@ class Protection:
                 compared.append((saved, everything or saved.version != saved.param._version))
             else:
                 moved.append((saved, saved.indices.numel()))
-        for together in by_device([saved.param for saved, _ in compared]):
+        for together in by_device([saved.values for saved, _ in compared]):
             batch = [compared[t] for t in together]
             places = [(saved.indices, saved.values) if whole else saved.spots for saved, whole in batch]
             counts = ops.count_changed(
-                [flat_view(saved.param.detach()) for saved, _ in batch],
+                [flat_view(saved.piece) for saved, _ in batch],
                 [indices for indices, _ in places],
                 [values for _, values in places],
             )
@@ -310,15 +339,16 @@ class Protection:
                     f"{tensor.dtype}: call handle.refresh() after changing the model's dtype; an optimizer that keeps "
                     "weights of its own in another one cannot be protected"
                 )
-        for together in by_device([tensor for tensor, _ in targets]):
+        pieces = [local(tensor).detach() for tensor, _ in targets]
+        for together in by_device(pieces):
             batch = [targets[t] for t in together]
             ops.restore_(
-                [flat_view(tensor.detach()) for tensor, _ in batch],
+                [flat_view(pieces[t]) for t in together],
                 [
                     saved.indices
-                    if tensor.stride() == saved.param.stride()
-                    else memory_indices(tensor, self._mask.compact(saved.masked_name))
-                    for tensor, saved in batch
+                    if pieces[t].stride() == saved.piece.stride()
+                    else held(tensor, self._mask.compact(saved.masked_name))[1]
+                    for t, (tensor, saved) in zip(together, batch, strict=True)
                 ],
                 [saved.values for _, saved in batch],
             )

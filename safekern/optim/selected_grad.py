@@ -2,16 +2,18 @@
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from safekern.errors import InvalidArgumentError
-from safekern.optim.masked import gather_selected
+from safekern.errors import InvalidArgumentError, StepError
+from safekern.optim.masked import by_device, gather_selected
+from safekern.sharding import local
 
 aten = torch.ops.aten
 
@@ -24,6 +26,26 @@ _IN_PLACE = (
     aten.mul_.Tensor,
     aten.zero_.default,
 )
+# The same on lists of gradients, as torch calls them for DTensors.
+_FOREACH = (
+    aten._amp_foreach_non_finite_check_and_unscale_.default,
+    aten._foreach_clamp_max_.Scalar,
+    aten._foreach_clamp_min_.Scalar,
+    aten._foreach_div_.Scalar,
+    aten._foreach_mul_.Scalar,
+    aten._foreach_mul_.Tensor,
+    aten._foreach_norm.Scalar,
+    aten._foreach_zero_.default,
+)
+# What depends on the values. Scaling does not: the mean of scaled gradients is the scaled mean.
+_READING = (
+    aten._amp_foreach_non_finite_check_and_unscale_.default,
+    aten._foreach_clamp_max_.Scalar,
+    aten._foreach_clamp_min_.Scalar,
+    aten._foreach_norm.Scalar,
+    aten.clamp_.default,
+    aten.linalg_vector_norm.default,
+)
 
 
 class SelectedGrad(Tensor):
@@ -32,25 +54,38 @@ class SelectedGrad(Tensor):
     It stands in ``param.grad`` with the parameter's shape, dtype and device, and takes 4 bytes per selected weight.
     Backward adds to it; ``zero_grad``, ``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``,
     ``torch.amp.GradScaler`` and in-place multiplication by a number act on it as on a gradient that is zero elsewhere.
-    Any other operation raises :class:`~safekern.InvalidArgumentError`.
+    Any other operation raises :class:`~safekern.InvalidArgumentError`. The gradient of a sharded parameter is a DTensor
+    whose local tensor is one of these.
 
     Attributes:
-        selected: fp32 [k], the gradient at the selected weights, in the order of the mask.
+        selected: fp32 [k], the gradient at the selected weights, in the order of the mask. With several processes that
+            each hold the whole model, it is that of this process's batches until clipping, a scaler or ``step()``
+            averages it over all.
         positions: int32 or int64 [k], where these lie in the parameter's memory.
     """
 
     selected: Tensor
     positions: Tensor
+    _before_reading: weakref.WeakMethod[Callable[[], None]] | None
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, like: Tensor, positions: Tensor, selected: Tensor) -> Self:
-        """Stands for a gradient with the shape, strides, dtype and device of ``like``."""
+    def __new__(
+        cls,
+        like: Tensor,
+        positions: Tensor,
+        selected: Tensor,
+        before_reading: weakref.WeakMethod[Callable[[], None]] | None = None,
+    ) -> Self:
+        """Stands for a gradient with the shape, strides, dtype and device of ``like``.
+
+        ``before_reading`` is called before anything that depends on the values.
+        """
         grad = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
         )
-        grad.positions, grad.selected = positions, selected
+        grad.positions, grad.selected, grad._before_reading = positions, selected, before_reading
         return grad
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
@@ -67,14 +102,18 @@ class SelectedGrad(Tensor):
         cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
-            grads, *rest = args
-            return func([grad.selected if isinstance(grad, cls) else grad for grad in grads], *rest)
         self, *others = args
+        if func in _READING:
+            for grad in self if func in _FOREACH else [self]:
+                before_reading = grad._before_reading and grad._before_reading() if isinstance(grad, cls) else None
+                if before_reading is not None:
+                    before_reading()
+        if func in _FOREACH:
+            return func([grad.selected if isinstance(grad, cls) else grad for grad in self], *others, **kwargs)
         if not isinstance(self, cls):
             raise _unsupported(func)
         if func is aten.detach.default:
-            return cls(self, self.positions, self.selected)
+            return cls(self, self.positions, self.selected, self._before_reading)
         if func is aten.linalg_vector_norm.default and not any(others[1:]):
             return func(self.selected, *others, **kwargs)
         if func is aten.add_.Tensor and isinstance(others[0], Tensor) and others[0].shape == self.shape:
@@ -98,6 +137,41 @@ def _unsupported(operation: object) -> InvalidArgumentError:
         f"{operation} does not work on a SelectedGrad: with in_backward=True, SETAdamW keeps only the selected entries "
         "of a gradient. Use its `selected` values instead, or make the optimizer without in_backward"
     )
+
+
+def average(params: Sequence[Tensor], positions: Sequence[Tensor], *, complete: bool) -> None:
+    """Makes gradients that processes selected from their own batches the mean over all of them.
+
+    One all-reduce per device. A gradient that some process lacks counts as zero there; what all lack, they lack after.
+
+    Args:
+        params: the same in every process; their gradients are ``SelectedGrad`` or None.
+        positions: of each parameter's selected weights.
+        complete: refuse gradients that some process does not have.
+    """
+    for together in by_device(params):
+        sizes = [positions[t].numel() for t in together]
+        flat = torch.zeros(sum(sizes) + len(together), dtype=torch.float32, device=params[together[0]].device)
+        *means, holders = flat.split([*sizes, len(together)])
+        for i, t in enumerate(together):
+            grad = params[t].grad
+            if isinstance(grad, SelectedGrad):
+                means[i].copy_(grad.selected)
+                holders[i] = 1
+        dist.all_reduce(flat)
+        size = dist.get_world_size()
+        flat[: sum(sizes)].div_(size)
+        for t, mean, count in zip(together, means, holders.tolist(), strict=True):
+            grad = params[t].grad
+            if complete and 0 < count < size:
+                raise StepError(
+                    "a parameter received a gradient in some processes only, so that these would not agree on how to "
+                    "clip or unscale it: use the optimizer's clip_grad_norm_"
+                )
+            if isinstance(grad, SelectedGrad):
+                grad.selected = mean
+            elif count:
+                params[t].grad = SelectedGrad(params[t], positions[t], mean)
 
 
 class GradientHooks:
@@ -143,5 +217,5 @@ class GradientHooks:
 def _release(ref: weakref.ref[Tensor], handle: RemovableHandle) -> None:
     handle.remove()
     param = ref()
-    if param is not None and isinstance(param.grad, SelectedGrad):
+    if param is not None and param.grad is not None and isinstance(local(param.grad), SelectedGrad):
         param.grad = None

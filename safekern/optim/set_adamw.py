@@ -1,63 +1,75 @@
 """SETAdamW: AdamW on the selected weights only, with state for those only."""
 
-import copy
 import math
-from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
 
-from safekern import names, ops
+from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
 from safekern.mask import Mask
 from safekern.optim.masked import (
+    MaskedOptimizer,
     NamedParameters,
+    Places,
+    at,
     by_device,
     check_hyperparameters,
     check_strided,
     count_step,
+    cut,
     flat_like,
     flat_view,
     gather_selected,
-    memory_indices,
+    held,
     named_groups,
     overlaps_itself,
+    settled_gradient,
 )
-from safekern.optim.selected_grad import GradientHooks, SelectedGrad
+from safekern.optim.selected_grad import GradientHooks, SelectedGrad, average
+from safekern.sharding import Processes, Shard, is_sharded, like, local
 
 _COMPACT = ("exp_avg", "exp_avg_sq", "master")
-
-_Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
-    """Where a parameter's selected weights lie in its memory, and the form of the parameter that this holds for."""
+    """The selected weights of a parameter that this process holds.
 
+    Attributes:
+        places: which of the mask's they are, in its order.
+        indices: where they lie in the memory of this process's part.
+        owner: whether this process speaks for them, where several hold the same.
+        dtype: of the parameter.
+    """
+
+    places: Places
     indices: Tensor
-    form: _Form
+    owner: bool
+    dtype: torch.dtype
 
 
 @dataclass(slots=True)
 class _Target:
-    """A masked parameter that received a gradient."""
+    """A masked parameter that received a gradient: this process's parts of both."""
 
     name: str
     group: dict[str, Any]
     param: Tensor
+    piece: Tensor
     grad: Tensor
-    indices: Tensor
+    selection: _Selection
     state: dict[str, Tensor]
 
 
-class SETAdamW(Optimizer):
+class SETAdamW(MaskedOptimizer):
     """AdamW that updates only the weights of a mask, in place; every other weight stays bit-identical.
 
     Safety Enhancement Tuning (arXiv 2604.08297): AdamW (arXiv 1711.05101) on the top 1% by ESI. State per selected
@@ -82,11 +94,21 @@ class SETAdamW(Optimizer):
             ``param.grad`` is then a :class:`~safekern.optim.selected_grad.SelectedGrad` of 4 bytes per selected weight,
             on which micro-batches add up in fp32, and ``zero_grad``, clipping (by the norm over the selected entries)
             and ``torch.amp.GradScaler`` work as usual. With a model compiled as a whole, the gradients of a compiled
-            backward live until it ends; compile its layers one by one to keep the saving.
+            backward live until it ends; compile its layers one by one to keep the saving. In several processes that
+            each hold the whole model, ``step()`` averages the selected entries over all of them, which then see batches
+            of their own without DistributedDataParallel; with it, see
+            :func:`safekern.integrations.leave_to_set`.
+
+    Parameters may be sharded (FSDP2's ``fully_shard``, tensor parallelism): make the optimizer afterwards. Each process
+    keeps the state of the selected weights it holds; ``step()``, ``clip_grad_norm_``, ``state_dict()`` are then called
+    by all processes together, a step is refused in all or in none, and it costs one all-reduce of a number per masked
+    parameter. ``Accelerator.prepare`` and the Trainer shard a model after the optimizer was made, and put the new
+    parameters into it: it follows at its next use. So with ``in_backward`` the first gradients stay dense, unless
+    ``zero_grad()`` is called before.
 
     Raises:
-        InvalidArgumentError: a hyperparameter out of range; a parameter without a name, given twice, or not a plain
-            tensor; ``in_backward`` in one of several processes.
+        InvalidArgumentError: a hyperparameter out of range; a parameter without a name, given twice, quantised or on
+            the meta device.
         MaskMismatchError: the mask does not fit, or selects nothing that trains.
 
     Example:
@@ -109,41 +131,20 @@ class SETAdamW(Optimizer):
         master_weights: bool = True,
         in_backward: bool = False,
     ) -> None:
-        if in_backward and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise InvalidArgumentError(
-                "in_backward=True does not work with several processes yet: DistributedDataParallel would average "
-                "gradients that were freed, and the processes would part company. Leave it out"
-            )
-        groups = named_groups(named_parameters)
-        named = {name: param for group in groups for name, param in group["params"]}
-        given = mask.resolve(named)
-        if not any(named[name].requires_grad for name in given.values()):
+        self._master_weights = master_weights
+        self._selections: dict[str, _Selection] = {}
+        self._hooks: GradientHooks | None = None
+        # Whether clipping has averaged the gradients of processes with batches of their own, for step() to come.
+        self._averaged = False
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(named_groups(named_parameters), mask, defaults)
+        if not any(param.requires_grad for _, name, param in self._named() if name in self._masked):
             raise MaskMismatchError(
                 "the mask selects no weight that trains: all its parameters have requires_grad=False"
             )
-        for name in given.values():
-            check_plain(name, named[name])
-            if overlaps_itself(named[name]):
-                raise InvalidArgumentError(f"parameter {name} has overlapping memory: make it contiguous first")
-        self._master_weights = master_weights
-        self._selections = {
-            name: _Selection(memory_indices(named[name], mask.compact(masked)), _form(named[name]))
-            for masked, name in given.items()
-        }
-        # State is kept by name, since tools that shard or wrap a model put other tensors into `param_groups` later.
-        self._bound: dict[str, Tensor] = {}
-        self._hooks: GradientHooks | None = None
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "mask_fingerprint": mask.fingerprint,
-        }
-        super().__init__(groups, defaults)
-        # Last, so that an optimizer that could not be made hooks nothing.
-        self._hooks = GradientHooks(self._collect) if in_backward else None
-        self._bind()
+        if in_backward:
+            # Last, so that an optimizer that could not be made hooks nothing.
+            self._place_hooks()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters that no mask refers to: their gradients are cleared with the others.
@@ -162,91 +163,161 @@ class SETAdamW(Optimizer):
         super().add_param_group({"param_names": [], **group})
         self._bind()
 
+    @_disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters given to the optimizer."""
+        self._averaged = False
+        super().zero_grad(set_to_none)
+
+    def _place_hooks(self) -> None:
+        self._hooks = GradientHooks(self._collect)
+        for _, name, param in self._named():
+            self._hooks.place(name, param)
+
     @torch.no_grad()
-    def _bind(self) -> None:
-        """Follows parameters that were replaced in ``param_groups`` or moved, and gives state to those without.
+    def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
+        if name in self._masked:
+            selection = self._select(name, param)
+            state = self._moved_state(name, param, selection, swapped)
+            self._selections[name], self._states[name] = selection, state
+        else:
+            # Strict checkpoint loaders want an entry for every parameter: those outside the mask have a step too.
+            self._states.setdefault(name, {"step": torch.tensor(0.0, device="cpu")})
+        if self._hooks is not None:
+            self._hooks.place(name, param)
 
-        State is made here and not at the first step because checkpoint loaders ask for it before any step was taken.
-        """
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                before = self._bound.setdefault(name, param)
-                if before is not param:
-                    self._bound[name] = param
-                    self.state[param] = self.state.pop(before, {})
-                if self._hooks is not None:
-                    self._hooks.place(name, param)
-                state = self.state[param]
-                if not state:
-                    state.update(self._initial_state(name, param))
-                elif "exp_avg" in state and state["exp_avg"].device != param.device:
-                    state.update({field: state[field].to(param.device) for field in _COMPACT if field in state})
+    def _select(self, name: str, param: Tensor) -> _Selection:
+        masked, piece = self._masked[name], local(param)
+        check_plain(name, param, sharded=True)
+        if param.shape != self._mask.shapes[masked]:
+            raise StepError(f"parameter {name} now has the shape {tuple(param.shape)}: make a new mask and optimizer")
+        if overlaps_itself(piece):
+            raise InvalidArgumentError(f"parameter {name} has overlapping memory: make it contiguous first")
+        places, indices = held(param, self._mask.compact(masked))
+        return _Selection(places, indices, Shard.of(param).owner, piece.dtype)
 
-    def _initial_state(self, name: str, param: Tensor) -> dict[str, Tensor]:
-        # Strict checkpoint loaders want an entry for every parameter: those outside the mask have a step too.
-        state = {"step": torch.tensor(0.0, device="cpu")}
-        if name in self._selections:
-            indices = self._indices(name, param)
-            state["exp_avg"] = torch.zeros(indices.numel(), dtype=torch.float32, device=param.device)
-            state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-            if self._master_weights and param.element_size() == 2:
-                state["master"] = gather_selected(param, param, indices)
-        return state
-
-    def _indices(self, name: str, param: Tensor) -> Tensor:
-        selection = self._selections[name]
-        if selection.form != _form(param):
+    def _moved_state(self, name: str, param: Tensor, new: _Selection, swapped: bool) -> dict[str, Tensor]:
+        """The state of a parameter, cut down to the weights that this process still holds, and where they are now."""
+        state, old = self._states.get(name), self._selections.get(name)
+        if state is None or old is None or (swapped and not state["step"]):
+            # Made here and not at the first step: checkpoint loaders ask for it before any step was taken.
+            return self._initial_state(local(param), new)
+        if old.dtype != new.dtype:
             raise StepError(
-                f"parameter {name} has another shape, layout or dtype than when the optimizer was made: make the "
+                f"parameter {name} is in {new.dtype}, and was in {old.dtype} when the optimizer was made: make the "
                 "optimizer after the model was converted"
             )
-        if selection.indices.device != param.device:
-            selection = self._selections[name] = replace(selection, indices=selection.indices.to(param.device))
-        return selection.indices
+        count, moved = self._mask.compact(self._masked[name]).numel(), {"step": state["step"]}
+        for field in [field for field in _COMPACT if field in state]:
+            value = cut(state[field], old.places, new.places, count)
+            if value is None:
+                raise StepError(
+                    f"parameter {name} was sharded anew: keep the state_dict(), make an optimizer for the new "
+                    "parameters and load it there"
+                )
+            moved[field] = value.to(param.device)
+        return moved
+
+    def _initial_state(self, piece: Tensor, selection: _Selection) -> dict[str, Tensor]:
+        state = {"step": torch.tensor(0.0, device="cpu")}
+        state["exp_avg"] = torch.zeros(selection.indices.numel(), dtype=torch.float32, device=piece.device)
+        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if self._master_weights and piece.element_size() == 2:
+            state["master"] = gather_selected(piece, piece, selection.indices)
+        return state
 
     @torch.no_grad()
     def _collect(self, name: str, param: Tensor) -> None:
         """Replaces a gradient that is ready by its selected entries, inside backward."""
+        self._averaged = False
         grad = param.grad
-        if grad is None or self._is_mine(name, grad):
+        if grad is None:
+            return
+        self._bind_one(name, param)
+        if self._is_mine(name, grad):
             return
         if grad.requires_grad:
             raise StepError("in_backward=True frees the gradients that backward(create_graph=True) is to keep")
-        check_strided(name, grad)
-        param.grad = None
-        if name in self._selections:
-            indices = self._indices(name, param)
-            param.grad = SelectedGrad(param, indices, gather_selected(grad, param, indices))
+        check_strided(name, local(grad))
+        if name not in self._masked:
+            param.grad = None
+        elif not (is_sharded(grad) and is_sharded(param)) or grad.placements == param.placements:
+            # Gradients of other placements are partial sums: step() adds them up, as a hook must not communicate.
+            param.grad = None
+            piece, indices = local(param), self._selections[name].indices
+            read = weakref.WeakMethod(self._average_to_read) if self._averages(param) else None
+            selected = SelectedGrad(piece, indices, gather_selected(local(grad), piece, indices), read)
+            param.grad = like(grad, selected)
 
     def _is_mine(self, name: str, grad: Tensor) -> bool:
         """Whether it holds the entries that this optimizer selects; another optimizer's are of no use here."""
-        if not isinstance(grad, SelectedGrad):
+        piece = local(grad)
+        if not isinstance(piece, SelectedGrad):
             return False
-        if name not in self._selections or grad.positions is not self._selections[name].indices:
+        if name not in self._selections or piece.positions is not self._selections[name].indices:
             raise StepError(
                 f"the gradient of parameter {name} was already reduced to the entries that another optimizer selects: "
                 "give a parameter to one optimizer with in_backward=True, and no other"
             )
         return True
 
+    def _averages(self, param: Tensor) -> bool:
+        """Whether this process has a gradient of its own, from its own batches, of a parameter that all hold whole."""
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return several and self._hooks is not None and not is_sharded(param)
+
+    def _average(self, *, complete: bool = False) -> None:
+        mine = [(name, param) for _, name, param in self._named() if name in self._masked and self._averages(param)]
+        if self._averaged or not mine:
+            return
+        for name, param in mine:
+            if param.grad is not None and not self._is_mine(name, param.grad):
+                raise StepError(
+                    f"parameter {name} has a dense gradient, where in_backward=True keeps its selected entries only: "
+                    "DistributedDataParallel writes one back. Call safekern.integrations.leave_to_set(model, mask) "
+                    "before wrapping the model, or do not wrap it: the optimizer averages over the processes"
+                )
+        average([param for _, param in mine], [self._selections[name].indices for name, _ in mine], complete=complete)
+        self._averaged = True
+
+    def _average_to_read(self) -> None:
+        """Before torch's own clipping or a scaler looks at gradients that other processes have other values of."""
+        if torch._C._current_graph_task_id() != -1:
+            raise StepError("gradients of several processes cannot be read in a hook of backward: read them after it")
+        self._average(complete=True)
+
     def _targets(self) -> list[_Target]:
         self._bind()
+        self._average()
         targets = []
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                if name not in self._selections or param.grad is None:
-                    continue
-                indices = self._indices(name, param)
-                grad = param.grad
+        for group, name, param in self._named():
+            if name in self._masked and param.grad is not None:
+                grad = settled_gradient(param)
                 if not self._is_mine(name, grad):
                     check_strided(name, grad)
-                targets.append(_Target(name, group, param, grad, indices, self.state[param]))
-        if not targets:
-            raise StepError(
-                "no selected weight received a gradient: call backward() first, and check that the mask's parameters "
-                "are part of the loss and have requires_grad=True"
-            )
+                selection, state = self._selections[name], self._states[name]
+                targets.append(_Target(name, group, param, local(param), grad, selection, state))
         return targets
+
+    def _processes(self) -> Processes:
+        """Those that hold parts of the masked parameters."""
+        return Processes.of([param for _, name, param in self._named() if name in self._masked])
+
+    def _agree(self, targets: list[_Target], bad: list[str]) -> None:
+        """Refuses a step in every process that takes part in it, or in none."""
+        count, names = len(targets), list(self._masked)
+        processes = self._processes()
+        if processes.size > 1:
+            votes = torch.tensor([count, *(name in bad for name in names)], dtype=torch.int32, device="cpu")
+            count, *flags = processes.total(votes).tolist()
+            bad = [name for name, flag in zip(names, flags, strict=True) if flag]
+        if not count:
+            raise _no_gradient()
+        if bad:
+            raise NonFiniteError(
+                f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity at "
+                "selected weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
+            )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -259,23 +330,26 @@ class SETAdamW(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimization step.
 
+        With sharded parameters, or several processes and ``in_backward``, all processes call it together.
+
         Args:
             closure: recomputes the loss and the gradients.
 
         Raises:
-            StepError: no selected weight received a gradient.
-            NonFiniteError: a selected gradient is NaN or infinite. Nothing was changed.
+            StepError: no selected weight received a gradient, in any process.
+            NonFiniteError: a selected gradient is NaN or infinite, in any process. Nothing was changed in any.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         targets = self._targets()
-        grads, nonfinite = _selected_gradients(targets)
-        _check_finite(targets, grads, nonfinite)
+        self._averaged = False
+        grads, flags = _selected_gradients(targets)
+        self._agree(targets, _not_finite(targets, grads, flags))
         launches: dict[tuple[int, torch.device], list[int]] = {}
         for i, target in enumerate(targets):
-            launches.setdefault((id(target.group), target.param.device), []).append(i)
+            launches.setdefault((id(target.group), target.piece.device), []).append(i)
         for members in launches.values():
             _update([targets[i] for i in members], [grads[i] for i in members])
         return loss
@@ -285,7 +359,9 @@ class SETAdamW(Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients of the selected weights so that their norm is at most ``max_norm``.
 
-        ``torch.nn.utils.clip_grad_norm_`` would measure all weights, most of which this optimizer does not update.
+        ``torch.nn.utils.clip_grad_norm_`` would measure all weights, most of which this optimizer does not update. With
+        sharded parameters, or several processes and ``in_backward``, all processes call it together, and the norm is
+        that over all of them.
 
         Returns:
             The norm before clipping, a 0-d fp32 tensor.
@@ -298,97 +374,101 @@ class SETAdamW(Optimizer):
             raise InvalidArgumentError(f"max_norm must be at least 0, got {max_norm}")
         targets = self._targets()
         grads, _ = _selected_gradients(targets)
-        norms = [norm.to(grads[0].device) for norm in torch._foreach_norm(grads)]
+        processes = self._processes()
+        alone = processes.size == 1
+        mine = [grad for target, grad in zip(targets, grads, strict=True) if alone or target.selection.owner]
+        device = grads[0].device if grads else torch.device("cpu")
+        norms = [norm.to(device) for norm in torch._foreach_norm(mine)] if mine else [torch.zeros((), device=device)]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        if not alone:
+            norm = processes.total(norm.double().square()).sqrt().float()
+        if not targets:
+            raise _no_gradient()
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
         for target, grad in zip(targets, grads, strict=True):
             grad.mul_(scale.to(grad.device))
             if isinstance(target.grad, SelectedGrad):
                 continue
-            if target.grad.stride() == target.param.stride():
-                flat_view(target.grad).index_copy_(0, target.indices.long(), grad.to(target.grad.dtype))
+            if target.grad.stride() == target.piece.stride():
+                flat_view(target.grad).index_copy_(0, target.selection.indices.long(), grad.to(target.grad.dtype))
             else:
                 target.grad.mul_(scale.to(grad.device))
         return norm
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state, as ``torch.optim.Optimizer.state_dict``: tensors and plain values only.
 
         Per selected weight the fp32 state, in the mask's order; the mask itself is not in it, only its fingerprint.
+        State of sharded parameters is put together from all processes, on the CPU, the same in each, so that it can be
+        loaded whatever the number of processes then: all have to call this together.
         """
-        self._bind()
         return super().state_dict()
+
+    def _saved_state(self, name: str, param: Tensor) -> dict[str, Tensor]:
+        state, processes = self._states[name], self._processes()
+        if processes.size == 1 or name not in self._masked:
+            return state
+        # All on the CPU, or torch.distributed.checkpoint would find state on two devices.
+        compact = {field: state[field].cpu() for field in _COMPACT if field in state}
+        if is_sharded(param):
+            selection, count = self._selections[name], self._mask.compact(self._masked[name]).numel()
+            for field, value in compact.items():
+                # As integers, one of which is not zero: adding them up keeps every bit, also that of -0.0.
+                whole = torch.zeros(count, dtype=torch.int32, device="cpu")
+                if selection.owner:
+                    whole[selection.places] = value.view(torch.int32)
+                compact[field] = processes.total(whole).view(torch.float32)
+        return {"step": state["step"], **compact}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what ``state_dict()`` returned for an optimizer with the same mask and groups of parameters.
 
-        Parameters are matched by name, in any order. The next step equals that of the uninterrupted run bit for bit:
-        fp32 state stays fp32 where torch's own loading would cast it to the parameter's dtype.
+        Parameters are matched by name, in any order, and each process takes the part of the state that it needs,
+        however many there are now and were then. The next step equals that of the uninterrupted run bit for bit: fp32
+        state stays fp32 where torch's own loading would cast it to the parameter's dtype.
 
         Raises:
             InvalidArgumentError: not the state of an optimizer.
             MaskMismatchError: the state belongs to another mask or to other parameters. Nothing was changed.
         """
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = pre_hook(self, state_dict)
-            state_dict = state_dict if replaced is None else replaced
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise InvalidArgumentError("this is no optimizer state: pass what the optimizer's state_dict() returned")
-        self._bind()
-        groups: list[dict[str, Any]] = []
-        state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        for group, (saved, keys) in zip(self.param_groups, self._match(state_dict["param_groups"]), strict=True):
-            for name, param, key in zip(group["param_names"], group["params"], keys, strict=True):
-                state[param] = _restored(name, state_dict["state"].get(key, {}), self.state[param])
-            saved = copy.deepcopy({field: value for field, value in saved.items() if field != "params"})
-            groups.append({**saved, "params": group["params"], "param_names": group["param_names"]})
-            check_hyperparameters(groups[-1])
-        self.__setstate__({"state": state, "param_groups": groups})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        super().load_state_dict(state_dict)
 
-    def _match(self, saved_groups: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Any]]]:
-        """For each group the saved one with the same parameters, and the keys of their state in this one's order."""
-        keys_by_name = []
-        for saved in saved_groups:
-            if saved.get("mask_fingerprint") != self.defaults["mask_fingerprint"]:
-                raise MaskMismatchError("this optimizer state was saved with another mask: load the mask it belongs to")
-            keys = saved["params"]
-            # torch.distributed.checkpoint puts names in place of numbers, in an order of its own.
-            given = keys if all(isinstance(key, str) for key in keys) else saved.get("param_names", [])
-            keys_by_name.append(dict(zip(given, keys, strict=False)))
-        found = names.resolve(self._bound, [name for keys in keys_by_name for name in keys])
-        matches = []
-        for group in self.param_groups:
-            wanted = [found.get(name) for name in group["param_names"]]
-            for saved, keys in zip(saved_groups, keys_by_name, strict=True):
-                if keys.keys() == set(wanted):
-                    matches.append((saved, [keys[name] for name in wanted]))
-                    break
-        if len(matches) != len(self.param_groups) or len(matches) != len(saved_groups):
-            raise MaskMismatchError(
-                "this optimizer state was saved for other parameters, or for other groups of them: give the optimizer "
-                "the parameters and groups that it was saved with"
-            )
-        return matches
+    def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+        count = self._mask.compact(self._masked[name]).numel() if name in self._masked else 0
+        loaded = {}
+        for field, current in self._states[name].items():
+            value, shape = saved.get(field), () if field == "step" else (count,)
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise MaskMismatchError(
+                    f"the saved state of parameter {name} has no {field} that fits: it was saved for other parameters, "
+                    "or with another dtype or master_weights"
+                )
+            mine = value if field == "step" else at(value, self._selections[name].places)
+            loaded[field] = mine.to(current.device, current.dtype, copy=True)
+        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {field: self.__dict__[field] for field in ("_bound", "_master_weights", "_selections")}
+        own = {field: self.__dict__[field] for field in ("_averaged", "_master_weights", "_selections")}
         return {**super().__getstate__(), **own, "in_backward": self._hooks is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        in_backward = state.pop("in_backward", None)
+        in_backward = state.pop("in_backward")
         super().__setstate__(state)
-        if in_backward is not None:
-            # A copy collects from its own parameters.
-            self._hooks = GradientHooks(self._collect) if in_backward else None
+        self._hooks = None
         self._bind()
+        if in_backward:
+            # A copy collects from its own parameters.
+            self._place_hooks()
 
 
-def _form(param: Tensor) -> _Form:
-    return param.shape, param.stride(), param.dtype
+def _no_gradient() -> StepError:
+    return StepError(
+        "no selected weight received a gradient: call backward() first, and check that the mask's parameters are part "
+        "of the loss, have requires_grad=True and are still the model's: make the optimizer after fully_shard(), or "
+        "what else puts other parameters into a model"
+    )
 
 
 def _selected_gradients(targets: list[_Target]) -> tuple[list[Tensor], list[tuple[list[int], Tensor]]]:
@@ -403,19 +483,19 @@ def _selected_gradients(targets: list[_Target]) -> tuple[list[Tensor], list[tupl
         if not dense:
             continue
         device = grads[dense[0]].device
-        sizes = [targets[i].indices.numel() for i in dense]
-        srcs = [flat_like(grads[i], targets[i].param) for i in dense]
+        sizes = [targets[i].selection.indices.numel() for i in dense]
+        srcs = [flat_like(grads[i], targets[i].piece) for i in dense]
         outs = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
         flags = torch.zeros(len(dense), dtype=torch.bool, device=device)
-        ops.gather_(outs, srcs, [targets[i].indices for i in dense], flags)
+        ops.gather_(outs, srcs, [targets[i].selection.indices for i in dense], flags)
         nonfinite.append((dense, flags))
         for i, out in zip(dense, outs, strict=True):
             grads[i] = out
     return grads, nonfinite
 
 
-def _check_finite(targets: list[_Target], grads: list[Tensor], nonfinite: list[tuple[list[int], Tensor]]) -> None:
-    # At one read per device.
+def _not_finite(targets: list[_Target], grads: list[Tensor], nonfinite: list[tuple[list[int], Tensor]]) -> list[str]:
+    """The parameters whose selected gradients hold NaN or infinity, at one read per device."""
     bad = [i for dense, flags in nonfinite for i, flag in zip(dense, flags.tolist(), strict=True) if flag]
     reduced = [i for i, target in enumerate(targets) if isinstance(target.grad, SelectedGrad)]
     for together in by_device([grads[i] for i in reduced]):
@@ -424,12 +504,7 @@ def _check_finite(targets: list[_Target], grads: list[Tensor], nonfinite: list[t
         norms = torch.stack(torch._foreach_norm([grads[i] for i in members]))
         suspects = [i for i, finite in zip(members, norms.isfinite().tolist(), strict=True) if not finite]
         bad += [i for i in suspects if not grads[i].isfinite().all()]
-    if bad:
-        names = [targets[i].name for i in sorted(bad)]
-        raise NonFiniteError(
-            f"the gradient of {', '.join(names[:3])}{' and others' if len(names) > 3 else ''} holds NaN or infinity at "
-            "selected weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
-        )
+    return [targets[i].name for i in sorted(bad)]
 
 
 def _update(targets: list[_Target], grads: list[Tensor]) -> None:
@@ -439,9 +514,9 @@ def _update(targets: list[_Target], grads: list[Tensor]) -> None:
     steps = [int(target.state["step"]) + 1 for target in targets]
     none = torch.empty(0, device=grads[0].device)
     ops.set_adamw_(
-        [flat_view(target.param) for target in targets],
+        [flat_view(target.piece) for target in targets],
         grads,
-        [target.indices for target in targets],
+        [target.selection.indices for target in targets],
         [target.state["exp_avg"] for target in targets],
         [target.state["exp_avg_sq"] for target in targets],
         [target.state.get("master", none) for target in targets],
@@ -455,14 +530,3 @@ def _update(targets: list[_Target], grads: list[Tensor]) -> None:
     # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
     torch.autograd.graph.increment_version([target.param for target in targets])
     count_step([target.state for target in targets])
-
-
-def _restored(name: str, saved: dict[str, Any], current: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the saved tensors in the form of the current ones."""
-    for field, tensor in current.items():
-        if not isinstance(saved.get(field), Tensor) or saved[field].shape != tensor.shape:
-            raise MaskMismatchError(
-                f"the saved state of parameter {name} has no {field} that fits: it was saved for other parameters, or "
-                "with another dtype or master_weights"
-            )
-    return {field: saved[field].to(tensor.device, tensor.dtype, copy=True) for field, tensor in current.items()}

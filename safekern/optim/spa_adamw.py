@@ -1,61 +1,56 @@
 """SPAAdamW: AdamW on everything except the weights of a mask."""
 
-import copy
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from safekern import names, ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
 from safekern.mask import Mask
 from safekern.optim.masked import (
+    MaskedOptimizer,
     NamedParameters,
+    by_device,
     check_hyperparameters,
     check_strided,
     count_step,
     flat_like,
     flat_view,
-    memory_indices,
+    held,
     named_groups,
     overlaps_itself,
+    settled_gradient,
 )
+from safekern.sharding import is_sharded, local, part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, slots=True)
-class _Binding:
-    """A parameter as it lay in memory when the positions of its protected weights were worked out."""
-
-    param: Tensor
-    layout: tuple[Any, ...]
-    protected: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class _Target:
-    """A parameter of one step."""
+    """A parameter of one step: this process's parts of it and of what belongs to it."""
 
     param: Tensor
+    piece: Tensor
     grad: Tensor
     protected: Tensor
     state: dict[str, Tensor]
 
 
-class SPAAdamW(Optimizer):
+class SPAAdamW(MaskedOptimizer):
     """AdamW on everything except the weights of a mask, which stay bit-identical.
 
     Safety Preserving Adaptation (arXiv 2604.08297): fine-tuning with the top 1% by ESI frozen. One pass over the
     weights, which are updated as ``torch.optim.AdamW`` updates them (arXiv 1711.05101) with arithmetic in fp32, or fp64
     for fp64 parameters. Parameters outside the mask are trained whole; those with ``requires_grad=False`` are ignored.
     The moments of protected weights are kept like all others, so that a mask costs no time and no layout of its own.
+    Parameters may be sharded (FSDP2's ``fully_shard``, tensor parallelism), before or after the optimizer is made by
+    tools that swap its parameters, such as accelerate; the moments are sharded as they are.
 
     Args:
         named_parameters: ``model.named_parameters()``, or parameter groups whose ``"params"`` are (name, parameter)
@@ -96,26 +91,16 @@ class SPAAdamW(Optimizer):
             raise InvalidArgumentError(
                 f"state_dtype must be torch.float32, or None for the parameters' dtype, got {state_dtype}"
             )
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "mask_fingerprint": mask.fingerprint,
-        }
-        self._mask = mask
         self._state_dtype = state_dtype
-        self._bindings: dict[str, _Binding] = {}
-        groups = named_groups(named_parameters)
-        named = {name: param for group in groups for name, param in group["params"]}
-        # The name in the mask of each parameter that has protected weights.
-        self._masked = {given: masked for masked, given in mask.resolve(named).items()}
-        if not any(named[name].requires_grad for name in self._masked):
+        # Where in the memory of this process's part of a parameter its protected weights lie.
+        self._protected: dict[str, Tensor] = {}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(named_groups(named_parameters), mask, defaults)
+        if not any(param.requires_grad for _, name, param in self._named() if name in self._masked):
             raise MaskMismatchError(
                 "the mask protects no weight that trains: all its parameters have requires_grad=False (their weights "
                 "are safe from this optimizer without it)"
             )
-        super().__init__(groups, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters to train, which the mask does not cover.
@@ -131,11 +116,7 @@ class SPAAdamW(Optimizer):
         if pairs:
             named_groups([{"params": pairs}])
         check_hyperparameters({**self.defaults, **param_group})
-        given = {
-            param: name
-            for group in self.param_groups
-            for name, param in zip(group["param_names"], group["params"], strict=True)
-        }
+        given = {param: name for _, name, param in self._named()}
         taken, meant = set(given.values()), {names.canonical(name) for name in self._masked}
         for name, param in pairs:
             if name in taken or param in given:
@@ -151,36 +132,34 @@ class SPAAdamW(Optimizer):
         super().add_param_group({**param_group, "params": pairs} if pairs else {**param_group, "param_names": []})
         self._bind()
 
-    def _bind(self) -> None:
-        """Finds where in memory the protected weights lie, and makes the state of parameters that have none.
-
-        Repeated before every use: after the optimizer was made, parameters are unfrozen, moved, laid out anew, or
-        swapped for others of the same name (by accelerate).
-        """
-        for group in self.param_groups:
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                layout = (param.shape, param.stride(), param.dtype, param.device, param.requires_grad)
-                bound = self._bindings.get(name)
-                if bound is None or bound.param is not param or bound.layout != layout:
-                    self._bindings[name] = self._binding(name, param, layout, bound)
-
-    def _binding(self, name: str, param: Tensor, layout: tuple[Any, ...], before: _Binding | None) -> _Binding:
+    def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
         if param.requires_grad or name in self._masked:
             _check_usable(name, param)
-        if before is not None and before.layout[0] != param.shape:
-            raise MaskMismatchError(
-                f"parameter {name} changed its shape from {tuple(before.layout[0])} to {tuple(param.shape)}: "
-                "make a new mask and optimizer"
-            )
-        if before is not None and before.param is not param and before.param in self.state:
-            self.state[param] = self.state.pop(before.param)
-        if param.requires_grad and param not in self.state:
-            # Made here and not at the first step: checkpoint loaders ask for the state before any step was taken.
-            self.state[param] = self._state_of(param, {})
         if name not in self._masked:
-            return _Binding(param, layout, torch.empty(0, dtype=torch.int32, device=param.device))
-        protected = memory_indices(param, self._mask.compact(self._masked[name]))
-        return _Binding(param, layout, protected if param.is_contiguous() else protected.sort().values)
+            self._protected[name] = torch.empty(0, dtype=torch.int32, device=param.device)
+            return
+        indices, shape = self._mask.compact(self._masked[name]), self._mask.shapes[self._masked[name]]
+        if param.shape != shape:
+            raise MaskMismatchError(
+                f"parameter {name} changed its shape from {tuple(shape)} to {tuple(param.shape)}: make a new mask and "
+                "optimizer"
+            )
+        _, protected = held(param, indices)
+        self._protected[name] = protected if local(param).is_contiguous() else protected.sort().values
+
+    @torch.no_grad()
+    def _ensure_state(self, name: str, param: Tensor) -> None:
+        """Makes or lays out anew what :meth:`step` needs of a parameter that trains.
+
+        Not before the first step or the first look at the state: a model that is sharded after the optimizer was made
+        need not have room for the moments of the whole.
+        """
+        if not param.requires_grad:
+            return
+        state = self._states.get(name)
+        if state is None or not all(_lies_like(state[moment], param) for moment in _MOMENTS):
+            _check_usable(name, param)
+            self._states[name] = self._state_of(param, state or {})
 
     def _state_of(self, param: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that lies in memory as the parameter does, with these values or zeros."""
@@ -188,20 +167,19 @@ class SPAAdamW(Optimizer):
         for moment in _MOMENTS:
             state[moment] = torch.zeros_like(param, dtype=self._state_dtype or param.dtype, requires_grad=False)
             if moment in values:
-                state[moment].copy_(values[moment])
+                local(state[moment]).copy_(part(values[moment], param))
         return state
 
     def _targets(self, group: dict[str, Any]) -> Iterator[_Target]:
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if param.grad is None or not param.requires_grad:
                 continue
-            check_strided(name, param.grad)
-            if not all(_lies_like(self.state[param][moment], param) for moment in _MOMENTS):
-                self.state[param] = self._state_of(param, self.state[param])
-            grad = param.grad.detach()
-            if grad.dtype not in (param.dtype, torch.float32):
-                grad = grad.to(param.dtype)
-            yield _Target(param, grad, self._bindings[name].protected, self.state[param])
+            check_strided(name, local(param.grad))
+            self._ensure_state(name, param)
+            piece, grad = local(param).detach(), settled_gradient(param).detach()
+            if grad.dtype not in (piece.dtype, torch.float32):
+                grad = grad.to(piece.dtype)
+            yield _Target(param, piece, grad, self._protected[name], self._states[name])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -231,95 +209,56 @@ class SPAAdamW(Optimizer):
                 "parameters are part of the loss"
             )
         for group, targets in work:
-            for device in dict.fromkeys(target.param.device for target in targets):
-                _update(group, [target for target in targets if target.param.device == device])
+            for together in by_device([target.piece for target in targets]):
+                _update(group, [targets[t] for t in together])
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, with the parameters' names and the mask's fingerprint: tensors and plain types only."""
-        self._bind()
+        """The state, with the parameters' names and the mask's fingerprint: tensors and plain types only.
+
+        The moments of a sharded parameter are sharded as it is, which ``torch.distributed.checkpoint`` saves, and loads
+        into any other sharding.
+        """
         return super().state_dict()
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what ``state_dict()`` returned for an optimizer with the same mask.
 
         Parameters are matched by name, whatever their order. The next step equals that of the uninterrupted run bit for
-        bit: moments keep their dtype, where torch's own loading would cast them to the parameter's.
+        bit: moments keep their dtype, where torch's own loading would cast them to the parameter's. Whole moments are
+        cut down to the part of a sharded parameter that this process holds.
 
         Raises:
             MaskMismatchError: the state belongs to another mask or to other parameters. Nothing was changed.
             InvalidArgumentError: the state has fp32 moments, which this optimizer would round. Nothing was changed.
         """
-        self._bind()
-        state_dict = state_dict.copy()
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
-        groups, state = self._matched(state_dict)
-        self.__setstate__({"param_groups": groups, "state": state})
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        super().load_state_dict(state_dict)
 
-    def _matched(self, state_dict: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Tensor]]]:
-        """The saved groups and state, in the order of this optimizer's parameters."""
-        keys, homes = {}, {}
-        for position, group in enumerate(state_dict["param_groups"]):
-            if group.get("mask_fingerprint") != self.defaults["mask_fingerprint"]:
-                raise MaskMismatchError("this optimizer state was saved with another mask: load the mask it belongs to")
-            for name, key in zip(group["param_names"], group["params"], strict=True):
-                keys[name], homes[name] = key, position
-        found = names.resolve((name for group in self.param_groups for name in group["param_names"]), keys)
-
-        groups: list[dict[str, Any]] = []
-        state: dict[Tensor, dict[str, Tensor]] = defaultdict(dict)
-        for position, group in enumerate(self.param_groups):
-            sources = {homes[found[name]] if name in found else None for name in group["param_names"]} or {position}
-            source = sources.pop()
-            if sources or source is None or len(state_dict["param_groups"][source]["params"]) != len(group["params"]):
-                raise MaskMismatchError(
-                    "this optimizer state was saved for other parameters, or for the same ones in other groups: give "
-                    f"the parameters as they were given then. In group {position} are {', '.join(group['param_names'])}"
-                )
-            hyperparameters = copy.deepcopy(state_dict["param_groups"][source])
-            groups.append({**hyperparameters, "params": group["params"], "param_names": group["param_names"]})
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                values = state_dict["state"].get(keys[found[name]])
-                if values is not None or param in self.state:
-                    self._check_loadable(name, param, values or {})
-                    state[param] = self._state_of(param, values)
-        return groups, state
-
-    def _check_loadable(self, name: str, param: Tensor, values: Mapping[str, Any]) -> None:
-        if "step" not in values or any(
-            moment not in values or values[moment].shape != param.shape for moment in _MOMENTS
-        ):
+    def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+        if "step" not in saved or any(moment not in saved or saved[moment].shape != param.shape for moment in _MOMENTS):
             raise MaskMismatchError(f"the optimizer state of parameter {name} is incomplete or of another shape")
         dtype = self._state_dtype or param.dtype
-        if any(torch.promote_types(values[moment].dtype, dtype) != dtype for moment in _MOMENTS):
+        if any(torch.promote_types(saved[moment].dtype, dtype) != dtype for moment in _MOMENTS):
             raise InvalidArgumentError(
-                f"the moments of parameter {name} were saved in {values[_MOMENTS[0]].dtype}, and would be rounded to "
+                f"the moments of parameter {name} were saved in {saved[_MOMENTS[0]].dtype}, and would be rounded to "
                 f"{dtype}: make the optimizer with state_dtype=torch.float32"
             )
+        return self._state_of(param, saved)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"_mask": self._mask, "_masked": self._masked, "_state_dtype": self._state_dtype}
-        return {**super().__getstate__(), **own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        # A copy has parameters of its own, to which it binds anew.
-        self.__dict__.setdefault("_bindings", {})
+        return {**super().__getstate__(), "_state_dtype": self._state_dtype, "_protected": {}}
 
 
 def _update(group: dict[str, Any], targets: list[_Target]) -> None:
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     steps = [int(target.state["step"]) + 1 for target in targets]
-    params = [target.param.detach() for target in targets]
     ops.spa_adamw_(
-        [flat_view(param) for param in params],
-        [flat_like(target.grad, target.param) for target in targets],
+        [flat_view(target.piece) for target in targets],
+        [flat_like(target.grad, target.piece) for target in targets],
         [target.protected for target in targets],
-        [flat_view(target.state["exp_avg"]) for target in targets],
-        [flat_view(target.state["exp_avg_sq"]) for target in targets],
+        [flat_view(local(target.state["exp_avg"])) for target in targets],
+        [flat_view(local(target.state["exp_avg_sq"])) for target in targets],
         [lr / (1 - beta1**step) for step in steps],
         [math.sqrt(1 - beta2**step) for step in steps],
         beta1,
@@ -332,13 +271,19 @@ def _update(group: dict[str, Any], targets: list[_Target]) -> None:
     count_step([target.state for target in targets])
 
 
-def _lies_like(tensor: Tensor, param: Tensor) -> bool:
-    return tensor.stride() == param.stride() or (tensor.is_contiguous() and param.is_contiguous())
+def _lies_like(moment: Tensor, param: Tensor) -> bool:
+    if is_sharded(moment) != is_sharded(param):
+        return False
+    mine, piece = local(moment), local(param)
+    if mine.shape != piece.shape or mine.device != piece.device:
+        return False
+    return mine.stride() == piece.stride() or (mine.is_contiguous() and piece.is_contiguous())
 
 
 def _check_usable(name: str, param: Tensor) -> None:
-    check_plain(name, param)
-    if overlaps_itself(param) or flat_view(param.detach()).numel() != param.numel():
+    check_plain(name, param, sharded=True)
+    piece = local(param).detach()
+    if overlaps_itself(piece) or flat_view(piece).numel() != piece.numel():
         raise InvalidArgumentError(
             f"parameter {name} has overlapping elements or gaps in memory: make it contiguous first"
         )

@@ -1,0 +1,261 @@
+"""Sharded parameters: which part of a DTensor this process holds, and talking to the processes that hold the rest.
+
+Everything else works on local tensors and row-major positions in the whole parameter, and asks here how they relate.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeGuard, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from safekern.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor: what FSDP2 and tensor parallelism make of a parameter, sharded or replicated."""
+    # Almost always, and asked many times in every step of an optimizer.
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
+    # Importing the module takes long, and before anybody did there can be none.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: the same memory, not a copy; a plain tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def like(tensor: Tensor, piece: Tensor) -> Tensor:
+    """A tensor sharded as another one, of which this process holds ``piece``; the piece itself for a plain one.
+
+    The piece may be of a subclass of tensors, and on another device than the mesh's, as with FSDP2's CPU offloading.
+    """
+    if not is_sharded(tensor):
+        return piece
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import TensorMeta
+
+    # DTensor.from_local would move the piece to the mesh's device, and give autograd a view of it.
+    meta = TensorMeta(tensor.shape, _dense(tensor.shape), piece.dtype)
+    return DTensor(piece, tensor._spec.shallow_copy_with_tensor_meta(meta), requires_grad=False)
+
+
+def part(tensor: Tensor, param: Tensor) -> Tensor:
+    """What belongs to the part of a parameter that this process holds.
+
+    Args:
+        tensor: of the parameter's shape, whole or sharded; if in another way than the parameter, all processes have to
+            call this together.
+        param: plain or sharded.
+    """
+    if is_sharded(tensor) and is_sharded(param) and tensor.device_mesh == param.device_mesh:
+        return local(tensor.redistribute(placements=param.placements))
+    whole = tensor.full_tensor() if is_sharded(tensor) else tensor
+    shard = Shard.of(param)
+    return whole[tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.local_shape, strict=True))]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where the part of a parameter that this process holds lies in the whole: a box of its elements.
+
+    Attributes:
+        shape: of the whole parameter.
+        offset: the first element of the box, per dimension.
+        local_shape: the size of the box, per dimension; it may be empty.
+        owner: False where another process holds the same elements and speaks for them, so that each element is counted
+            once over all processes.
+    """
+
+    shape: torch.Size
+    offset: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    owner: bool
+
+    @classmethod
+    def of(cls, param: Tensor) -> "Shard":
+        """The shard of a parameter. A plain tensor is held whole by every process, and the first speaks for it.
+
+        Raises:
+            InvalidArgumentError: a DTensor that holds partial sums.
+        """
+        if not is_sharded(param):
+            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            return cls(param.shape, (0,) * param.ndim, tuple(param.shape), rank == 0)
+        from torch.distributed.tensor import Partial, Replicate
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        if any(isinstance(placement, Partial) for placement in param.placements):
+            raise InvalidArgumentError(
+                f"a parameter with the placements {param.placements} holds partial sums: redistribute it first"
+            )
+        coordinate = param.device_mesh.get_coordinate()
+        if coordinate is None:
+            return cls(param.shape, (0,) * param.ndim, (0,) * param.ndim, False)
+        # Sharded twice along one dimension (FSDP2 over tensor parallelism), the box is still one run of rows.
+        local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        # A mesh that is a slice of a larger one (FSDP2 beside tensor parallelism) has its like in the other slices.
+        first = bool((param.device_mesh.mesh == 0).any()) and all(
+            position == 0
+            for position, placement in zip(coordinate, param.placements, strict=True)
+            if isinstance(placement, Replicate)
+        )
+        return cls(param.shape, tuple(offset), tuple(local_shape), first)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the box is the whole parameter."""
+        return tuple(self.local_shape) == tuple(self.shape)
+
+    @property
+    def numel(self) -> int:
+        """How many elements the box has."""
+        return math.prod(self.local_shape)
+
+    def inside(self, indices: Tensor) -> "slice | Tensor":
+        """Which of some elements of the whole parameter lie in the box.
+
+        Args:
+            indices: int32 or int64 [k], ascending row-major positions in the whole parameter.
+
+        Returns:
+            Their places in ``indices``, ascending: a slice, or int64 where they are no run.
+        """
+        if self.whole:
+            return slice(0, indices.numel())
+        if not self.numel:
+            return slice(0, 0)
+        first = self._ravel(self.offset, self.shape)
+        last = self._ravel([o + n - 1 for o, n in zip(self.offset, self.local_shape, strict=True)], self.shape)
+        # Rows before and after the box go at once, so that the rest costs as much as the box has.
+        start, end = torch.searchsorted(
+            indices, torch.tensor([first, last + 1], dtype=indices.dtype, device="cpu")
+        ).tolist()
+        if last - first + 1 == self.numel:
+            return slice(start, end)
+        rest = indices[start:end].long()
+        kept = torch.ones(rest.shape, dtype=torch.bool)
+        for size, offset, length in reversed(list(zip(self.shape, self.offset, self.local_shape, strict=True))):
+            position = rest % size
+            kept &= (position >= offset) & (position < offset + length)
+            rest = rest // size
+        places: Tensor = kept.nonzero().view(-1) + start
+        return places
+
+    def to_local(self, indices: Tensor) -> Tensor:
+        """Positions in the box of elements that lie in it.
+
+        Args:
+            indices: int32 or int64 [k], row-major positions in the whole parameter, all of them :meth:`inside`.
+
+        Returns:
+            [k], row-major positions in the box; int32 unless the box is too large for that.
+        """
+        return self._moved(indices, self.shape, self.local_shape, [-o for o in self.offset])
+
+    def to_global(self, indices: Tensor) -> Tensor:
+        """The inverse of :meth:`to_local`; ascending positions stay ascending."""
+        return self._moved(indices, self.local_shape, self.shape, self.offset)
+
+    def _moved(self, indices: Tensor, source: Sequence[int], target: Sequence[int], shift: Sequence[int]) -> Tensor:
+        dtype = torch.int32 if math.prod(target) <= torch.iinfo(torch.int32).max else torch.int64
+        if self.whole:
+            return indices.to(dtype)
+        rest = indices.long()
+        moved, stride = torch.zeros_like(rest), 1
+        for size, other, offset in reversed(list(zip(source, target, shift, strict=True))):
+            moved += (rest % size + offset) * stride
+            rest = rest // size
+            stride *= other
+        return moved.to(dtype)
+
+    @staticmethod
+    def _ravel(position: Sequence[int], shape: Sequence[int]) -> int:
+        index = 0
+        for size, coordinate in zip(shape, position, strict=True):
+            index = index * size + coordinate
+        return index
+
+
+class Processes:
+    """Those that hold a model together; alone, its methods return what they are given.
+
+    Every process has to call the same methods in the same order. Never from a hook of backward: the order in which
+    hooks run is not the same everywhere.
+
+    Args:
+        device: where the processes can talk: that of the model.
+        together: False for a model that this process has to itself, though there may be others.
+    """
+
+    def __init__(self, device: torch.device, *, together: bool) -> None:
+        self._device = device
+        self.size = dist.get_world_size() if together else 1
+
+    @classmethod
+    def of(cls, params: Sequence[Tensor]) -> "Processes":
+        """Those that hold parts of these parameters: all there are.
+
+        Raises:
+            InvalidArgumentError: a device mesh leaves processes out, so that what they hold is unknown here.
+        """
+        meshes = {param.device_mesh for param in params if is_sharded(param)}
+        for mesh in meshes:
+            if mesh._get_root_mesh().size() != dist.get_world_size():
+                raise InvalidArgumentError(
+                    f"a parameter is sharded over {mesh._get_root_mesh().size()} of {dist.get_world_size()} processes: "
+                    "slice its device mesh from one over all of them, in which replicas are a dimension too (HSDP)"
+                )
+        if not meshes:
+            return cls(torch.device("cpu"), together=False)
+        return cls(torch.device(meshes.pop().device_type), together=True)
+
+    def speaks_for(self, shard: Shard) -> bool:
+        """Whether what is counted over all processes counts that shard here."""
+        return self.size == 1 or shard.owner
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over processes of a tensor of one shape, on the device of the one given."""
+        if self.size == 1:
+            return tensor
+        summed = tensor.to(self._device, copy=True)
+        dist.all_reduce(summed)
+        return summed.to(tensor.device)
+
+    def every(self, condition: bool) -> bool:
+        """Whether a condition holds in every process."""
+        return condition if self.size == 1 else int(self.total(torch.tensor(int(condition), device="cpu"))) == self.size
+
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """The tensors of all processes, of one shape, along a new first dimension in the order of their ranks."""
+        if self.size == 1:
+            return tensor[None]
+        mine = tensor.to(self._device).contiguous()
+        gathered = mine.new_empty((self.size, *mine.shape))
+        dist.all_gather(list(gathered.unbind()), mine)
+        return gathered.to(tensor.device)
+
+    def joined(self, values: Tensor) -> Tensor:
+        """The 1-D tensors of all processes, of any lengths, one after the other in the order of their ranks."""
+        if self.size == 1:
+            return values
+        lengths = cast(list[int], self.stacked(torch.tensor(values.numel(), device="cpu")).tolist())
+        padded = values.new_zeros(max(lengths))
+        padded[: values.numel()] = values
+        return torch.cat([row[:length] for row, length in zip(self.stacked(padded), lengths, strict=True)])
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))

@@ -1,0 +1,310 @@
+"""Scores and masks of models that several processes hold, against those of one process."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import run
+from torch import Tensor, nn
+
+import safekern
+from safekern import ranking
+from safekern.scores import Scores
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+
+KINDS = ("normal", "ties", "one place", "zeros")
+
+
+def gradients(kind: str) -> dict[str, Tensor]:
+    """Accumulators with ties, zeros, -0.0 and denormals; the largest may all lie in one process."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (37, 8), "b": (6, 5, 12), "c": (1, 64), "d": (50, 4)}
+    found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    if kind == "ties":
+        found = {name: (grad * 2).round() / 2 for name, grad in found.items()}
+        found["a"][:3] = -0.0
+        found["d"][7] = 1e-42
+    if kind == "one place":
+        found = {name: grad * 1e-3 for name, grad in found.items()}
+        found["a"][:5] *= 1e6
+    if kind == "zeros":
+        found = {name: grad * 0 for name, grad in found.items()}
+        found["b"][1, 2, 3] = 1
+    return found
+
+
+def scores_of(found: dict[str, Tensor]) -> Scores:
+    # One of its own for each expert of a fused tensor.
+    experts = torch.linspace(0.1, 2, 6).view(6, 1, 1)
+    sigma = {"a": torch.tensor(0.5), "b": experts, "c": torch.tensor(0.25), "d": torch.tensor(0.7)}
+    return Scores(found, sigma, num_batches=1, model_numel=2000, meta={})
+
+
+def masks_of(scores: Scores) -> dict[str, safekern.Mask]:
+    masks = {
+        f"{ranked} {ratio}": getattr(scores, ranked)(ratio)
+        for ranked, ratio in (("top", 0.0001), ("top", 0.2), ("top", 1.0), ("bottom", 0.2))
+    }
+    return masks | {"top per tensor": scores.top(0.05, per="tensor"), "random": scores.random(0.1)}
+
+
+def rank_in_every_way(world: int) -> dict[str, int]:
+    """How many masks differ from those of one process, per way of sharding."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    line = init_device_mesh("cpu", (world,))
+    ways: list[tuple[str, Any, tuple[Any, ...]]] = [("rows", line, (Shard(0),)), ("columns", line, (Shard(1),))]
+    ways += [("copies", line, (Replicate(),))]
+    if world == 4:
+        square = init_device_mesh("cpu", (2, 2))
+        ways += [
+            ("rows x columns", square, (Shard(0), Shard(1))),
+            ("columns x rows", square, (Shard(1), Shard(0))),
+            ("rows twice", square, (Shard(0), Shard(0))),
+            ("copies of rows", square, (Replicate(), Shard(0))),
+            ("copies of columns", square, (Shard(1), Replicate())),
+        ]
+    wrong = {}
+    for kind in KINDS:
+        whole = gradients(kind)
+        expected = masks_of(scores_of(whole))
+        for label, mesh, placements in ways:
+            sharded = {name: distribute_tensor(grad, mesh, placements) for name, grad in whole.items()}
+            if label == "rows":
+                # Not everything has to be sharded.
+                sharded["c"] = whole["c"]
+            found = masks_of(scores_of(sharded))
+            wrong[f"{kind}, {label}"] = sum(found[key] != mask for key, mask in expected.items())
+    return wrong
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_masks_do_not_depend_on_how_equal_accumulators_are_sharded(world: int) -> None:
+    for wrong in run(world, rank_in_every_way, world):
+        assert not any(wrong.values()), wrong
+
+
+class Experts(nn.Module):
+    """Fused, of different scales; the last one never gets a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.randn(5, 10, 10) * torch.arange(1, 6).view(5, 1, 1))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return torch.einsum("btj,eij->bti", hidden, self.down_proj[:4])
+
+
+class Net(nn.Module):
+    """Tied, frozen and oddly sized weights, and a layer that is checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(13, 10)
+        self.inner = nn.ModuleList([nn.Linear(10, 10) for _ in range(3)])
+        self.thin = nn.Linear(10, 1)
+        self.wide = nn.Linear(1, 10)
+        self.twin = self.inner[0]
+        self.experts = Experts()
+        self.inner[1].weight.requires_grad_(False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.embed(tokens)
+        for layer in self.inner:
+            hidden = torch.utils.checkpoint.checkpoint(layer, hidden, use_reentrant=False).tanh()
+        return self.twin(hidden + self.wide(self.thin(hidden)) + self.experts(hidden)).square().mean()
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(13, (2, 5), generator=generator) for _ in range(12)]
+
+
+def score_alone(reduction: str = "mean", size: int = 1) -> Scores:
+    """The scores of one process; ``size`` batches go together as one, as processes that share a model take them."""
+    grouped = [torch.cat(batches()[start : start + size]) for start in range(0, 12, size)]
+    return safekern.score(net(), [(batch,) for batch in grouped], reduction=reduction, sigma_per="expert")
+
+
+def compare(found: Scores, expected: Scores) -> tuple[float, float]:
+    """The largest relative error of ESI, and the overlap of masks."""
+    error = 0.0
+    for name, esi in expected.items():
+        got = found[name]
+        got = got.full_tensor() if hasattr(got, "full_tensor") else got
+        error = max(error, float((got - esi).abs().max() / esi.abs().max()))
+    return error, found.top(0.3).jaccard(expected.top(0.3))
+
+
+def sharded_net(kind: str, world: int) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = net()
+    options: dict[str, Any] = {}
+    if kind == "compiled":
+        for layer in model.inner:
+            layer.compile(backend="aot_eager")
+    if kind in ("hsdp", "tensor parallel"):
+        names = ("replicate", "shard") if kind == "hsdp" else ("data", "tensor")
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        options["mesh"] = mesh if kind == "hsdp" else mesh["data"]
+        if kind == "tensor parallel":
+            whole = Replicate()
+            plan = {
+                "inner.0": RowwiseParallel(input_layouts=whole),
+                "inner.2": ColwiseParallel(output_layouts=whole),
+                "wide": ColwiseParallel(output_layouts=whole),
+            }
+            parallelize_module(model, mesh["tensor"], plan)
+    if kind == "offloaded parameters":
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    for layer in model.inner:
+        fully_shard(layer, **options)
+    return fully_shard(model, **options)
+
+
+def score_sharded(kind: str, world: int) -> tuple[float, float, bool]:
+    rank = dist.get_rank()
+    mine = batches()[rank::world]
+    if kind == "tensor parallel":
+        mine = batches()[rank // 2 :: 2]
+    model = sharded_net(kind, world)
+    before = {name: param.full_tensor().clone() for name, param in model.named_parameters()}
+    marked = model.embed.weight
+    marked.grad = torch.zeros_like(marked)
+    scores = safekern.score(
+        model, [(batch,) for batch in mine], sigma_per="expert", offload=kind == "offloaded accumulators"
+    )
+    together = 2 if kind == "tensor parallel" else world
+    expected = score_alone(size=together)
+    assert scores.num_batches == expected.num_batches and scores.model_numel == expected.model_numel
+    report, selected = scores.report(), scores.selected(expected.top(0.3))
+    assert report.distribution.numel == expected.numel
+    assert abs(report.distribution.total / expected.report().distribution.total - 1) < 1e-5
+    assert abs(selected.total / expected.selected(expected.top(0.3)).total - 1) < 1e-5
+    with pytest.raises(safekern.InvalidArgumentError, match="mask"):
+        scores.save("unused.safetensors")
+    for name, param in model.named_parameters():
+        assert torch.equal(param.full_tensor(), before[name])
+        assert param.requires_grad == (name != "inner.1.weight")
+        assert (param.grad is None) == (param is not marked)
+    same_sigma = all(torch.equal(sigma, expected.sigma[name]) for name, sigma in scores.sigma.items())
+    return (*compare(scores, expected), same_sigma)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [
+        ("plain", 2),
+        ("plain", 3),
+        ("compiled", 2),
+        ("offloaded parameters", 2),
+        ("offloaded accumulators", 2),
+        ("hsdp", 4),
+        ("tensor parallel", 4),
+    ],
+)
+def test_sharded_models_score_as_whole_ones(kind: str, world: int) -> None:
+    for error, overlap, same_sigma in run(world, score_sharded, kind, world):
+        assert error < 1e-5 and overlap >= 0.995 and same_sigma
+
+
+def score_replicated(reduction: str) -> tuple[float, float]:
+    rank = dist.get_rank()
+    model = nn.parallel.DistributedDataParallel(net())
+    # A training step before, which leaves DDP's own hooks in use.
+    model(batches()[rank]).backward()
+    grads = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
+    # Five batches here and seven there.
+    mine = batches()[:5] if rank == 0 else batches()[5:]
+    scores = safekern.score(model, [(batch,) for batch in mine], reduction=reduction, sigma_per="expert")
+    assert all(torch.equal(grads[name], param.grad) for name, param in model.named_parameters() if name in grads)
+    model(batches()[rank]).backward()
+    expected = score_alone(reduction)
+    assert scores.num_batches == expected.num_batches
+    return compare(scores, expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "abs"])
+def test_replicas_score_their_batches_together(reduction: str) -> None:
+    for error, overlap in run(2, score_replicated, reduction):
+        assert error < 1e-5 and overlap >= 0.995
+
+
+def score_replicated_in_sweeps() -> bool:
+    model = nn.parallel.DistributedDataParallel(net())
+    mine = [(batch,) for batch in batches()[dist.get_rank() :: 2]]
+    whole = safekern.score(model, mine)
+    parts = safekern.score(model, mine, memory=3150, keep=0.05)
+    return type(parts) is not type(whole) and parts.top(0.05) == whole.top(0.05)
+
+
+def test_sweeps_of_replicas_give_the_mask_of_one_sweep() -> None:
+    assert all(run(2, score_replicated_in_sweeps))
+
+
+def fail(how: str) -> None:
+    rank = dist.get_rank()
+    model = sharded_net("plain", 2)
+    mine = [(batch,) for batch in batches()]
+
+    def objective(model: nn.Module, batch: Any) -> Tensor:
+        if how == "objective" and rank == 1:
+            raise RuntimeError("of this process alone")
+        loss: Tensor = model(*batch)
+        # Infinite in the gradient of one row, which one process holds.
+        return loss * torch.inf if how == "infinite" else loss
+
+    if how == "batches" and rank == 1:
+        del mine[2:]
+    if how == "memory":
+        safekern.score(model, mine, memory=1000)
+    safekern.score(model, mine, objective)
+
+
+@pytest.mark.parametrize(
+    ("how", "here", "there"),
+    [
+        ("batches", "ScoringError: 1 of 2 processes had no batch 2", "ScoringError: 1 of 2 processes had no batch 2"),
+        ("infinite", "NonFiniteError", "NonFiniteError"),
+        ("memory", "InvalidArgumentError: memory=", "InvalidArgumentError: memory="),
+        # The other one waits for it in a collective, and hears that it is gone.
+        ("objective", "Error", "of this process alone"),
+    ],
+)
+def test_a_process_that_fails_takes_the_others_with_it(how: str, here: str, there: str) -> None:
+    errors = run(2, fail, how, fail_ok=True)
+    assert here in errors[0] and there in errors[1]
+
+
+def leave_a_process_out() -> None:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = [DeviceMesh("cpu", ranks) for ranks in ([0, 1], [2, 3])][dist.get_rank() // 2]
+    sharded = {name: distribute_tensor(grad, mesh, (Shard(0),)) for name, grad in gradients("normal").items()}
+    with pytest.raises(safekern.InvalidArgumentError, match="2 of 4 processes"):
+        scores_of(sharded).top(0.1)
+
+
+def test_a_mesh_over_some_processes_is_refused() -> None:
+    run(4, leave_a_process_out)
+
+
+def test_scores_on_several_devices_rank_as_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {kind: masks_of(scores_of(gradients(kind))) for kind in KINDS}
+    # As if every second tensor were on another device.
+    monkeypatch.setattr(ranking, "_by_place", lambda tensors: [list(range(len(tensors)))[part::2] for part in (0, 1)])
+    assert {kind: masks_of(scores_of(gradients(kind))) for kind in KINDS} == expected
