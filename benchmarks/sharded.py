@@ -59,6 +59,7 @@ def main() -> None:
     model = made["model"]
     numel = sum(param.numel() for param in model.parameters())
     batches = token_batches(model, args.batches, examples=2, tokens=args.tokens)
+    stage("bare", lambda: _bare(model, batches))
     stage("score", lambda: safekern.score(model, batches))
     stage("top", lambda: made["score"].top(args.ratio))
     mask = made["top"]
@@ -83,6 +84,13 @@ def main() -> None:
             settings |= {"batches": args.batches, "tokens": args.tokens}
             args.out.write_text(json.dumps({**environment(args.device), **settings, "stages": stages}, indent=2) + "\n")
     dist.destroy_process_group()
+
+
+def _bare(model: Any, batches: Any) -> None:
+    """Forward and backward as for scoring, with the sharded gradients freed after each batch."""
+    for batch in batches:
+        model(**batch).loss.backward()
+        model.zero_grad()
 
 
 def _sharded(params: float, device: torch.device) -> Any:
