@@ -5,6 +5,8 @@ class for the mistake (``ValueError`` for a bad argument, ``KeyError`` for an un
 those too.
 """
 
+import torch
+
 
 class SafekernError(Exception):
     """Base class of every error raised by safekern."""
@@ -35,6 +37,10 @@ class DeltaAppliedError(DeltaMismatchError):
 
 class ScoringError(SafekernError, RuntimeError):
     """The objective or the model did something that cannot be scored."""
+
+
+class OutOfMemoryError(SafekernError, torch.OutOfMemoryError):
+    """Memory ran out; the message says what takes how much of it and what to lower."""
 
 
 class NonFiniteError(ScoringError):

@@ -374,7 +374,9 @@ def _checksum(kind: str, version: str, meta_text: str, tensors: Mapping[str, Ten
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    # One without elements may have a stride, if numpy made it, that no view as bytes accepts.
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def _mode(path: StrPath) -> int | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from safekern.chat import end_of_turn, padding_id
+from safekern.faults import put_back
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,8 +86,12 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = False
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        put_back(lambda: _set_modes(modes))
+
+
+def _set_modes(modes: Sequence[tuple[torch.nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 def model_device(model: torch.nn.Module) -> torch.device:

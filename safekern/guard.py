@@ -22,6 +22,7 @@ from safekern.chat import (
     token_ids,
 )
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
+from safekern.faults import put_back
 from safekern.generation import evaluating, generate, model_device
 
 if TYPE_CHECKING:
@@ -476,5 +477,4 @@ def _frozen(model: torch.nn.Module) -> Iterator[None]:
             param.requires_grad_(False)
         yield
     finally:
-        for param in trained:
-            param.requires_grad_(True)
+        put_back(lambda: [param.requires_grad_(True) for param in trained])

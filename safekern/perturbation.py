@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from safekern import names, ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, NonFiniteError, ProtectionError
+from safekern.faults import put_back
 from safekern.mask import Mask
 from safekern.optim.masked import by_device
 
@@ -75,7 +76,7 @@ def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) ->
             torch.autograd.graph.increment_version([entry.param for entry in group])
         yield
     finally:
-        _restore(selected)
+        put_back(lambda: _restore(selected))
 
 
 @dataclass(slots=True)

@@ -62,13 +62,27 @@ class Run(NamedTuple):
 
     Attributes:
         weights: for `Weights.write`.
-        optimizer: for the optimizer's ``load_state_dict``.
+        optimizer: for `restore`.
         losses: of the iterations so far.
     """
 
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
     losses: list[float]
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """Gives an optimizer over the same weights the state that the saved one had.
+
+        Raises:
+            FileFormatError: it is not the state of such an optimizer.
+        """
+        try:
+            optimizer.load_state_dict(self.optimizer)
+        # An optimizer trusts what it is given: a wrong type shows wherever it is first used.
+        except Exception as error:
+            raise FileFormatError(
+                f"the saved state is not that of this run's optimizer ({error}): start it again without --resume"
+            ) from error
 
 
 def save(

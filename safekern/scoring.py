@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from numbers import Real
 from types import TracebackType
@@ -19,6 +19,7 @@ from safekern._version import __version__
 from safekern.deviation import SigmaPer, deviations
 from safekern.eligibility import eligible_parameters
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
+from safekern.faults import out_of_memory_explained, put_back
 from safekern.scores import RunningTop, Scores, TopScores, count_of
 from safekern.sharding import Processes, is_sharded, like, local
 
@@ -80,6 +81,7 @@ def score(
     Raises:
         InvalidArgumentError: an empty loader, nothing to score, a parameter that cannot be scored, a one-shot iterator
             where several sweeps are needed, a ``memory`` too small for the largest parameter and the candidates.
+        OutOfMemoryError: memory ran out; the message says what takes it, and what to lower.
         ScoringError: the objective did not return a scalar with a graph to the model, no gradient arrived, gradient
             checkpointing would lose some, or a sweep did not see the batches and losses of the first one.
         NonFiniteError: a weight, or a gradient of some batch, is NaN or infinite.
@@ -133,7 +135,8 @@ def score(
         label = "score" if len(parts) == 1 else f"score, sweep {sweep}/{len(parts)}"
         bar = tqdm(desc=label, unit="batch", total=_length(loader), disable=None if progress is None else not progress)
         # Every sweep but the last gives the random numbers back that it used: shuffling and dropout repeat.
-        with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar:
+        explained = _memory_explained(model, params, part)
+        with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar, explained:
             fold = _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
             _sweep(fold, model, loader, compute, replay, bar)
         num_batches = int(replicas.total(torch.tensor(replay.num_batches, device="cpu")))
@@ -194,6 +197,23 @@ def _in_step(loader: Iterable[Any], processes: Processes) -> Iterator[Any]:
                 "sharded, each needs as many batches as the others, for instance from a DistributedSampler"
             )
         yield batch
+
+
+def _memory_explained(
+    model: nn.Module, params: Mapping[str, nn.Parameter], part: list[str]
+) -> AbstractContextManager[None]:
+    def held() -> dict[str, int]:
+        return {
+            "the model": sum(local(tensor).nbytes for tensor in itertools.chain(model.parameters(), model.buffers())),
+            f"the accumulators of {len(part)} parameters": sum(4 * local(params[name]).numel() for name in part),
+            "the largest gradient": max(local(param).nbytes for param in params.values()),
+        }
+
+    return out_of_memory_explained(
+        held,
+        "use smaller batches or shorter examples, or gradient checkpointing, for what else takes memory are a batch's "
+        "activations; or give the accumulators less by memory=, or keep them in CPU memory with offload=True",
+    )
 
 
 def _positive(name: str, value: object, most: float = float("inf")) -> float:
@@ -324,14 +344,14 @@ class _GradientFold:
                     fold = partial(self._fold, name, self.accs.get(name), flags.get(name))
                     self._handles.append(param.register_post_accumulate_grad_hook(fold))
         except BaseException:
-            self._restore()
+            put_back(self._restore)
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._restore()
+        put_back(self._restore)
 
     def _restore(self) -> None:
         for handle in self._handles:

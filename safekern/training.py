@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from safekern.errors import InvalidArgumentError, NonFiniteError
+from safekern.faults import out_of_memory_explained
 from safekern.objectives import encode, refusal
 from safekern.prompts import Pairs
 
@@ -141,6 +143,7 @@ def tune(
     Raises:
         InvalidArgumentError: the batches ran out.
         NonFiniteError: a loss is NaN or infinite.
+        OutOfMemoryError: memory ran out in a step; the message says what takes it, and what to lower.
 
     Example:
         >>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)                       # doctest: +SKIP
@@ -152,7 +155,8 @@ def tune(
     losses = list(done)
     left = max(0, iterations - len(losses))
     # disable=None shows the bar on a terminal only.
-    with tqdm(total=iterations, initial=len(losses), desc="tuning", unit="step", disable=None) as bar:
+    bar = tqdm(total=iterations, initial=len(losses), desc="tuning", unit="step", disable=None)
+    with bar, _memory_explained(model, optimizer):
         for batches in itertools.islice(zip(*streams, strict=False), left):
             total = 0.0
             for weight, batch in zip(weights, batches, strict=True):
@@ -174,6 +178,20 @@ def tune(
     if len(losses) < iterations:
         raise InvalidArgumentError(f"the batches ran out after {len(losses)} of {iterations} iterations")
     return losses
+
+
+def _memory_explained(model: torch.nn.Module, optimizer: Optimizer) -> AbstractContextManager[None]:
+    def held() -> dict[str, int]:
+        state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
+        return {
+            "the model": sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers())),
+            "the optimizer's state": sum(tensor.nbytes for tensor in state),
+            "the largest gradient": max(param.nbytes for param in model.parameters()),
+        }
+
+    return out_of_memory_explained(
+        held, "use smaller batches or shorter examples, or gradient checkpointing; for SET also a smaller mask"
+    )
 
 
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:

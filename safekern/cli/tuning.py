@@ -108,7 +108,7 @@ def train(
         weights.write(run.weights)
     optimizer = make_optimizer()
     if run is not None:
-        optimizer.load_state_dict(run.optimizer)
+        run.restore(optimizer)
 
     def checkpoint(losses: list[float]) -> None:
         if len(losses) % args.checkpoint_every == 0 and len(losses) < args.iterations:

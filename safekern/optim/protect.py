@@ -1,7 +1,7 @@
 """protect: keep the weights of a mask bit-identical around any torch optimizer."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
+from safekern.faults import put_back
 from safekern.mask import Mask
 from safekern.optim.masked import (
     NamedParameters,
@@ -131,7 +131,6 @@ class Protection:
         ]
         self._stepping = False
         self._turn = 0
-        self._hooks: list[RemovableHandle] = []
         self._locate()
         if not any(saved.place for saved in self._saved):
             raise MaskMismatchError(
@@ -139,7 +138,11 @@ class Protection:
                 "optimizer that trains them, and the parameters of the model that it was made for"
             )
         self.refresh()
-        self._arm()
+        try:
+            self._arm()
+        except BaseException:
+            self.remove()
+            raise
 
     @torch.no_grad()
     def verify(self) -> None:
@@ -183,14 +186,15 @@ class Protection:
     def restore(self) -> None:
         """Writes the saved values back: after an exception inside a step, which kept the step from doing so."""
         self._locate()
-        self._stepping = False
         self._write(self._saved)
+        self._stepping = False
 
     def remove(self) -> None:
         """Ends the protection. The weights stay as they are."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        # By what they are and not by their handles, of which an interrupt may have lost one.
+        for registered, _, hook in self._hooks():
+            for key in [key for key, other in registered.items() if other == hook]:
+                registered.pop(key, None)
 
     def __enter__(self) -> "Protection":
         return self
@@ -202,20 +206,24 @@ class Protection:
             if kind is None:
                 self.verify()
             elif self._stepping:
-                self.restore()
+                put_back(self.restore)
         finally:
-            self.remove()
+            put_back(self.remove)
 
     def _arm(self, *_: Any) -> None:
         """Registers the hooks that are not: loading a state may have replaced the optimizer's hooks."""
+        for registered, register, hook in self._hooks():
+            if hook not in registered.values():
+                register(hook)
+
+    def _hooks(self) -> tuple[tuple[dict[int, Any], Callable[[Any], Any], Callable[..., Any]], ...]:
+        """Where the optimizer keeps its hooks of each kind, how one is registered, and ours."""
         optimizer = self._optimizer
-        for registered, register, hook in (
+        return (
             (optimizer._optimizer_step_pre_hooks, optimizer.register_step_pre_hook, self._before_step),
             (optimizer._optimizer_step_post_hooks, optimizer.register_step_post_hook, self._after_step),
             (optimizer._optimizer_load_state_dict_post_hooks, optimizer.register_load_state_dict_post_hook, self._arm),
-        ):
-            if hook not in registered.values():
-                self._hooks.append(register(hook))
+        )
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
@@ -230,8 +238,9 @@ class Protection:
         if _is_nested(optimizer):
             return
         self._locate()
-        self._stepping = False
         self._write([saved for saved in self._saved if saved.place])
+        # Only now, so that leaving by an interrupt in here restores.
+        self._stepping = False
 
     def _locate(self) -> None:
         """Finds the parameters in the optimizer, and their protected weights in memory, where either changed."""

@@ -1,0 +1,195 @@
+"""Ctrl-C at any moment: the model, its hooks and modes are as before, a file is the old one or the new one."""
+
+import contextlib
+import shutil
+
+import pytest
+import torch
+from small_net import Net, assert_same, loss_of, random_mask, weights
+from stops import calls, interrupt, spread
+from test_delta import contents, llama_mask, tuned
+from test_delta import save as save_folder
+from test_objectives import byte_tokenizer, tiny_llama
+from test_scoring import assert_untouched, model_loss, snapshot, token_batches, used_model
+
+from safekern import (
+    SETAdamW,
+    SPAAdamW,
+    apply_delta,
+    attack_success_rate,
+    perturb,
+    protect,
+    save_delta,
+    score,
+)
+
+# Files and generators that are collected instead of closed, where the interrupt hit between making and using them.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@pytest.fixture
+def most(request):
+    """How many places to try."""
+    return None if request.config.getoption("--full") else 60
+
+
+def places(run, most):
+    run()
+    return spread(calls(run), most)
+
+
+def interrupted(run, place):
+    # Python itself drops what is raised while it collects an object that is no longer used.
+    with contextlib.suppress(KeyboardInterrupt):
+        calls(run, place, interrupt)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "abs"}, {"memory": 3000}], ids=str)
+def test_score(options, most):
+    model, batches = used_model(), token_batches()[:2]
+
+    def run():
+        score(model, batches, model_loss, progress=False, **options)
+
+    before = snapshot(model)
+    for place in places(run, most):
+        interrupted(run, place)
+        assert_untouched(model, before)
+
+
+def test_perturb(most):
+    model = Net(torch.bfloat16)
+    mask, before = random_mask(model), weights(model)
+
+    def run():
+        with perturb(model, mask):
+            loss_of(model, 0)
+
+    for place in places(run, most):
+        interrupted(run, place)
+        assert_same(weights(model), before)
+
+
+def test_generation(most):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    model.model.layers[0].train()
+    before = snapshot(model)
+
+    def run():
+        attack_success_rate(model, tokenizer, ["Hi", "Bad"], max_new_tokens=2)
+
+    for place in places(run, most):
+        interrupted(run, place)
+        assert_untouched(model, before)
+
+
+def test_collecting_in_backward(most):
+    model = Net(torch.bfloat16)
+    optimizer = SETAdamW(model.named_parameters(), random_mask(model), in_backward=True)
+    before = weights(model)
+    hooks = [dict(param._post_accumulate_grad_hooks) for param in model.parameters()]
+
+    def run():
+        optimizer.zero_grad()
+        loss_of(model, 0).backward()
+
+    run()
+    want = [param.grad.selected.clone() if param.grad is not None else None for param in model.parameters()]
+    for place in places(run, most):
+        interrupted(run, place)
+        assert_same(weights(model), before)
+        assert [dict(param._post_accumulate_grad_hooks) for param in model.parameters()] == hooks
+        # As if nothing had been: what the interrupted backward left goes with zero_grad.
+        run()
+        for param, grad in zip(model.parameters(), want, strict=True):
+            assert (param.grad is None) if grad is None else torch.equal(param.grad.selected, grad)
+
+
+@pytest.mark.parametrize("kind", [SETAdamW, SPAAdamW])
+def test_a_step_keeps_what_it_must_not_move(kind, most):
+    model = Net(torch.bfloat16)
+    mask = random_mask(model)
+    optimizer = kind(model.named_parameters(), mask)
+
+    def run():
+        loss_of(model, 0).backward()
+        optimizer.step()
+
+    run()
+    before = weights(model)
+    for place in places(run, most):
+        interrupted(run, place)
+        for name, now in weights(model).items():
+            selected = mask.bool(name) if name in mask else torch.zeros(now.shape, dtype=torch.bool)
+            kept = ~selected if kind is SETAdamW else selected
+            assert torch.equal(now[kept], before[name][kept])
+
+
+def test_protect(most):
+    model = Net()
+    mask, before = random_mask(model), weights(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    hooks = dict(optimizer._optimizer_step_pre_hooks), dict(optimizer._optimizer_step_post_hooks)
+
+    def run():
+        loss_of(model, 0).backward()
+        with protect(optimizer, mask, model.named_parameters()):
+            optimizer.step()
+
+    for place in places(run, most):
+        interrupted(run, place)
+        for name, now in weights(model).items():
+            selected = mask.bool(name) if name in mask else torch.zeros(now.shape, dtype=torch.bool)
+            assert torch.equal(now[selected], before[name][selected])
+        assert (dict(optimizer._optimizer_step_pre_hooks), dict(optimizer._optimizer_step_post_hooks)) == hooks
+
+
+@pytest.fixture
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+@pytest.mark.usefixtures("no_waiting_for_the_disk")
+def test_saving_a_mask(tmp_path, most):
+    path = tmp_path / "mask"
+    old, new = random_mask(Net(), seed=1), random_mask(Net(), seed=2)
+    new.save(path)
+    replacement = path.read_bytes()
+    for place in places(lambda: new.save(path), most):
+        old.save(path)
+        before = path.read_bytes()
+        interrupted(lambda: new.save(path), place)
+        assert path.read_bytes() in (before, replacement)
+        assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("no_waiting_for_the_disk")
+def test_applying_a_delta_to_a_folder(tmp_path, most):
+    base = tiny_llama().bfloat16()
+    mask = llama_mask(base)
+    model = tuned(base, mask)
+    original = save_folder(base, tmp_path / "original", max_shard_size="20KB")
+    want = contents(save_folder(model, tmp_path / "tuned", max_shard_size="20KB"))
+    before = contents(original)
+    delta, folder = tmp_path / "delta", tmp_path / "folder"
+    save_delta(model, mask, delta, base=original)
+
+    def run():
+        apply_delta(folder, delta)
+
+    shutil.copytree(original, folder)
+    total = calls(run)
+    assert contents(folder) == want
+    mixed = 0
+    for place in spread(total, most and most // 3):
+        shutil.rmtree(folder)
+        shutil.copytree(original, folder)
+        interrupted(run, place)
+        found = contents(folder)
+        assert found.keys() == before.keys()
+        assert all(content in (before[name], want[name]) for name, content in found.items())
+        mixed += found not in (before, want)
+        if found != want:
+            run()
+        assert contents(folder) == want
+    assert mixed
