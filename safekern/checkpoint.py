@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -214,7 +213,8 @@ def rewrite(edits: Sequence[tuple[OnDisk, NDArray[Any], NDArray[Any]]]) -> None:
 
     Every file is first written anew beside the old one. Only when all are complete and on disk do they take the old
     ones' places, one after the other. So an exception before that changes nothing; a process that is killed leaves
-    ``.safekern-*.tmp`` files behind, and, if it was renaming, some files new and some old.
+    ``.safekern-*.tmp`` files behind, which the next write into the folder removes, and, if it was renaming, some files
+    new and some old.
 
     Args:
         edits: per tensor the flat indices, and the values as unsigned integers of its item size.
@@ -226,8 +226,8 @@ def rewrite(edits: Sequence[tuple[OnDisk, NDArray[Any], NDArray[Any]]]) -> None:
     with contextlib.ExitStack() as stack:
         written = {path: stack.enter_context(files.replacing(path)) for path in paths}
         for path, file in written.items():
-            with files.reading(path) as before:
-                shutil.copyfileobj(before, file, _CHUNK)
+            for chunk in _content(path):
+                file.write(chunk)
             file.flush()
             for stored, indices, values in edits:
                 if stored.path == path:
@@ -238,3 +238,10 @@ def rewrite(edits: Sequence[tuple[OnDisk, NDArray[Any], NDArray[Any]]]) -> None:
                     # Windows renames no file that is mapped.
                     del content
             os.fsync(file.fileno())
+
+
+def _content(path: Path) -> Iterator[bytes]:
+    # A generator, so that a full disk where the chunks go is not taken for a file that cannot be read.
+    with files.reading(path) as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk

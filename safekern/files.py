@@ -10,9 +10,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Never, TypeGuard
@@ -21,6 +23,11 @@ import torch
 from torch import Tensor
 
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, SafekernError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where temporary files that a killed process left have to be removed by hand
+    fcntl = None  # type: ignore[assignment]
 
 StrPath = str | os.PathLike[str]
 
@@ -46,6 +53,8 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 # The safetensors package refuses longer headers; the bound also keeps the memory for parsing JSON in check.
 _MAX_HEADER = 100_000_000
+
+_TEMPORARY = re.compile(r"\.safekern-[0-9a-f]{16}\.tmp")
 
 
 class Entry(NamedTuple):
@@ -114,7 +123,8 @@ def replacing(path: StrPath) -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the place of ``path`` when the block ends without an exception.
 
     The bytes are on disk before the name changes, so that ``path`` holds the old content or all of the new, never a
-    part. A symbolic link is followed, an existing file keeps its permissions, a new one gets those of the umask.
+    part. A symbolic link is followed, an existing file keeps its permissions, a new one gets those of the umask. Temporary
+    files that killed processes left in the folder are removed.
 
     Args:
         path: Where the content goes. The folder has to exist.
@@ -135,16 +145,19 @@ def replacing(path: StrPath) -> Iterator[BinaryIO]:
         b'all or nothing'
     """
     target = _target(path)
+    _remove_leftovers(target.parent)
     temporary = _temporary(target)
     try:
         try:
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            if target.exists():
-                shutil.copymode(target, temporary)
-            temporary.replace(target)
+            with contextlib.ExitStack() as renamed:
+                with temporary.open("xb") as file:
+                    _lock(file, renamed)
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                if target.exists():
+                    shutil.copymode(target, temporary)
+                temporary.replace(target)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -171,8 +184,10 @@ def check_writable(path: StrPath) -> None:
     """
     probe = _temporary(_target(path))
     try:
-        probe.touch(exist_ok=False)
-        probe.unlink()
+        try:
+            probe.touch(exist_ok=False)
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise _access_error(path, "cannot be written", error) from error
 
@@ -407,6 +422,31 @@ def _target(path: StrPath) -> Path:
 
 def _temporary(target: Path) -> Path:
     return target.with_name(f".safekern-{secrets.token_hex(8)}.tmp")
+
+
+def _lock(file: BinaryIO, until: contextlib.ExitStack) -> None:
+    """Locks a temporary file until then, or until the process ends: one without a lock was left by a killed process."""
+    if fcntl is not None:
+        handle = os.dup(file.fileno())
+        until.callback(os.close, handle)
+        # Where a file system knows no locks, nothing is taken for left over either.
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    if fcntl is None:
+        return
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not (_TEMPORARY.fullmatch(entry.name) and entry.is_file(follow_symlinks=False)):
+                continue
+            # A new one may not be locked yet.
+            if time.time() - entry.stat().st_mtime < 10:
+                continue
+            with contextlib.suppress(OSError), Path(entry.path).open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                Path(entry.path).unlink()
 
 
 def _access_error(path: StrPath, what: str, error: Exception) -> FileAccessError:

@@ -96,16 +96,23 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
+    old = temporary.with_suffix(".old")
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if folder.exists():
-            shutil.rmtree(folder)
+            # Not removed first: a process that is killed meanwhile would leave half of it under its name.
+            folder.replace(old)
         temporary.replace(folder)
-    except OSError as error:
-        raise FileAccessError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    # What safetensors and tokenizers raise for a full disk is no OSError.
+    except Exception as error:
+        reason = (isinstance(error, OSError) and error.strerror) or _first_line(error)
+        raise FileAccessError(f"{folder}: cannot be written: {reason}") from error
     finally:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

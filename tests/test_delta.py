@@ -497,16 +497,14 @@ class TestFolders:
     @pytest.mark.parametrize("failing", [0, 1, 3])
     def test_a_failure_while_writing_changes_nothing(self, saved, path, monkeypatch, failing):
         calls = []
-        copy_file = shutil.copyfileobj
 
-        def failing_copy(*arguments):
+        def failing_sync(_):
             calls.append(1)
-            copy_file(*arguments)
             if len(calls) > failing:
                 raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(shutil, "copyfileobj", failing_copy)
-        self.refuses(saved[0], path, FileAccessError, "No space left")
+        monkeypatch.setattr("os.fsync", failing_sync)
+        self.refuses(saved[0], path, FileAccessError, "cannot be written: No space left")
 
     @pytest.mark.parametrize("done", [1, 2, 5])
     def test_after_an_interruption_between_renames_a_second_run_finishes(self, saved, path, monkeypatch, done):
