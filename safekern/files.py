@@ -123,8 +123,8 @@ def replacing(path: StrPath) -> Iterator[BinaryIO]:
     """Opens a temporary file that takes the place of ``path`` when the block ends without an exception.
 
     The bytes are on disk before the name changes, so that ``path`` holds the old content or all of the new, never a
-    part. A symbolic link is followed, an existing file keeps its permissions, a new one gets those of the umask. Temporary
-    files that killed processes left in the folder are removed.
+    part. A symbolic link is followed, an existing file keeps its permissions, a new one gets those of the umask.
+    Temporary files that killed processes left in the folder are removed.
 
     Args:
         path: Where the content goes. The folder has to exist.

@@ -20,6 +20,7 @@ from safekern.errors import (
     MissingDependencyError,
     SafekernError,
 )
+from safekern.faults import put_back
 from safekern.files import StrPath
 
 if TYPE_CHECKING:
@@ -97,6 +98,13 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
+
+    def tidy() -> None:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
+
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -109,10 +117,7 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
         reason = (isinstance(error, OSError) and error.strerror) or _first_line(error)
         raise FileAccessError(f"{folder}: cannot be written: {reason}") from error
     finally:
-        if old.exists() and not folder.exists():
-            old.replace(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        put_back(tidy)
 
 
 def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

@@ -118,7 +118,9 @@ class TestFullDisk:
 
 class TestPaths:
     @pytest.mark.parametrize("kind", WRITERS)
-    @pytest.mark.parametrize("name", ["ü ñ.png", "two\nlines.png", "-rf.png", "%s{x}.png", "'\".png", "x" * 240 + ".png"])
+    @pytest.mark.parametrize(
+        "name", ["ü ñ.png", "two\nlines.png", "-rf.png", "%s{x}.png", "'\".png", "x" * 240 + ".png"]
+    )
     def test_odd_names(self, kind, name, tmp_path):
         write_anything(kind, tmp_path / name)
         assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -241,7 +243,9 @@ class TestLoaderWorkers:
     def test_one_that_dies(self, memory):
         model = used_model()
         before = snapshot(model)
-        loader = torch.utils.data.DataLoader(Broken(), batch_size=1, num_workers=1, multiprocessing_context="fork", prefetch_factor=1)
+        loader = torch.utils.data.DataLoader(
+            Broken(), batch_size=1, num_workers=1, multiprocessing_context="fork", prefetch_factor=1
+        )
         objective = lambda model, ids: model_loss(model, {"input_ids": ids, "labels": ids})  # noqa: E731
         with pytest.raises(RuntimeError, match="exited unexpectedly"), at_most(30):
             score(model, loader, objective, memory=memory)
@@ -299,7 +303,9 @@ class TestOutOfMemory:
         def objective(model, batch):
             return Hungry.apply(model(batch.bfloat16()).sum(), None)
 
-        message = "1.01 MB for the model, 2.02 MB for the accumulators of 2 parameters, 1.00 MB for the largest gradient"
+        message = (
+            "1.01 MB for the model, 2.02 MB for the accumulators of 2 parameters, 1.00 MB for the largest gradient"
+        )
         with pytest.raises(OutOfMemoryError, match=message):
             score(model, [torch.randn(2, 1000)], objective)
 

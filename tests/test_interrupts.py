@@ -17,6 +17,8 @@ from safekern import (
     SPAAdamW,
     apply_delta,
     attack_success_rate,
+    files,
+    models,
     perturb,
     protect,
     save_delta,
@@ -195,3 +197,36 @@ def test_applying_a_delta_to_a_folder(tmp_path, most):
             run()
         assert contents(folder) == want
     assert mixed
+
+
+def test_looking_whether_a_file_can_be_written(tmp_path):
+    def run():
+        files.check_writable(tmp_path / "mask")
+
+    for place in places(run, None):
+        interrupted(run, place)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_a_model(tmp_path):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    folder = tmp_path / "model"
+
+    def run(scale=1.0):
+        with torch.no_grad():
+            model.model.norm.weight.fill_(scale)
+        models.save(model, tokenizer, folder)
+
+    run(2.0)
+    new = contents(folder)
+    run()
+    old = contents(folder)
+    found = set()
+    for place in range(calls(run)):
+        interrupted(lambda: run(2.0), place)
+        assert list(tmp_path.iterdir()) == [folder]
+        now = contents(folder)
+        assert now in (old, new)
+        found.add(now == new)
+        run()
+    assert found == {False, True}

@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from safekern import diagnosis, ops
-from safekern.ops.cases import DTYPES, EXTREMES, HYPERPARAMETERS, INDEX_DTYPES, INTEGERS, Case, at, mark, no_flags, steps
+from safekern.ops.cases import (
+    DTYPES,
+    EXTREMES,
+    HYPERPARAMETERS,
+    INDEX_DTYPES,
+    INTEGERS,
+    Case,
+    at,
+    mark,
+    no_flags,
+    steps,
+)
 from safekern.ops.registry import OPS
 
 pytestmark = [

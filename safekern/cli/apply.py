@@ -11,6 +11,7 @@ from safekern import files
 from safekern.cli import options
 from safekern.delta import apply_delta
 from safekern.errors import FileAccessError, InvalidArgumentError
+from safekern.faults import put_back
 from safekern.models import save
 from safekern.tables import printable
 
@@ -102,4 +103,4 @@ def _apply_to_copy(folder: Path, delta: Path, out: Path) -> None:
         apply_delta(temporary, delta)
         temporary.replace(out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        put_back(lambda: shutil.rmtree(temporary, ignore_errors=True))
