@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +25,9 @@ from torch import Tensor
 
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, SafekernError
 
-try:
+# On Windows, temporary files that a killed process left have to be removed by hand.
+if sys.platform != "win32":
     import fcntl
-except ImportError:  # Windows, where temporary files that a killed process left have to be removed by hand
-    fcntl = None  # type: ignore[assignment]
 
 StrPath = str | os.PathLike[str]
 
@@ -426,7 +426,7 @@ def _temporary(target: Path) -> Path:
 
 def _lock(file: BinaryIO, until: contextlib.ExitStack) -> None:
     """Locks a temporary file until then, or until the process ends: one without a lock was left by a killed process."""
-    if fcntl is not None:
+    if sys.platform != "win32":
         handle = os.dup(file.fileno())
         until.callback(os.close, handle)
         # Where a file system knows no locks, nothing is taken for left over either.
@@ -435,7 +435,7 @@ def _lock(file: BinaryIO, until: contextlib.ExitStack) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    if fcntl is None:
+    if sys.platform == "win32":
         return
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

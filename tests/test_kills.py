@@ -90,6 +90,8 @@ def saving(folder: Path, save: Callable[[bool, Path], None], load: Callable[[Pat
     """``save(new, path)`` over an old file, killed at calls that are spread over it."""
     from stops import calls, spread
 
+    from safekern import SafekernError
+
     path, found = folder / "file", Scenario()
     save(True, path)
     new = path.read_bytes()
@@ -105,7 +107,10 @@ def saving(folder: Path, save: Callable[[bool, Path], None], load: Callable[[Pat
         found.new += content == new
         if content not in (old, new):
             found.problems.append(f"a part of a file after call {place}")
-        load(path)
+        try:
+            load(path)
+        except SafekernError as error:
+            found.problems.append(f"after call {place}: {error}")
         leftovers_are_removed(folder, found, lambda: save(False, path))
     return found
 
