@@ -15,6 +15,7 @@ from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.faults import out_of_memory_explained
 from safekern.objectives import encode, refusal
 from safekern.prompts import Pairs
+from safekern.sharding import local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,9 +185,9 @@ def _memory_explained(model: torch.nn.Module, optimizer: Optimizer) -> AbstractC
     def held() -> dict[str, int]:
         state = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, Tensor)]
         return {
-            "the model": sum(tensor.nbytes for tensor in itertools.chain(model.parameters(), model.buffers())),
-            "the optimizer's state": sum(tensor.nbytes for tensor in state),
-            "the largest gradient": max(param.nbytes for param in model.parameters()),
+            "the model": sum(local(tensor).nbytes for tensor in itertools.chain(model.parameters(), model.buffers())),
+            "the optimizer's state": sum(local(tensor).nbytes for tensor in state),
+            "the largest gradient": max(local(param).nbytes for param in model.parameters()),
         }
 
     return out_of_memory_explained(

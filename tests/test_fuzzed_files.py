@@ -23,7 +23,8 @@ from torch import nn
 from safekern import Mask, SafekernError, Scores, SETAdamW, apply_delta, files, resume, save_delta
 from safekern.scores import TopScores
 
-KINDS = ("mask", "scores", "top scores", "delta", "training run", "checkpoint")
+KINDS = ("mask", "scores", "top scores", "expert scores", "delta", "training run", "checkpoint")
+SIGMA = {"w": torch.tensor(0.5), "v": torch.tensor(2.0)}
 META = {"objective": "refusal", "reduction": "mean", "nested": {"list": [1, None, 0.5]}}
 
 
@@ -53,7 +54,13 @@ def trained():
 
 def scores():
     gradients = {"w": torch.arange(12.0).view(3, 4), "v": torch.ones(5)}
-    return Scores(gradients, torch.tensor([0.5, 2.0]), num_batches=3, model_numel=20, meta=META)
+    return Scores(gradients, SIGMA, num_batches=3, model_numel=20, meta=META)
+
+
+def expert_scores():
+    gradients = {"layers.0.experts.up_proj": torch.arange(12.0).view(3, 2, 2), "v": torch.ones(5)}
+    sigma = {"layers.0.experts.up_proj": torch.tensor([0.5, 0.25, 2.0]).view(3, 1, 1), "v": torch.tensor(2.0)}
+    return Scores(gradients, sigma, num_batches=3, model_numel=20, meta=META)
 
 
 def top_scores():
@@ -61,8 +68,7 @@ def top_scores():
     candidates = {"w": torch.tensor([11.0]), "v": torch.ones(5)}
     indices = {"w": torch.tensor([11], dtype=torch.int32), "v": torch.arange(5, dtype=torch.int32)}
     shapes = {"w": torch.Size((3, 4)), "v": torch.Size((5,))}
-    sigma = torch.tensor([0.5, 2.0])
-    return TopScores(candidates, indices, shapes, sigma, keep=0.3, num_batches=3, model_numel=20, meta=META)
+    return TopScores(candidates, indices, shapes, SIGMA, keep=0.3, num_batches=3, model_numel=20, meta=META)
 
 
 def write(kind, path):
@@ -72,6 +78,8 @@ def write(kind, path):
         scores().save(path)
     elif kind == "top scores":
         top_scores().save(path)
+    elif kind == "expert scores":
+        expert_scores().save(path)
     elif kind == "delta":
         save_delta(tuned_model(), mask_of_base(), path, base=base_model())
     elif kind == "training run":
@@ -88,7 +96,7 @@ def use(kind, path):
         mask = Mask.load(path)
         mask.check(base_model())
         assert str(mask.summary()) and mask.fingerprint and mask | mask_of_base()
-    elif kind in ("scores", "top scores"):
+    elif kind.endswith("scores"):
         loaded = Scores.load(path)
         assert loaded.top(0.05).numel and repr(loaded)
         loaded.save(path.with_name("again"))
@@ -298,8 +306,8 @@ def test_what_is_no_such_file(kind, path, tmp_path):
         path.write_bytes(content)
         assert_refused(kind, path)
     for other in KINDS:
-        # Both kinds of scores are read alike, and to a checkpoint any tensors will do.
-        if other.removeprefix("top ") != kind.removeprefix("top ") and kind != "checkpoint":
+        # All kinds of scores are read alike, and to a checkpoint any tensors will do.
+        if other.split()[-1] != kind.split()[-1] and kind != "checkpoint":
             write(other, path)
             assert_refused(kind, path)
     torch.save({"w": torch.zeros(2)}, path)
