@@ -27,6 +27,7 @@ _Default = TypeVar("_Default")
 # Version 1 had 16-bit codes alone.
 _KIND, _VERSION = "mask", 2
 _SHOWN = 10
+_MOST_EXPERTS = 1 << 16
 
 
 class Mask(Mapping[str, Tensor]):
@@ -417,6 +418,9 @@ class Mask(Mapping[str, Tensor]):
         Returns:
             One row per layer and expert, over all of the expert's tensors; empty where the mask holds no experts.
 
+        Raises:
+            InvalidArgumentError: If a tensor claims to fuse more experts than any model has.
+
         Example:
             >>> from safekern.mask import Mask
             >>> name = "layers.0.mlp.experts.down_proj"
@@ -804,6 +808,12 @@ def _per_expert(name: str, indices: Tensor, shape: torch.Size) -> list[tuple[int
     experts = names.fused_experts(name, shape)
     if experts is None:
         return []
+    # A file of a few bytes can name any number, and a row for each would take all memory.
+    if experts > _MOST_EXPERTS:
+        raise InvalidArgumentError(
+            f"{name!r} has {experts:,} experts, where no model has more than {_MOST_EXPERTS:,}: the mask is damaged or "
+            "made up, so make it again."
+        )
     numel = _numel(shape) // experts
     selected = np.bincount(indices.numpy() // numel, minlength=experts)
     return [(expert, int(count), numel) for expert, count in enumerate(selected)]

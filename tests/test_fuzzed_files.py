@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from safekern import Mask, SafekernError, Scores, SETAdamW, apply_delta, files, resume, save_delta
+from safekern.cli import main
 from safekern.scores import TopScores
 
 KINDS = ("mask", "scores", "top scores", "expert scores", "delta", "training run", "checkpoint")
@@ -374,6 +375,33 @@ class TestCodes:
             return
         assert fits
         assert set(loaded.top(0.3).get("w", torch.empty(0)).tolist()) <= set(index)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("layers.0.mlp.experts.up_proj", [2**27, 1, 1]),
+        ("layers.0.mlp.experts.99999999999.w1.weight", [2, 1]),
+        ("layers.99999999999.mlp.up_proj.weight", [2, 1]),
+        (f"layers.{'9' * 5000}.mlp.up_proj.weight", [2, 1]),
+        ("layers.0.mlp.up_proj.weight", [2**62]),
+        ("x" * 100_000, [3]),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_made_up_names_and_shapes_take_no_memory_in_reports(name, shape, path, capsys):
+    pytest.importorskip("matplotlib")
+    files.write(
+        path,
+        "mask",
+        2,
+        {name: torch.ones(1, dtype=torch.uint8)},
+        {"shapes": {name: shape}, "model_numel": 2**62, "meta": {}},
+    )
+    for command in (["report", str(path), "--html", f"{path}.html"], ["diff", str(path), str(path)]):
+        with little_memory(), at_most(20):
+            status = main(command)
+        assert status == 0 or (status == 1 and "no model has more than" in capsys.readouterr().err)
 
 
 def test_an_index_of_shards_that_lies(path, tmp_path):
