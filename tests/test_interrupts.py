@@ -24,6 +24,7 @@ from safekern import (
     save_delta,
     score,
 )
+from safekern.objectives import GuardJudge
 
 # Files and generators that are collected instead of closed, where the interrupt hit between making and using them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -83,6 +84,22 @@ def test_generation(most):
     for place in places(run, most):
         interrupted(run, place)
         assert_untouched(model, before)
+
+
+def test_a_guard_model_as_judge(most):
+    model, guard, tokenizer = tiny_llama(), tiny_llama(seed=1), byte_tokenizer()
+    guard.model.layers[0].train()
+    guard.lm_head.weight.requires_grad_(False)
+    judge = GuardJudge(guard, tokenizer, tokenizer, max_new_tokens=2)
+    before = snapshot(model), snapshot(guard)
+
+    def run():
+        score(model, [["Hi"]], judge, progress=False)
+
+    for place in places(run, most and most // 2):
+        interrupted(run, place)
+        assert_untouched(model, before[0])
+        assert_untouched(guard, before[1])
 
 
 def test_collecting_in_backward(most):
