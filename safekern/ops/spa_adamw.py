@@ -47,7 +47,6 @@ def reference(
     for t, (param, index) in enumerate(zip(params, indices, strict=True)):
         real = torch.promote_types(param.dtype, torch.float32)
         flat = param.view(-1)
-        kept = flat[index]
         grad, exp_avg, exp_avg_sq = (values[t].view(-1).to(real) for values in (grads, exp_avgs, exp_avg_sqs))
         # Not lerp and addcmul, which may fuse a multiply-add: every operation here rounds once, as in the kernels.
         exp_avg = exp_avg + (grad - exp_avg) * (1 - beta1)
@@ -55,8 +54,10 @@ def reference(
         # A root taken in fp64 and rounded to fp32 is the correctly rounded one; torch's own root on the CPU is not
         # always, so for fp64 parameters the kernels may differ from this reference in the last bit.
         denom = exp_avg_sq.double().sqrt().to(real) / bias_correction2_sqrts[t] + eps
-        flat.copy_(flat.to(real) * decay - (exp_avg * step_sizes[t]) / denom)
-        flat[index] = kept
+        updated = (flat.to(real) * decay - (exp_avg * step_sizes[t]) / denom).to(param.dtype)
+        # Before anything is written: Ctrl-C in here must not leave a protected weight moved.
+        updated[index] = flat[index]
+        flat.copy_(updated)
         exp_avgs[t].view(-1).copy_(exp_avg)
         exp_avg_sqs[t].view(-1).copy_(exp_avg_sq)
 
