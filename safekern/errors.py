@@ -43,6 +43,10 @@ class OutOfMemoryError(SafekernError, torch.OutOfMemoryError):
     """Memory ran out; the message says what takes how much of it and what to lower."""
 
 
+class ModelInUseError(SafekernError, RuntimeError):
+    """A model that another thread is scoring or perturbing; nothing was changed."""
+
+
 class NonFiniteError(ScoringError):
     """A NaN or an infinity in a weight, a gradient or a score."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safekern import names, ops
+from safekern.claims import claimed
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, NonFiniteError, ProtectionError
 from safekern.faults import put_back
@@ -47,6 +48,7 @@ def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) ->
             contiguous or not a plain tensor on a real device. Nothing was changed.
         MaskMismatchError: the mask does not fit the model. Nothing was changed.
         NonFiniteError: a tensor with masked weights holds a NaN or an infinity. Nothing was changed.
+        ModelInUseError: another thread is scoring or perturbing the model. Nothing was changed.
         ProtectionError: on leaving, a masked parameter has another dtype, shape or layout than on entering, so that its
             weights cannot be restored; all others are.
 
@@ -59,6 +61,12 @@ def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) ->
     if not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
         raise InvalidArgumentError(f"seed must be a whole number of 64 bits, got {seed}")
     selected = _select(model, mask)
+    with claimed({entry.name: entry.param for entry in selected}, "perturbed"), _noise_on(selected, noise, seed):
+        yield
+
+
+@contextmanager
+def _noise_on(selected: "list[_Selected]", noise: float, seed: int) -> Iterator[None]:
     groups = [[selected[t] for t in group] for group in by_device([entry.param for entry in selected])]
     scales = [_scales(group, noise) for group in groups]
     for group in groups:

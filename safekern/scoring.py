@@ -1,6 +1,7 @@
 """``score``: passes of forward and backward that fold gradients into ESI accumulators."""
 
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from safekern import ops
 from safekern._version import __version__
+from safekern.claims import claimed
 from safekern.deviation import SigmaPer, deviations
 from safekern.eligibility import eligible_parameters
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
@@ -28,6 +30,9 @@ Objective = Callable[[nn.Module, Any], Tensor]
 # Hooks that a parameter has already must neither act on the gradients of scoring (an optimizer that steps in backward)
 # nor change them (a mask or a scale that belongs to someone's training).
 _SET_ASIDE = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+
+# Python's warning filters belong to the whole process. Reentrant, since an objective may score another model.
+_FILTERS_LOCK = threading.RLock()
 
 
 def score(
@@ -48,7 +53,7 @@ def score(
     Runs forward and backward once per batch, in the train or eval mode it finds. Every gradient is folded into an fp32
     accumulator and freed inside backward, so that the memory needed above the model and 4 bytes per eligible weight is
     the activations and the largest single gradient. Weights, ``.grad``, ``requires_grad`` and hooks are afterwards as
-    they were, also after an exception.
+    they were, also after an exception. Models may be scored at once, in threads of their own.
 
     Args:
         model: a module whose parameters are on real devices: plain tensors, or DTensors of ``fully_shard`` (FSDP2),
@@ -83,7 +88,9 @@ def score(
             where several sweeps are needed, a ``memory`` too small for the largest parameter and the candidates.
         OutOfMemoryError: memory ran out; the message says what takes it, and what to lower.
         ScoringError: the objective did not return a scalar with a graph to the model, no gradient arrived, gradient
-            checkpointing would lose some, or a sweep did not see the batches and losses of the first one.
+            checkpointing would lose some, a backward pass other than that of ``score`` reached the model, or a sweep
+            did not see the batches and losses of the first one.
+        ModelInUseError: another thread is scoring or perturbing the model.
         NonFiniteError: a weight, or a gradient of some batch, is NaN or infinite.
 
     Example:
@@ -165,7 +172,7 @@ def _sweep(
     """Folds the gradients of all batches that this process has."""
     # Where the inputs go: the first layer of a model that is spread over devices, embeddings included.
     device = next(param.device for param in model.parameters() if not param.is_meta)
-    with fold:
+    with claimed(dict(model.named_parameters()), "scored"), fold:
         for batch in _in_step(loader, fold.processes):
             # Once, since it touches the process's warning filters, and every batch takes the same way.
             guard = nullcontext() if fold.num_batches else _dropped_gradients_raise()
@@ -173,7 +180,7 @@ def _sweep(
                 loss = compute(model, _to_device(batch, device))
                 _check_loss(loss, fold.num_batches)
                 replay.check(fold.num_batches, loss.detach())
-                loss.backward()
+                fold.backward(loss)
             fold.finish_batch()
             bar.update()
     replay.finish(fold.num_batches)
@@ -325,6 +332,7 @@ class _GradientFold:
             for device in dict.fromkeys(acc.device for acc in self.accs.values())
         }
         self._arrived: set[str] = set()
+        self._backward_of: int | None = None  # the thread that runs it
         self._found: list[tuple[nn.Parameter, bool, dict[str, Any]]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -353,6 +361,14 @@ class _GradientFold:
     ) -> None:
         put_back(self._restore)
 
+    def backward(self, loss: Tensor) -> None:
+        """The one backward pass whose gradients are folded."""
+        self._backward_of = threading.get_ident()
+        try:
+            loss.backward()
+        finally:
+            self._backward_of = None
+
     def _restore(self) -> None:
         for handle in self._handles:
             handle.remove()
@@ -362,6 +378,13 @@ class _GradientFold:
                 setattr(param, attribute, value)
 
     def _fold(self, name: str, acc: Tensor | None, flag: Tensor | None, param: Tensor) -> None:
+        # For what lies on the CPU, autograd works in the thread that called it; each GPU has a thread of its own.
+        elsewhere = param.device.type == "cpu" and self._backward_of != threading.get_ident()
+        if self._backward_of is None or elsewhere:
+            raise ScoringError(
+                f"a backward pass other than that of score reached {name} while it was scored: the objective must "
+                "return its loss and leave backward() to score, and no other thread may train the model meanwhile"
+            )
         grad, param.grad = param.grad, None
         if grad is None:
             return
@@ -421,7 +444,7 @@ def _beside(acc: Tensor, grad: Tensor) -> Tensor:
 def _dropped_gradients_raise() -> Iterator[None]:
     """Reentrant checkpointing drops every gradient below an input that needs none, and would only warn."""
     message = "None of the inputs have requires_grad=True"
-    with warnings.catch_warnings():
+    with _FILTERS_LOCK, warnings.catch_warnings():
         warnings.filterwarnings("error", message, UserWarning)
         try:
             yield

@@ -1,6 +1,7 @@
 """Gradients that keep only the selected entries, so that backward can free the dense ones as it goes."""
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -184,6 +185,8 @@ class GradientHooks:
         self._collect = weakref.WeakMethod(collect)
         self._placed: dict[str, tuple[weakref.ref[Tensor], RemovableHandle]] = {}
         weakref.finalize(collect.__self__, self._remove).atexit = False  # type: ignore[attr-defined]
+        # The latest backward pass (their numbers ascend), and its thread.
+        self._latest = (-1, 0)
 
     def place(self, name: str, param: Tensor) -> None:
         """Hooks a parameter, unless it is already; a parameter that had the name before is released."""
@@ -202,11 +205,36 @@ class GradientHooks:
         param.requires_grad_(requires_grad)
         self._placed[name] = weakref.ref(param), handle
 
+    def others(self, param: Tensor) -> list[tuple[Any, str]]:
+        """Who else waits for a parameter's gradient with hooks of this kind, and the name it has there."""
+        found = []
+        for hook in (param._post_accumulate_grad_hooks or {}).values():
+            hooks = getattr(getattr(hook, "func", None), "__self__", None)
+            collect = hooks._collect() if isinstance(hooks, GradientHooks) and hooks is not self else None
+            if collect is not None:
+                found.append((collect.__self__, hook.args[0]))  # type: ignore[attr-defined]
+        return found
+
     @_disable_dynamo
     def _call(self, name: str, param: Tensor) -> None:
         collect = self._collect()
         if collect is not None:
+            self._check_alone(name)
             collect(name, param)
+
+    def _check_alone(self, name: str) -> None:
+        """Refuses backward passes that interleave in two threads.
+
+        Torch adds to a gradient under a lock and runs hooks after it: one thread would take a gradient while the other
+        adds to it. Passes inside each other, as of reentrant checkpointing, are of one thread.
+        """
+        now = (torch._C._current_graph_task_id(), threading.get_ident())
+        if now[0] < self._latest[0] and now[1] != self._latest[1]:
+            raise StepError(
+                f"two threads ran backward at once, and with in_backward=True the gradient of {name} and of others may "
+                "be lost: call zero_grad() and run one backward pass at a time"
+            )
+        self._latest = max(self._latest, now)
 
     def _remove(self) -> None:
         for before, handle in self._placed.values():

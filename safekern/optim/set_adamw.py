@@ -240,6 +240,11 @@ class SETAdamW(MaskedOptimizer):
             raise StepError("in_backward=True frees the gradients that backward(create_graph=True) is to keep")
         check_strided(name, local(grad))
         if name not in self._masked:
+            if any(other in owner._masked for owner, other in self._others(param)):
+                raise StepError(
+                    f"parameter {name} was given to two optimizers with in_backward=True, and only the mask of the "
+                    "other selects it: give every parameter to one of them"
+                )
             param.grad = None
         elif not (is_sharded(grad) and is_sharded(param)) or grad.placements == param.placements:
             # Gradients of other placements are partial sums: step() adds them up, as a hook must not communicate.
@@ -248,6 +253,9 @@ class SETAdamW(MaskedOptimizer):
             read = weakref.WeakMethod(self._average_to_read) if self._averages(param) else None
             selected = SelectedGrad(piece, indices, gather_selected(local(grad), piece, indices), read)
             param.grad = like(grad, selected)
+
+    def _others(self, param: Tensor) -> "list[tuple[SETAdamW, str]]":
+        return [] if self._hooks is None else self._hooks.others(param)
 
     def _is_mine(self, name: str, grad: Tensor) -> bool:
         """Whether it holds the entries that this optimizer selects; another optimizer's are of no use here."""
