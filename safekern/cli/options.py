@@ -139,6 +139,12 @@ def stage(name: str) -> Iterator[None]:
     print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
 
 
+def without_folders(source: Path | str) -> str:
+    """How files and reports name a model or a file of this machine: they are passed on, and its folders are private."""
+    path = Path(source)
+    return path.resolve().name if path.exists() else str(source)
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a report, atomically."""
     with files.replacing(path) as file:

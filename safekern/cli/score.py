@@ -110,10 +110,10 @@ def run(args: argparse.Namespace) -> None:
             sigma_per=args.sigma_per,
         )
     scores.meta |= {
-        "model": args.model,
+        "model": options.without_folders(args.model),
         "model_fingerprint": fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "data": str(args.pairs or args.prompts or "built-in"),
+        "data": options.without_folders(args.pairs or args.prompts or "built-in"),
         "pairs": len(pairs),
     }
     with options.stage("select"):

@@ -123,10 +123,10 @@ def run(args: argparse.Namespace) -> None:
     report = tuning.finish(
         args,
         {
-            "model": args.model,
+            "model": options.without_folders(args.model),
             "model_fingerprint": base,
             "tuned_fingerprint": fingerprint(model),
-            "mask": str(args.mask),
+            "mask": options.without_folders(args.mask),
             "mask_fingerprint": mask.fingerprint,
             "mask_numel": mask.numel,
             "model_numel": mask.model_numel,

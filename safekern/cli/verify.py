@@ -125,9 +125,9 @@ def _described(
     args: argparse.Namespace, found: Verification, model_fingerprint: str, mask_fingerprint: str
 ) -> dict[str, Any]:
     return {
-        "model": args.model,
+        "model": options.without_folders(args.model),
         "model_fingerprint": model_fingerprint,
-        "mask": str(args.mask),
+        "mask": options.without_folders(args.mask),
         "mask_fingerprint": mask_fingerprint,
         "restored": True,
         "versions": options.versions(),
