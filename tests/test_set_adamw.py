@@ -123,7 +123,8 @@ def test_a_full_mask_equals_adamw(dtype, scheduler):
             schedulers[0].load_state_dict(state)
             optimizers[0].load_state_dict(saved)
     for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        # A few roundings of a weight of 1/4, which may lie near zero by now: releases of torch round differently.
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7 if dtype == torch.float32 else 1e-8)
 
 
 def saved_bytes(state):
@@ -418,6 +419,8 @@ def test_a_scaled_step_equals_the_unscaled_one():
 # As a torch.optim.Optimizer
 
 
+# torch 2.11 says so once in every process.
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events at the end of each cycle:UserWarning")
 def test_step_hooks_and_profiler_see_the_steps():
     model = Net()
     optimizer = SETAdamW(model.named_parameters(), random_mask(model))
