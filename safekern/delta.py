@@ -25,8 +25,8 @@ from safekern.errors import (
     MaskMismatchError,
 )
 from safekern.files import StrPath
+from safekern.layout import by_device, flat_view, memory_indices, overlaps_itself
 from safekern.mask import Mask
-from safekern.optim.masked import by_device, flat_view, memory_indices, overlaps_itself
 
 _KIND, _VERSION = "delta", 1
 _INDICES, _VALUES = "indices:", "values:"

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError
+from safekern.layout import flat_view, memory_indices
 from safekern.mask import Mask
-from safekern.optim.masked import flat_view, memory_indices
 
 
 def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Callable[..., Optimizer]]:

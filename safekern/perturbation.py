@@ -14,8 +14,8 @@ from safekern.claims import claimed
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, NonFiniteError, ProtectionError
 from safekern.faults import put_back
+from safekern.layout import by_device
 from safekern.mask import Mask
-from safekern.optim.masked import by_device
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from safekern import ops
+from safekern.layout import by_device
 from safekern.sharding import Processes, Shard, local
 
 _DIGIT = 16
@@ -121,7 +122,7 @@ def select(gradients: Sequence[Tensor], sigma: Sequence[Tensor], k: int, largest
     """
     processes = Processes.of(gradients)
     held = [Held.of(gradient, scale) for gradient, scale in zip(gradients, sigma, strict=True)]
-    if processes.size == 1 and len(_by_place(held)) == 1:
+    if processes.size == 1 and len(by_device([part.values for part in held])) == 1:
         return [pick.cpu() for pick in select_here(held, k, largest)]
     shards = [Shard.of(gradient) for gradient in gradients]
     held = [
@@ -154,7 +155,7 @@ def _candidates(
         Per tensor the ascending positions of its candidates in this process's part, and their keys; the cutoff; the
         number of ties.
     """
-    lots = _by_place(held)
+    lots = by_device([part.values for part in held])
     numels = [sum(held[t].values.numel() for t in members) for members in lots]
     most = [min(k, count) for count in numels]
     # A little over what an even spread would take, so that places need not be asked twice.
@@ -178,14 +179,6 @@ def _candidates(
             return picks, keys, cutoff, ties
         for lot in short:
             wanted[lot] = min(most[lot], 2 * wanted[lot])
-
-
-def _by_place(held: Sequence[Held]) -> list[list[int]]:
-    """The positions of those that one call of a kernel can take together."""
-    places: dict[torch.device, list[int]] = {}
-    for t, part in enumerate(held):
-        places.setdefault(part.values.device, []).append(t)
-    return list(places.values())
 
 
 def _keys(esi: Tensor, largest: bool) -> Tensor:

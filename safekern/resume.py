@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from safekern import files
 from safekern.errors import FileFormatError, InvalidArgumentError
 from safekern.files import StrPath
-from safekern.optim.masked import flat_view, memory_indices
+from safekern.layout import flat_view, memory_indices
 
 _KIND, _VERSION = "training", 1
 _WEIGHT, _STATE = "weight:", "state:"

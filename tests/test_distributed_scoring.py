@@ -306,5 +306,5 @@ def test_a_mesh_over_some_processes_is_refused() -> None:
 def test_scores_on_several_devices_rank_as_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {kind: masks_of(scores_of(gradients(kind))) for kind in KINDS}
     # As if every second tensor were on another device.
-    monkeypatch.setattr(ranking, "_by_place", lambda tensors: [list(range(len(tensors)))[part::2] for part in (0, 1)])
+    monkeypatch.setattr(ranking, "by_device", lambda tensors: [list(range(len(tensors)))[part::2] for part in (0, 1)])
     assert {kind: masks_of(scores_of(gradients(kind))) for kind in KINDS} == expected

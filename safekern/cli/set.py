@@ -1,7 +1,6 @@
 """``safekern set``: Safety Enhancement Tuning, which makes a model refuse by updating the weights of a mask alone."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from safekern.models import save
 from safekern.optim import SETAdamW
 from safekern.prompts import builtin
 from safekern.resume import Weights
-from safekern.tables import printable
 from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, check_balance
 
 _DESCRIPTION = """\
@@ -50,8 +48,6 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_model(parser)
-    parser.add_argument("--mask", type=Path, required=True, metavar="FILE", help="a mask file")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument(
         "--harmful", type=Path, metavar="FILE", help="harmful prompts with refusals (default: built-in)"
     )
@@ -66,7 +62,6 @@ def add_parser(commands: Any) -> None:
     )
     tuning.add_training(parser, iterations=100, lr=LEARNING_RATE, batch_size=TUNING_BATCH_SIZE, every=25)
     parser.add_argument("--save-model", action="store_true", help="also write the whole tuned model")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
 
 
@@ -120,24 +115,13 @@ def run(args: argparse.Namespace) -> None:
         save_delta(model, mask, args.out / "delta.safetensors", base=before)
         if args.save_model:
             save(model, tokenizer, args.out / "model")
-    report = tuning.finish(
+    tuning.finish(
         args,
-        {
-            "model": options.without_folders(args.model),
-            "model_fingerprint": base,
-            "tuned_fingerprint": fingerprint(model),
-            "mask": options.without_folders(args.mask),
-            "mask_fingerprint": mask.fingerprint,
-            "mask_numel": mask.numel,
-            "model_numel": mask.model_numel,
-            "refusal_weight": args.refusal_weight,
-            "losses": losses,
-        },
-        "set.json",
+        model,
+        base,
+        mask,
+        losses,
+        {"refusal_weight": args.refusal_weight},
+        checked="Every weight outside the mask was checked to be bit-identical.",
+        written=["delta.safetensors", *["model/"] * args.save_model, "set.json"],
     )
-    if args.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{mask}\n{tuning.summary(losses)}")
-    print("Every weight outside the mask was checked to be bit-identical.")
-    print(f"Written to {printable(str(args.out))}: delta.safetensors, set.json{', model/' * args.save_model}")

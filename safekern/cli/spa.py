@@ -1,20 +1,17 @@
 """``safekern spa``: Safety Preserving Adaptation, which fine-tunes a model with the weights of a mask frozen."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from safekern.checkpoint import fingerprint
 from safekern.cli import options, tuning
 from safekern.errors import ProtectionError
 from safekern.models import save
 from safekern.optim import SPAAdamW
 from safekern.prompts import load
 from safekern.resume import Weights
-from safekern.tables import printable
 from safekern.training import TUNING_BATCH_SIZE, shuffled
 
 _DESCRIPTION = """\
@@ -48,11 +45,8 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_model(parser)
-    parser.add_argument("--mask", type=Path, required=True, metavar="FILE", help="a mask file: what stays as it is")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="prompts with the responses to learn")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     tuning.add_training(parser, iterations=1000, lr=2e-5, batch_size=TUNING_BATCH_SIZE, every=250)
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
 
 
@@ -83,25 +77,13 @@ def run(args: argparse.Namespace) -> None:
             raise ProtectionError(f"protected weights of {name} have changed; nothing was written. Please report this")
     with options.stage("save"):
         save(model, tokenizer, args.out / "model")
-    report = tuning.finish(
+    tuning.finish(
         args,
-        {
-            "model": options.without_folders(args.model),
-            "model_fingerprint": base,
-            "tuned_fingerprint": fingerprint(model),
-            "mask": options.without_folders(args.mask),
-            "mask_fingerprint": mask.fingerprint,
-            "mask_numel": mask.numel,
-            "model_numel": mask.model_numel,
-            "data": options.without_folders(args.data),
-            "pairs": len(pairs),
-            "losses": losses,
-        },
-        "spa.json",
+        model,
+        base,
+        mask,
+        losses,
+        {"data": options.without_folders(args.data), "pairs": len(pairs)},
+        checked="Every weight of the mask was checked to be bit-identical.",
+        written=["model/", "spa.json"],
     )
-    if args.json:
-        print(json.dumps(report, indent=2))
-        return
-    print(f"{mask}\n{tuning.summary(losses)}")
-    print("Every weight of the mask was checked to be bit-identical.")
-    print(f"Written to {printable(str(args.out))}: model/, spa.json")

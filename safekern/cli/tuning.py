@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from safekern import resume
+from safekern.checkpoint import fingerprint
 from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
+from safekern.mask import Mask
 from safekern.prompts import Pairs, load
+from safekern.tables import printable
 from safekern.training import Batch, tune
 
 if TYPE_CHECKING:
@@ -22,7 +25,10 @@ _FILE = "training.safetensors"
 
 
 def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float, batch_size: int, every: int) -> None:
-    """Adds the options of a training run, with the defaults of the command."""
+    """Adds the options of a training run with a mask, with the defaults of the command."""
+    parser.add_argument("--mask", type=Path, required=True, metavar="FILE", help="a mask file")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     group = parser.add_argument_group("training")
     group.add_argument(
         "--iterations", type=options.number, default=iterations, metavar="N", help=f"steps (default: {iterations})"
@@ -119,21 +125,54 @@ def train(
         return tune(model, optimizer, make_parts(len(done)), args.iterations, done=done, after_step=checkpoint)
 
 
-def finish(args: argparse.Namespace, report: dict[str, Any], name: str) -> dict[str, Any]:
-    """Writes the report and removes the checkpoint, which is of no use any more."""
-    report |= {
+def finish(
+    args: argparse.Namespace,
+    model: "PreTrainedModel",
+    base: str,
+    mask: Mask,
+    losses: list[float],
+    details: dict[str, Any],
+    *,
+    checked: str,
+    written: Sequence[str],
+) -> None:
+    """Writes the report, removes the checkpoint, which is of no use any more, and says what was done.
+
+    Args:
+        args: the options of `add_training`.
+        model: the tuned one.
+        base: the fingerprint of the model that it was.
+        mask: which weights were updated, or spared.
+        losses: of every iteration.
+        details: what the report holds beside what all do.
+        checked: a sentence on what is certain of the weights.
+        written: the files in ``--out``, the report last.
+    """
+    report = {
+        "model": options.without_folders(args.model),
+        "model_fingerprint": base,
+        "tuned_fingerprint": fingerprint(model),
+        "mask": options.without_folders(args.mask),
+        "mask_fingerprint": mask.fingerprint,
+        "mask_numel": mask.numel,
+        "model_numel": mask.model_numel,
+        **details,
+        "losses": losses,
         "iterations": args.iterations,
         "lr": args.lr,
         "batch_size": args.batch_size,
         "seed": args.seed,
         "versions": options.versions(),
     }
-    options.write_json(args.out / name, report)
+    options.write_json(args.out / written[-1], report)
     (args.out / _FILE).unlink(missing_ok=True)
-    return report
+    if args.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"{mask}\n{_summary(losses)}\n{checked}\nWritten to {printable(str(args.out))}: {', '.join(written)}")
 
 
-def summary(losses: list[float]) -> str:
+def _summary(losses: list[float]) -> str:
     """How the loss went, in words."""
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth

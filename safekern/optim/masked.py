@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from safekern import names, ops
+from safekern import names
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
+from safekern.layout import memory_indices
 from safekern.mask import Mask
 from safekern.sharding import Shard, is_sharded, local
 
@@ -233,35 +234,6 @@ def settled_gradient(param: Tensor) -> Tensor:
     return local(grad)
 
 
-def flat_view(param: Tensor) -> Tensor:
-    """The parameter's memory as one contiguous 1-D tensor that shares its storage.
-
-    For a contiguous parameter that is ``param.view(-1)``. Otherwise it spans from the first to the last element in
-    memory, and :func:`memory_indices` says where the elements lie in it.
-    """
-    if param.is_contiguous():
-        return param.view(-1)
-    span = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
-    return param.as_strided((span,), (1,))
-
-
-def flat_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """A tensor of the parameter's shape (its gradient, say), flat, with elements where the parameter has them."""
-    contiguous = tensor.is_contiguous() and param.is_contiguous()
-    if not contiguous and tensor.stride() != param.stride():
-        laid_out = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
-        tensor = laid_out.copy_(tensor)
-    return flat_view(tensor)
-
-
-def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:
-    """The fp32 values of a tensor of the parameter's shape at positions in the parameter's memory."""
-    selected = torch.empty(indices.numel(), dtype=torch.float32, device=param.device)
-    flag = torch.zeros(1, dtype=torch.bool, device=param.device)
-    ops.gather_([selected], [flat_like(tensor.detach(), param)], [indices], flag)
-    return selected
-
-
 def held(param: Tensor, indices: Tensor) -> tuple[Places, Tensor]:
     """Those of some elements of a parameter that this process holds.
 
@@ -294,29 +266,6 @@ def cut(values: Tensor, before: Places, after: Places, count: int) -> Tensor | N
     return at(values, after).clone() if before == slice(0, count) else None
 
 
-def memory_indices(param: Tensor, indices: Tensor) -> Tensor:
-    """Where in :func:`flat_view` the elements with these row-major indices lie, on the parameter's device."""
-    if param.is_contiguous():
-        return indices.to(param.device)
-    rest, position = indices.long(), torch.zeros(indices.shape, dtype=torch.int64, device=indices.device)
-    for size, stride in zip(reversed(param.shape), reversed(param.stride()), strict=True):
-        position += rest % size * stride
-        rest = rest // size
-    fits = flat_view(param).numel() <= torch.iinfo(torch.int32).max
-    return position.to(param.device, torch.int32 if fits else torch.int64)
-
-
-def overlaps_itself(param: Tensor) -> bool:
-    """Whether two elements may share memory, as after ``expand``: an update would hit both."""
-    dims = sorted((stride, size) for size, stride in zip(param.shape, param.stride(), strict=True) if size > 1)
-    reach = 0
-    for stride, size in dims:
-        if stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
 def count_step(states: Sequence[Mapping[str, Tensor]]) -> None:
     """Adds one to ``state["step"]`` of each, in one call."""
     torch._foreach_add_([state["step"] for state in states], _ONE, alpha=1.0)
@@ -335,11 +284,3 @@ def check_strided(name: str, grad: Tensor) -> None:
     """Refuses the gradients that ``sparse=True`` gives."""
     if grad.layout != torch.strided:
         raise StepError(f"parameter {name} has a sparse gradient: build its module with sparse=False")
-
-
-def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The positions of the tensors on each device."""
-    positions: dict[torch.device, list[int]] = {}
-    for t, tensor in enumerate(tensors):
-        positions.setdefault(tensor.device, []).append(t)
-    return list(positions.values())

@@ -14,17 +14,9 @@ from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.faults import put_back
+from safekern.layout import by_device, flat_view, overlaps_itself
 from safekern.mask import Mask
-from safekern.optim.masked import (
-    NamedParameters,
-    Places,
-    by_device,
-    cut,
-    flat_view,
-    held,
-    named_groups,
-    overlaps_itself,
-)
+from safekern.optim.masked import NamedParameters, Places, cut, held, named_groups
 from safekern.sharding import local
 
 # How many protected weights of a parameter are compared before a step where torch's version counter says that it was

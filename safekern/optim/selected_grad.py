@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from safekern.errors import InvalidArgumentError, StepError
-from safekern.optim.masked import by_device, gather_selected
+from safekern.layout import by_device, gather_selected
 from safekern.sharding import local
 
 aten = torch.ops.aten

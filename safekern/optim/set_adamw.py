@@ -14,23 +14,19 @@ from torch._compile import _disable_dynamo
 from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
+from safekern.layout import by_device, flat_like, flat_view, gather_selected, overlaps_itself
 from safekern.mask import Mask
 from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
     Places,
     at,
-    by_device,
     check_hyperparameters,
     check_strided,
     count_step,
     cut,
-    flat_like,
-    flat_view,
-    gather_selected,
     held,
     named_groups,
-    overlaps_itself,
     settled_gradient,
 )
 from safekern.optim.selected_grad import GradientHooks, SelectedGrad, average

@@ -11,19 +11,16 @@ from torch import Tensor
 from safekern import names, ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
+from safekern.layout import by_device, flat_like, flat_view, overlaps_itself
 from safekern.mask import Mask
 from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
-    by_device,
     check_hyperparameters,
     check_strided,
     count_step,
-    flat_like,
-    flat_view,
     held,
     named_groups,
-    overlaps_itself,
     settled_gradient,
 )
 from safekern.sharding import is_sharded, local, part

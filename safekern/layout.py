@@ -1,0 +1,68 @@
+"""Where the elements of a parameter lie in memory, which is what the kernels work on."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from safekern import ops
+
+
+def flat_view(param: Tensor) -> Tensor:
+    """The parameter's memory as one contiguous 1-D tensor that shares its storage.
+
+    For a contiguous parameter that is ``param.view(-1)``. Otherwise it spans from the first to the last element in
+    memory, and :func:`memory_indices` says where the elements lie in it.
+    """
+    if param.is_contiguous():
+        return param.view(-1)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+    return param.as_strided((span,), (1,))
+
+
+def flat_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """A tensor of the parameter's shape (its gradient, say), flat, with elements where the parameter has them."""
+    contiguous = tensor.is_contiguous() and param.is_contiguous()
+    if not contiguous and tensor.stride() != param.stride():
+        laid_out = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
+        tensor = laid_out.copy_(tensor)
+    return flat_view(tensor)
+
+
+def memory_indices(param: Tensor, indices: Tensor) -> Tensor:
+    """Where in :func:`flat_view` the elements with these row-major indices lie, on the parameter's device."""
+    if param.is_contiguous():
+        return indices.to(param.device)
+    rest, position = indices.long(), torch.zeros(indices.shape, dtype=torch.int64, device=indices.device)
+    for size, stride in zip(reversed(param.shape), reversed(param.stride()), strict=True):
+        position += rest % size * stride
+        rest = rest // size
+    fits = flat_view(param).numel() <= torch.iinfo(torch.int32).max
+    return position.to(param.device, torch.int32 if fits else torch.int64)
+
+
+def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:
+    """The fp32 values of a tensor of the parameter's shape at positions in the parameter's memory."""
+    selected = torch.empty(indices.numel(), dtype=torch.float32, device=param.device)
+    flag = torch.zeros(1, dtype=torch.bool, device=param.device)
+    ops.gather_([selected], [flat_like(tensor.detach(), param)], [indices], flag)
+    return selected
+
+
+def overlaps_itself(param: Tensor) -> bool:
+    """Whether two elements may share memory, as after ``expand``: an update would hit both."""
+    dims = sorted((stride, size) for size, stride in zip(param.shape, param.stride(), strict=True) if size > 1)
+    reach = 0
+    for stride, size in dims:
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The positions of the tensors on each device."""
+    positions: dict[torch.device, list[int]] = {}
+    for t, tensor in enumerate(tensors):
+        positions.setdefault(tensor.device, []).append(t)
+    return list(positions.values())
