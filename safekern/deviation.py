@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from safekern import names, ops
+from safekern.layout import by_device
 from safekern.sharding import Processes, Shard, is_sharded, local
 
 SigmaPer = Literal["tensor", "expert"]
@@ -51,8 +52,7 @@ def deviations(params: Mapping[str, Tensor], per: SigmaPer) -> dict[str, Tensor]
 
 def _here(tensors: Sequence[Tensor]) -> Tensor:
     sigma = torch.empty(len(tensors), device="cpu")
-    for device in dict.fromkeys(tensor.device for tensor in tensors):
-        here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
+    for here in by_device(tensors):
         dense = [i for i in here if tensors[i].is_contiguous()]
         # Those that have to be copied, one at a time: together, the copies could be as large as the model.
         groups = [dense, *([i] for i in here if not tensors[i].is_contiguous())]

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from safekern import ops
 from safekern.layout import by_device
+from safekern.ops.select import KEY_BITS, keys_of
 from safekern.sharding import Processes, Shard, local
 
 _DIGIT = 16
-_KEY_BITS = 31
-_KEY_MASK = (1 << _KEY_BITS) - 1
 
 
 @dataclass(frozen=True)
@@ -167,8 +166,8 @@ def _candidates(
             if count:
                 here = select_here([held[t] for t in members], count, largest)
                 for t, pick in zip(members, here, strict=True):
-                    picks[t], keys[t] = pick, _keys(held[t].esi(pick), largest)
-        cutoff, ties = _kth_largest(keys, k, _KEY_BITS, processes)
+                    picks[t], keys[t] = pick, keys_of(held[t].esi(pick), largest)
+        cutoff, ties = _kth_largest(keys, k, KEY_BITS, processes)
         # Whoever gave something worse than the cutoff has nothing left that reaches it.
         short = [
             lot
@@ -179,12 +178,6 @@ def _candidates(
             return picks, keys, cutoff, ties
         for lot in short:
             wanted[lot] = min(most[lot], 2 * wanted[lot])
-
-
-def _keys(esi: Tensor, largest: bool) -> Tensor:
-    """Integers that order as the scores do: non-negative floats order as their bits."""
-    key = esi.view(torch.int32) & _KEY_MASK
-    return key if largest else _KEY_MASK - key
 
 
 def _last_tie(

@@ -54,7 +54,7 @@ def run(world_size: int, work: Callable[..., Any], *args: Any, fail_ok: bool = F
         for rank, process in enumerate(processes):
             path = Path(folder, f"result{rank}")
             assert path.exists(), f"process {rank} ended with status {process.exitcode} and no result"
-            error, value = torch.load(path, weights_only=False)
+            error, value = torch.load(path, weights_only=True)
             assert fail_ok or error is None, f"process {rank}: {error}"
             results.append(value if error is None else error)
         return results
@@ -72,7 +72,7 @@ def _main(rank: int, world_size: int, folder: str, work: Callable[..., Any]) -> 
             world_size=world_size,
             timeout=timedelta(seconds=30),
         )
-        value = work(*torch.load(Path(folder, "args"), weights_only=False))
+        value = work(*torch.load(Path(folder, "args"), weights_only=True))
         dist.barrier()
     except Exception:
         error = traceback.format_exc()

@@ -20,6 +20,7 @@ from safekern.ops.cases import (
     INDEX_DTYPES,
     INTEGERS,
     Case,
+    any_bits,
     at,
     mark,
     no_flags,
@@ -83,12 +84,7 @@ class Drawn:
         return [self.values(index.numel(), dtype, scale).view(-1) for index in indices]
 
     def bits(self, indices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-        word = INTEGERS[dtype.itemsize]
-        low, high = torch.iinfo(word).min, torch.iinfo(word).max
-        return [
-            torch.randint(low, high, (index.numel(),), generator=self.generator, dtype=word).view(dtype)
-            for index in indices
-        ]
+        return [any_bits(index.numel(), dtype, self.generator) for index in indices]
 
     def pick(self, choices):
         return choices[int(torch.randint(len(choices), (1,), generator=self.generator))]

@@ -84,12 +84,14 @@ class Inputs:
 
     def bits_at(self, indices: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Any bits at all, one element for each index: NaNs with payloads and of either sign, denormals, zeros."""
-        word = INTEGERS[dtype.itemsize]
-        low, high = torch.iinfo(word).min, torch.iinfo(word).max
-        return [
-            torch.randint(low, high, (index.numel(),), generator=self._generator, dtype=word).view(dtype)
-            for index in indices
-        ]
+        return [any_bits(index.numel(), dtype, self._generator) for index in indices]
+
+
+def any_bits(numel: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Elements of any bits at all."""
+    word = INTEGERS[dtype.itemsize]
+    low, high = torch.iinfo(word).min, torch.iinfo(word).max
+    return torch.randint(low, high, (numel,), generator=generator, dtype=word).view(dtype)
 
 
 def no_flags(tensors: Sequence[Tensor]) -> Tensor:

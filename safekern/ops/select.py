@@ -12,8 +12,8 @@ from safekern.ops.cases import DENORMAL, Case, Inputs
 from safekern.ops.registry import define
 
 # |x| * sigma as its 31 bits: non-negative floats order as their bits do.
-_KEY_MASK = 0x7FFFFFFF
-_INFINITY_KEY = 0x7F800000
+KEY_BITS = 31
+_KEY_MASK = (1 << KEY_BITS) - 1
 
 
 def reference(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> list[Tensor]:
@@ -37,10 +37,10 @@ def reference(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> 
         raise RuntimeError(f"safekern: cannot select {k} of {numel} elements")
 
     def keys(t: int) -> Tensor:
-        key = (grads[t].abs() * sigma[t]).view(-1).view(torch.int32) & _KEY_MASK
-        if bool((key > _INFINITY_KEY).any()):
+        score = (grads[t].abs() * sigma[t]).view(-1)
+        if bool(score.isnan().any()):
             raise RuntimeError("safekern: a score is NaN")
-        return key if largest else _KEY_MASK - key
+        return keys_of(score, largest)
 
     cutoff, ties = _find_cutoff(keys, len(grads), k)
     outputs = []
@@ -53,6 +53,12 @@ def reference(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> 
         dtype = torch.int32 if grad.numel() <= torch.iinfo(torch.int32).max else torch.int64
         outputs.append(torch.nonzero(chosen).view(-1).to(dtype))
     return outputs
+
+
+def keys_of(scores: Tensor, largest: bool) -> Tensor:
+    """Integers of 31 bits that order as scores do: fp32, none negative or NaN, the best one largest."""
+    key = scores.view(torch.int32) & _KEY_MASK
+    return key if largest else _KEY_MASK - key
 
 
 def _find_cutoff(keys: Callable[[int], Tensor], count: int, k: int) -> tuple[int, int]:

@@ -98,6 +98,16 @@ class MaskedOptimizer(Optimizer):
     def state(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
         self._states = {name: state[param] for _, name, param in self._named() if param in state}
 
+    def _checked_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
+        """A group to be added, in the form torch keeps names in; an error if it repeats what is given already."""
+        given = [
+            {"params": list(zip(group["param_names"], group["params"], strict=True))} for group in self.param_groups
+        ]
+        *_, group = named_groups([*given, param_group])
+        check_hyperparameters({**self.defaults, **group})
+        # Without names of its own torch would refuse an empty group beside named ones.
+        return {"param_names": [], **group}
+
     def _named(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
         for group in self.__dict__.get("param_groups", ()):
             for name, param in zip(group["param_names"], group["params"], strict=True):

@@ -21,7 +21,6 @@ from safekern.optim.masked import (
     NamedParameters,
     Places,
     at,
-    check_hyperparameters,
     check_strided,
     count_step,
     cut,
@@ -151,12 +150,7 @@ class SETAdamW(MaskedOptimizer):
         Raises:
             InvalidArgumentError: a parameter without a name or already given, or a hyperparameter out of range.
         """
-        given = [
-            {"params": list(zip(group["param_names"], group["params"], strict=True))} for group in self.param_groups
-        ]
-        *_, group = named_groups([*given, param_group])
-        check_hyperparameters({**self.defaults, **group})
-        super().add_param_group({"param_names": [], **group})
+        super().add_param_group(self._checked_group(param_group))
         self._bind()
 
     @_disable_dynamo

@@ -16,7 +16,6 @@ from safekern.mask import Mask
 from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
-    check_hyperparameters,
     check_strided,
     count_step,
     held,
@@ -109,24 +108,14 @@ class SPAAdamW(MaskedOptimizer):
             InvalidArgumentError: a hyperparameter out of range, a parameter without a name, or one given before.
             MaskMismatchError: a new parameter could be the one that the mask means.
         """
-        pairs = list(param_group["params"])
-        if pairs:
-            named_groups([{"params": pairs}])
-        check_hyperparameters({**self.defaults, **param_group})
-        given = {param: name for _, name, param in self._named()}
-        taken, meant = set(given.values()), {names.canonical(name) for name in self._masked}
-        for name, param in pairs:
-            if name in taken or param in given:
-                alias = f", also as {given[param]}" if given.get(param, name) != name else ""
-                raise InvalidArgumentError(
-                    f"parameter {name} was given twice{alias}: give every parameter once, under a name of its own"
-                )
+        group = self._checked_group(param_group)
+        meant = {names.canonical(name) for name in self._masked}
+        for name, param in group["params"]:
             if name not in self._masked and names.canonical(name) in meant:
                 raise MaskMismatchError(f"parameter {name} may be one that the mask means, which is protected already")
             if param.requires_grad or name in self._masked:
                 _check_usable(name, param)
-        # Without names of its own torch would refuse an empty group beside named ones.
-        super().add_param_group({**param_group, "params": pairs} if pairs else {**param_group, "param_names": []})
+        super().add_param_group(group)
         self._bind()
 
     def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
