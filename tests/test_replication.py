@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from test_objectives import byte_tokenizer, tiny_llama
 
+import safekern
+
 # Last, so that an installed safekern is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
@@ -168,3 +170,17 @@ def test_reads_one_measurement_where_another_falls_to_a_level():
     rows = [{"task": [4.0, 3, 5], "asr": 0.0}, {"task": [3.0, 2, 4]}, {"task": [2.0, 1, 3], "asr": 0.5}]
     assert report.crossing(rows, "task", 3.0, "asr") == 0.25
     assert report.crossing(rows, "task", 1.0, "asr") is None
+
+
+def test_processes_share_the_runs(replicate, capfd):
+    folder = replicate("set", "--only", "untouched|esi.*balanced-seed0", "--jobs", "2", steps=(1,))
+    found = results(folder, "set")
+    assert len(found) == 3 and all(record["finished"] for record in found.values())
+    lines = capfd.readouterr()
+    for name in found:
+        assert (lines.out + lines.err).count(f"set/{name}") == 1
+
+
+def test_a_process_that_fails_is_reported(replicate, capfd):
+    with pytest.raises(safekern.SafekernError, match="2 of 2 processes failed"):
+        replicate("set", "--only", "untouched", "--jobs", "2", "--device", "nowhere")

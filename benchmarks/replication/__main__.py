@@ -6,11 +6,15 @@
 
 An experiment is a list of runs. Each writes one JSON file, and one whose file is finished is not repeated: an
 interrupted command goes on when it is given again. What takes long to make (scores, aligned models) is in --cache.
+On a GPU one small model keeps one processor core busy and the GPU idle: --jobs 8.
 """
 
 import argparse
 import functools
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -58,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=64, help="prompts of each kind to evaluate on (default: 64)")
     parser.add_argument("--out", type=Path, default=_RESULTS, help="(default: benchmarks/results/replication)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "safekern" / "replication")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, each taking the next run (default: 1)")
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="also put tables of set between the marks in this file"
     )
@@ -65,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = args.out / Path(args.model).name
 
     names = list(EXPERIMENTS) if "all" in args.experiment else [name for name in args.experiment if name != "table"]
-    if names:
+    if names and args.jobs > 1:
+        in_parallel([*(sys.argv[1:] if arguments is None else arguments), "--jobs", "1"], args.jobs)
+    elif names:
         data = Data.read(args.pairs, args.goals, args.gsm8k, args.held_out)
         tasks = [spa.CHAT, *([spa.GSM8K] if data.gsm8k is not None else [])]
         plan = Plan(args.seeds, args.steps, tasks, args.guard)
@@ -76,6 +83,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.write(folder)
     if args.readme:
         report.update(args.readme, folder)
+
+
+def in_parallel(arguments: Sequence[str], jobs: int) -> None:
+    """Runs the command in several processes, which share its runs, and waits for them.
+
+    Raises:
+        SafekernError: A process failed, after saying why; the others went on.
+    """
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    command = [sys.executable, "-m", "benchmarks.replication", *arguments]
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": path}
+    processes = [subprocess.Popen(command, env=environment) for _ in range(jobs)]
+    try:
+        failed = sum(process.wait() != 0 for process in processes)
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    if failed:
+        raise SafekernError(f"{failed} of {jobs} processes failed; what is finished is kept")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from safekern.prompts import Pairs, builtin, load, load_prompts
 from safekern.training import SCORING_BATCH_SIZE, in_order
 from safekern.verification import bootstrap
 
+from .runs import claimed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,7 +35,7 @@ _GEMMA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 _GOALS = 100
-_ANSWERED_TOGETHER = 32
+_ANSWERED_TOGETHER, _READ_TOGETHER = 64, 16
 
 
 class LeakError(SafekernError):
@@ -148,16 +150,18 @@ class Lab:
     def cached_scores(self, name: str, make: Callable[[], Scores]) -> Scores:
         """Scores from the cache, made where they are missing."""
         path = self.path(f"{name}-scores")
-        if not path.exists():
-            make().save(path)
+        with claimed(path, wait=True):
+            if not path.exists():
+                make().save(path)
         return Scores.load(path)
 
     def cached_weights(self, name: str, make: Callable[[], None]) -> dict[str, torch.Tensor]:
         """Weights from the cache, made where they are missing: what ``make`` leaves in the model."""
         path = self.path(f"{name}-weights")
-        if not path.exists():
-            make()
-            files.write(path, "weights", 1, dict(self.model.named_parameters()), {})
+        with claimed(path, wait=True):
+            if not path.exists():
+                make()
+                files.write(path, "weights", 1, dict(self.model.named_parameters()), {})
         return files.read(path, "weights", 1)[0]
 
     def base_scores(self) -> Scores:
@@ -210,8 +214,8 @@ class Lab:
         totals, opening = np.zeros(len(order)), np.zeros(len(order))
         tokens = np.zeros(len(order), dtype=np.int64)
         with torch.no_grad(), self._computing():
-            for start in range(0, len(order), _ANSWERED_TOGETHER // 2):
-                rows = order[start : start + _ANSWERED_TOGETHER // 2]
+            for start in range(0, len(order), _READ_TOGETHER):
+                rows = order[start : start + _READ_TOGETHER]
                 batch = encode(self.tokenizer, [pairs.prompts[i] for i in rows], [pairs.responses[i] for i in rows])
                 logits, targets = answer_logits(self.model, {k: v.to(self.device) for k, v in batch.items()})
                 losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu()

@@ -1,16 +1,20 @@
 """Runs and their JSON files: a finished one is not repeated, so an interrupted experiment goes on."""
 
+import contextlib
 import functools
+import hashlib
 import json
 import platform
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import filelock
 import torch
 import transformers
 from tqdm import tqdm
@@ -126,8 +130,29 @@ class Record:
             file.write((json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
+@contextlib.contextmanager
+def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Whether the making of a file is this process's alone within the context; a claim ends with its process, too.
+
+    Args:
+        path: The file, which need not exist.
+        wait: Wait until no other process has claimed it; then the answer is always True.
+    """
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    lock = filelock.FileLock(Path(tempfile.gettempdir(), f"safekern-{name}.lock"), timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
 def execute(runs: Sequence[Run], folder: Path, shared: Mapping[str, Any], lab: Callable[[], "Lab"]) -> None:
-    """Performs the runs that are not finished, in order.
+    """Performs the runs that are not finished, in order. Those that another process is at are left to it.
 
     Args:
         runs: Those of one or several experiments.
@@ -142,11 +167,14 @@ def execute(runs: Sequence[Run], folder: Path, shared: Mapping[str, Any], lab: C
     todo = [(run, record.path) for run, record in zip(runs, records, strict=True) if not record.finished]
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
     for run, path in tqdm(todo, "runs", unit="run"):
-        # Made anew, so that its clock starts now.
-        record = Record(path, {**shared, **run.settings})
-        tqdm.write(f"{datetime.now(UTC):%H:%M} {run.experiment}/{run.name}")
-        run.perform(lab(), record)
-        record.finish()
+        with claimed(path, wait=False) as mine:
+            # Made anew, so that its clock starts now, and another process may have finished it.
+            record = Record(path, {**shared, **run.settings})
+            if not mine or record.finished:
+                continue
+            tqdm.write(f"{datetime.now(UTC):%H:%M} {run.experiment}/{run.name}")
+            run.perform(lab(), record)
+            record.finish()
 
 
 def read(folder: Path, experiment: str) -> list[Found]:

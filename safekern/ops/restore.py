@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from safekern.ops.cases import DTYPES, INDEX_DTYPES, Case, Inputs
+from safekern.ops.cases import DTYPES, INDEX_DTYPES, INTEGERS, Case, Inputs
 from safekern.ops.registry import define
 
 
@@ -20,7 +20,9 @@ def reference(params: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
         values: [k_t], of the parameter's dtype.
     """
     for param, index, value in zip(params, indices, values, strict=True):
-        param.view(-1)[index] = value
+        # As integers: torch's CUDA assignment by index gives 16-bit NaNs other bits.
+        integer = INTEGERS[param.element_size()]
+        param.view(-1).view(integer)[index] = value.view(integer)
 
 
 def fake(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:

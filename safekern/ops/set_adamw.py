@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from safekern.ops.cases import DTYPES, HYPERPARAMETERS, INDEX_DTYPES, Case, Inputs, at, mark, steps
+from safekern.ops.cases import DTYPES, HYPERPARAMETERS, INDEX_DTYPES, INTEGERS, Case, Inputs, at, mark, steps
 from safekern.ops.registry import define
 
 
@@ -55,7 +55,9 @@ def reference(
         exp_avg.add_((grad - exp_avg).mul_(1 - beta1))
         exp_avg_sq.mul_(beta2).add_((grad * (1 - beta2)).mul_(grad))
         # A root taken in fp64 and rounded is the correctly rounded one; torch's own fp32 root on the CPU is not always.
-        denom = exp_avg_sq.double().sqrt().float().div_(bias_correction2_sqrts[t]).add_(eps)
+        # Divided by a tensor: on CUDA torch multiplies by the reciprocal of a number.
+        correction = torch.full((), bias_correction2_sqrts[t], dtype=torch.float32, device=exp_avg_sq.device)
+        denom = exp_avg_sq.double().sqrt().float().div_(correction).add_(eps)
         value = value * decay - (exp_avg * step_sizes[t]).div_(denom)
         if masters[t].numel():
             masters[t].copy_(value)
@@ -63,7 +65,7 @@ def reference(
 
 
 def _same_bits(a: Tensor, b: Tensor) -> Tensor:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    integer = INTEGERS[a.element_size()]
     return a.view(integer) == b.view(integer)
 
 

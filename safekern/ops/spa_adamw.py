@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from safekern.ops.cases import DTYPES, EXTREMES, HYPERPARAMETERS, INDEX_DTYPES, Case, Inputs, mark, steps
+from safekern.ops.cases import DTYPES, EXTREMES, HYPERPARAMETERS, INDEX_DTYPES, INTEGERS, Case, Inputs, mark, steps
 from safekern.ops.registry import define
 
 
@@ -53,10 +53,14 @@ def reference(
         exp_avg_sq = exp_avg_sq * beta2 + (grad * (1 - beta2)) * grad
         # A root taken in fp64 and rounded to fp32 is the correctly rounded one; torch's own root on the CPU is not
         # always, so for fp64 parameters the kernels may differ from this reference in the last bit.
-        denom = exp_avg_sq.double().sqrt().to(real) / bias_correction2_sqrts[t] + eps
+        # Divided by a tensor: on CUDA torch multiplies by the reciprocal of a number.
+        correction = torch.full((), bias_correction2_sqrts[t], dtype=real, device=param.device)
+        denom = exp_avg_sq.double().sqrt().to(real) / correction + eps
         updated = (flat.to(real) * decay - (exp_avg * step_sizes[t]) / denom).to(param.dtype)
         # Before anything is written: Ctrl-C in here must not leave a protected weight moved.
-        updated[index] = flat[index]
+        # As integers: torch's CUDA assignment by index gives 16-bit NaNs other bits.
+        integer = INTEGERS[param.element_size()]
+        updated.view(integer)[index] = flat.view(integer)[index]
         flat.copy_(updated)
         exp_avgs[t].view(-1).copy_(exp_avg)
         exp_avg_sqs[t].view(-1).copy_(exp_avg_sq)

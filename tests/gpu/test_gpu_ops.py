@@ -14,8 +14,9 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 import test_ops  # noqa: E402
 from test_ops import *  # noqa: E402, F403
 
-# Kernels on a device cannot look at indices without waiting for it, and have no threads of ours.
-for _name in [name for name in globals() if name.endswith(("threads", "_is_checked", "would_corrupt_memory"))]:
+# Kernels on a device cannot look at indices without waiting for it, and have no threads or instruction sets of ours.
+_OF_THE_CPU = ("threads", "_is_checked", "would_corrupt_memory", "instruction_set", "instruction_set_is_refused")
+for _name in [name for name in globals() if name.endswith(_OF_THE_CPU)]:
     del globals()[_name]
 del test_spa_adamw_refuses_moments_of_two_dtypes  # noqa: F821
 
