@@ -84,8 +84,9 @@ build() {
 }
 
 tests() {
+  # Few threads: two test runs that each take all cores wait for one another at every step.
   stage "tests $1" "$2" env -C "$3" PYTHONPATH="$3" SAFEKERN_BACKEND="$1" SAFEKERN_TEST_DEVICE=$device \
-    "$python" -m pytest -q --full -p no:cacheprovider -W "ignore:safekern runs on its:UserWarning" \
+    OMP_NUM_THREADS=4 "$python" -X faulthandler -m pytest -q --full -p no:cacheprovider -W "ignore:safekern runs on its:UserWarning" \
     --rootdir "$3" -c "$3/pyproject.toml" "$3/tests/gpu"
 }
 
@@ -171,7 +172,7 @@ if [ ${#backends[@]} -gt 0 ]; then
   fi
   stage kernels 115 "$python" "$tree/benchmarks/gpu_kernels.py" "${kernel_options[@]}"
   stage models 130 "$python" "$tree/benchmarks/gpu_models.py" "${model_options[@]}"
-  stage doctor 90 "$python" -c "$diagnosed" "$out/doctor.json"
+  stage doctor 90 "$python" -X faulthandler -c "$diagnosed" "$out/doctor.json"
 fi
 
 # The table comes last, and in a file of its own.

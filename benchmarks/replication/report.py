@@ -121,7 +121,7 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool = 
         Column(f"benign NLL{last}"),
         Column(f"refusal NLL{last}"),
         Column(f"AUC{last}", "{:.3f}"),
-        Column(f"broken{last}", "{:g}"),
+        Column(f"broken{last}", "{:.3g}"),
         Column("steps to the refusal NLL that random has at last", "{:.0f}"),
     ]
     kept = [i for i, column in enumerate(columns) if not (compact and column.key.startswith(("ratio", "AUC")))]
