@@ -20,13 +20,15 @@ constexpr int kSlab = 1 << 13;  // elements that are filtered together; a positi
 constexpr int V = 4;
 constexpr int kRows = kSlab / (kThreads * V);
 constexpr int kWarps = kThreads / 32;
-constexpr int kWords = kSlab / 32;
 constexpr unsigned kWarp = 0xffffffff;
 
 // A 31-bit key in three digits: the histogram of one fits in shared memory on every GPU.
 constexpr int kBins = 1 << 11;
-constexpr int kDigitBits[] = {11, 10, 10};
-constexpr int kDigitShift[] = {20, 10, 0};
+constexpr int kDigits = 3;
+constexpr int kDigitBits[kDigits] = {11, 10, 10};
+constexpr int kDigitShift[kDigits] = {20, 10, 0};
+constexpr int kGuessDigits = 2;  // a guess need not be exact: without the last digit it is a little lower
+constexpr int kGuessShift = 10;
 
 constexpr int64_t kSampleFrom = 1 << 24;  // shorter lists fit in the cache, where a sample saves nothing
 constexpr int kSampleLine = 16;
@@ -62,6 +64,7 @@ struct Slabs {
   int32_t* above;     // elements above the cutoff
   int32_t* ties;      // elements equal to it; afterwards how many of them are selected
   int64_t* selected;  // in all slabs before; one entry more than slabs
+  unsigned long long* tiles;  // the sums of `above` (high word) and `ties` over kTile slabs each
 };
 
 struct Candidates {
@@ -117,7 +120,17 @@ struct Slab {
   __device__ uint32_t key(float value) const { return esi_key(value, sigma) ^ flip; }
 };
 
-// Calls f(key, position) for the elements of a slab, or for its candidates, in any order; the lanes of a warp share it.
+// The N elements of a slab that one lane holds.
+template <int N>
+struct Held {
+  static constexpr int kItems = N;
+  uint32_t keys[N];
+  int positions[N];
+  bool exists[N];
+};
+
+// Calls f(held) until the lanes of a warp have been through the elements of a slab, or through its candidates, in
+// ascending order: of one call, those of the first lane first. All lanes call f together.
 struct EveryElement {
   const float* sigmas;
   uint32_t flip;
@@ -125,13 +138,18 @@ struct EveryElement {
   template <class F>
   __device__ void visit(const Entry& entry, int64_t local, int lane, const F& f) const {
     const Slab slab(entry, local, sigmas, flip);
-    for (int position = lane * V; position < slab.size; position += 32 * V) {
+    for (int first = 0; first < slab.size; first += 32 * V) {
+      const int position = first + lane * V;
       float values[V];
       slab.load(values, position);
+      Held<V> held;
 #pragma unroll
       for (int v = 0; v < V; v++) {
-        if (position + v < slab.size) f(slab.key(values[v]), position + v);
+        held.keys[v] = slab.key(values[v]);
+        held.positions[v] = position + v;
+        held.exists[v] = position + v < slab.size;
       }
+      f(held);
     }
   }
 };
@@ -144,7 +162,15 @@ struct KeptElements {
   template <class F>
   __device__ void visit(const Entry& entry, int64_t local, int lane, const F& f) const {
     const int64_t slab = entry.first_slab + local, begin = offset[slab], end = begin + count[slab];
-    for (int64_t c = begin + lane; c < end; c += 32) f(candidates.keys[c], static_cast<int>(candidates.positions[c]));
+    for (int64_t first = begin; first < end; first += 32) {
+      const int64_t c = first + lane;
+      Held<1> held{{0}, {0}, {c < end}};
+      if (c < end) {
+        held.keys[0] = __ldcs(candidates.keys + c);
+        held.positions[0] = __ldcs(candidates.positions + c);
+      }
+      f(held);
+    }
   }
 };
 
@@ -263,48 +289,84 @@ __global__ void __launch_bounds__(kSearchThreads) find_bin(unsigned long long* t
 
 __global__ void start_search(Search* search, int64_t rank) { *search = {rank, 0}; }
 
-// Keeps the elements that reach the guess: each slab gets a place among the candidates as it comes. Every element is
-// read even when there is no more room, because a NaN may be among them.
+template <class T>
+__device__ T warp_exclusive_sum(T value, int lane) {
+  T sum = value;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const T other = __shfl_up_sync(kWarp, sum, distance);
+    if (lane >= distance) sum += other;
+  }
+  return sum - value;
+}
+
+// Keeps the elements that reach the guess, in order within a slab: each slab gets a place among the candidates as it
+// comes. Every element is read even when there is no more room, because a NaN may be among them.
 __global__ void __launch_bounds__(kThreads, 3) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
                                                       uint32_t flip, Candidates candidates, Slabs slabs, State* state) {
-  using Scan = cub::BlockScan<int, kThreads>;
-  __shared__ typename Scan::TempStorage storage;
+  __shared__ int counts[kRows * kWarps];  // of the part of a row that a warp holds; afterwards of all parts before
   __shared__ int64_t place;
+  __shared__ bool fits;
   const int t = table.find(blockIdx.x);
   const Entry& entry = table.entries[t];
   const int64_t local = blockIdx.x - table.first_block[t];
   const Slab slab(entry, local, sigmas, flip);
-  const uint32_t guess = state->guess.key;
+  const uint32_t guess = state->guess.key << kGuessShift;
   float values[kRows][V];
   slab.load_rows(values);
 
-  static_assert(kRows * V == 32);
+  static_assert(kRows * V == 32 && V == 4);
   uint32_t reached = 0;  // one bit per element of this thread
   bool nan = false;
+  const auto look = [&](auto whole) {
 #pragma unroll
-  for (int row = 0; row < kRows; row++) {
-#pragma unroll
-    for (int v = 0; v < V; v++) {
-      const bool exists = slab.position(row) + v < slab.size;
-      nan |= exists && slab.is_nan(values[row][v]);
-      if (exists && slab.key(values[row][v]) >= guess) reached |= 1u << (row * V + v);
+    for (int i = 0; i < kRows * V; i++) {
+      const float value = values[i / V][i % V];
+      const bool exists = decltype(whole)::value || slab.position(i / V) + i % V < slab.size;
+      nan |= exists && slab.is_nan(value);
+      if (exists && slab.key(value) >= guess) reached |= 1u << i;
     }
+  };
+  if (slab.size == kSlab) {
+    look(std::true_type());
+  } else {
+    look(std::false_type());
   }
   if (nan) state->nan = 1;
-  int before, total;
-  Scan(storage).ExclusiveSum(__popc(reached), before, total);
-  if (threadIdx.x == 0) {
-    const auto begin = static_cast<int64_t>(total ? atomicAdd(&state->candidates, total) : 0);
-    const bool fits = begin + total <= candidates.capacity;
-    place = begin;
-    slabs.offset[entry.first_slab + local] = begin;
-    slabs.count[entry.first_slab + local] = fits ? total : 0;
+
+  // The bits of each row are counted in a byte of their own, of which a warp needs 129 values.
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const uint32_t pairs = reached - (reached >> 1 & 0x55555555u);
+  const uint32_t fours = (pairs & 0x33333333u) + (pairs >> 2 & 0x33333333u);
+  const uint32_t own[2] = {fours & 0x0f0f0f0fu, fours >> 4 & 0x0f0f0f0fu};  // the even rows, the odd ones
+  const uint32_t before[2] = {warp_exclusive_sum(own[0], lane), warp_exclusive_sum(own[1], lane)};
+  const auto of_row = [](const uint32_t(&rows)[2], int row) {
+    return static_cast<int>(rows[row % 2] >> row / 2 * 8 & 0xff);
+  };
+  if (lane == 31) {
+#pragma unroll
+    for (int row = 0; row < kRows; row++) counts[row * kWarps + warp] = of_row(before, row) + of_row(own, row);
   }
   __syncthreads();
-  if (total == 0 || place + total > candidates.capacity) return;
-  int64_t next = place + before;
+  if (warp == 0) {
+    static_assert(kRows * kWarps == 64);
+    const int first = counts[2 * lane], second = counts[2 * lane + 1];
+    const int start = warp_exclusive_sum(first + second, lane);
+    counts[2 * lane] = start;
+    counts[2 * lane + 1] = start + first;
+    if (lane == 31) {
+      const int total = start + first + second;
+      place = static_cast<int64_t>(total ? atomicAdd(&state->candidates, total) : 0);
+      fits = place + total <= candidates.capacity;
+      slabs.offset[entry.first_slab + local] = place;
+      slabs.count[entry.first_slab + local] = fits ? total : 0;
+    }
+  }
+  __syncthreads();
+  if (!fits) return;
 #pragma unroll
   for (int row = 0; row < kRows; row++) {
+    int64_t next = place + counts[row * kWarps + warp] + of_row(before, row);
 #pragma unroll
     for (int v = 0; v < V; v++) {
       if (reached >> (row * V + v) & 1) {
@@ -330,9 +392,13 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32;
   const uint32_t cutoff = state->cutoff.key;
   int above = 0, ties = 0;
-  source.visit(entry, local, lane, [&](uint32_t key, int) {
-    above += key > cutoff;
-    ties += key == cutoff;
+  source.visit(entry, local, lane, [&](const auto& held) {
+    constexpr int N = std::decay_t<decltype(held)>::kItems;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      above += held.exists[i] && held.keys[i] > cutoff;
+      ties += held.exists[i] && held.keys[i] == cutoff;
+    }
   });
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
@@ -345,39 +411,57 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kScanItems = 8;  // slabs per thread and round
+// The counts of slabs are added up in tiles of one slab per thread: first each tile, then the tiles before a tile.
+constexpr int kTile = kSearchThreads;
 
-// Gives the ties to the earliest slabs and adds up what is selected before each; one block.
-__global__ void __launch_bounds__(kSearchThreads) scan_slabs(Slabs slabs, int64_t count, const State* state) {
-  // Both counts of a round in one number: a round has fewer than 2^32 elements.
-  static_assert(int64_t{kSearchThreads} * kScanItems * kSlab < int64_t{1} << 32);
-  using Scan = cub::BlockScan<unsigned long long, kSearchThreads, cub::BLOCK_SCAN_WARP_SCANS>;
-  __shared__ typename Scan::TempStorage storage;
-  const int64_t quota = state->cutoff.rank;
-  int64_t above = 0, ties = 0;  // in the rounds before
-  for (int64_t first = 0; first < count; first += kSearchThreads * kScanItems) {
-    const int64_t begin = first + threadIdx.x * kScanItems;
-    unsigned long long counts[kScanItems], before[kScanItems], total;
-#pragma unroll
-    for (int i = 0; i < kScanItems; i++) {
-      counts[i] = begin + i < count ? static_cast<unsigned long long>(slabs.above[begin + i]) << 32 |
-                                          static_cast<unsigned long long>(slabs.ties[begin + i])
-                                    : 0;
-    }
-    Scan(storage).ExclusiveSum(counts, before, total);
-#pragma unroll
-    for (int i = 0; i < kScanItems; i++) {
-      if (begin + i >= count) continue;
-      const int64_t ties_before = ties + static_cast<int64_t>(before[i] & 0xffffffff);
-      const int64_t left = max(int64_t{0}, quota - ties_before);
-      slabs.selected[begin + i] = above + static_cast<int64_t>(before[i] >> 32) + min(ties_before, quota);
-      slabs.ties[begin + i] = static_cast<int32_t>(min(left, static_cast<int64_t>(counts[i] & 0xffffffff)));
-    }
-    above += static_cast<int64_t>(total >> 32);
-    ties += static_cast<int64_t>(total & 0xffffffff);
+struct TileScan {
+  using Scan = cub::BlockScan<unsigned long long, kTile, cub::BLOCK_SCAN_WARP_SCANS>;
+  typename Scan::TempStorage storage;
+
+  // The sum over the threads before.
+  __device__ unsigned long long before(unsigned long long value, unsigned long long& total) {
+    unsigned long long sum;
+    Scan(storage).ExclusiveSum(value, sum, total);
     __syncthreads();
+    return sum;
   }
-  if (threadIdx.x == 0) slabs.selected[count] = above + min(ties, quota);
+};
+
+// Both counts of a slab in one number: a tile has fewer than 2^32 elements.
+__device__ unsigned long long counts_of(const Slabs& slabs, int64_t slab, int64_t count) {
+  static_assert(int64_t{kTile} * kSlab < int64_t{1} << 32);
+  if (slab >= count) return 0;
+  return static_cast<unsigned long long>(slabs.above[slab]) << 32 | static_cast<unsigned long long>(slabs.ties[slab]);
+}
+
+__global__ void __launch_bounds__(kTile) sum_tiles(Slabs slabs, int64_t count) {
+  __shared__ TileScan scan;
+  unsigned long long total;
+  scan.before(counts_of(slabs, static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x, count), total);
+  if (threadIdx.x == 0) slabs.tiles[blockIdx.x] = total;
+}
+
+// Gives the ties to the earliest slabs and adds up what is selected before each.
+__global__ void __launch_bounds__(kTile) scan_slabs(Slabs slabs, int64_t count, const State* state) {
+  __shared__ TileScan scan;
+  const int64_t quota = state->cutoff.rank;
+  unsigned long long above = 0, ties = 0;
+  for (int64_t tile = threadIdx.x; tile < blockIdx.x; tile += kTile) {
+    above += slabs.tiles[tile] >> 32;
+    ties += slabs.tiles[tile] & 0xffffffff;
+  }
+  unsigned long long all_above, all_ties, total;  // the first two of the tiles before
+  scan.before(above, all_above);
+  scan.before(ties, all_ties);
+  const int64_t slab = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x;
+  const unsigned long long own = counts_of(slabs, slab, count), before = scan.before(own, total);
+  if (slab >= count) return;
+  const auto ties_before = static_cast<int64_t>(all_ties + (before & 0xffffffff));
+  const int64_t left = max(int64_t{0}, quota - ties_before), tied = min(left, static_cast<int64_t>(own & 0xffffffff));
+  const int64_t selected = static_cast<int64_t>(all_above + (before >> 32)) + min(ties_before, quota);
+  slabs.selected[slab] = selected;
+  slabs.ties[slab] = static_cast<int32_t>(tied);
+  if (slab == count - 1) slabs.selected[count] = selected + static_cast<int64_t>(own >> 32) + tied;
 }
 
 // Where the selected elements of each tensor begin, in the order of all tensors.
@@ -388,72 +472,78 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__device__ int warp_exclusive_sum(int value, int lane) {
-  int sum = value;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int other = __shfl_up_sync(kWarp, sum, distance);
-    if (lane >= distance) sum += other;
-  }
-  return sum - value;
-}
-
-// Writes the positions of the selected elements in ascending order. A bitmap puts them in order, and each lane of the
-// warp owns a run of its words.
+// Writes the positions of the selected elements in ascending order.
 template <class Source>
 __global__ void __launch_bounds__(kThreads)
     emit(const __grid_constant__ Table<Entry> table, Source source, Slabs slabs, const State* state) {
-  constexpr int kOwn = kWords / 32;
-  __shared__ uint32_t chosen_words[kWarps][kWords], tied_words[kWarps][kWords];
   const int64_t block = warp_index();
   if (block >= table.blocks()) return;
   const int t = table.find(static_cast<int32_t>(block));
   const Entry& entry = table.entries[t];
   const int64_t local = block - table.first_block[t], slab = entry.first_slab + local;
-  if (slabs.selected[slab] == slabs.selected[slab + 1]) return;
+  int64_t next = slabs.selected[slab];
+  if (next == slabs.selected[slab + 1]) return;
+  next -= slabs.selected[entry.first_slab];
   const int lane = threadIdx.x % 32;
-  uint32_t *chosen = chosen_words[threadIdx.x / 32], *tied = tied_words[threadIdx.x / 32];
-  for (int w = lane; w < kWords; w += 32) chosen[w] = tied[w] = 0;
-  __syncwarp();
-  const uint32_t cutoff = state->cutoff.key;
-  source.visit(entry, local, lane, [&](uint32_t key, int position) {
-    if (key >= cutoff) atomicOr(&(key > cutoff ? chosen : tied)[position / 32], 1u << (position % 32));
-  });
-  __syncwarp();
-
-  uint32_t words[kOwn], ties[kOwn];
-  int count = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; i++) {
-    ties[i] = tied[lane * kOwn + i];
-    count += __popc(ties[i]);
-  }
-  int left = slabs.ties[slab] - warp_exclusive_sum(count, lane);
-  count = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; i++) {
-    // Of the ties, the first ones.
-    const int available = __popc(ties[i]);
-    for (int excess = available - max(left, 0); excess > 0 && ties[i]; excess--)
-      ties[i] ^= 0x80000000u >> __clz(ties[i]);
-    left -= available;
-    words[i] = chosen[lane * kOwn + i] | ties[i];
-    count += __popc(words[i]);
-  }
-  int64_t next = slabs.selected[slab] - slabs.selected[entry.first_slab] + warp_exclusive_sum(count, lane);
+  const uint32_t cutoff = state->cutoff.key, lanes_before = (1u << lane) - 1;
   const bool wide = entry.numel > INT32_MAX;
-  const int64_t begin = local * kSlab + lane * kOwn * 32;
+  const int64_t begin = local * kSlab;
+  int left = slabs.ties[slab];  // of the ties, the first ones
+
+  source.visit(entry, local, lane, [&](const auto& held) {
+    constexpr int N = std::decay_t<decltype(held)>::kItems;
+    // Elements of other lanes that come before, and of all lanes.
+    const auto rank = [&](const bool(&marked)[N], int& before, int& total) {
+      before = total = 0;
 #pragma unroll
-  for (int i = 0; i < kOwn; i++) {
-    for (uint32_t bits = words[i]; bits; bits &= bits - 1) {
-      const int64_t position = begin + i * 32 + __ffs(static_cast<int>(bits)) - 1;
-      if (wide) {
-        static_cast<int64_t*>(entry.out)[next++] = position;
-      } else {
-        static_cast<int32_t*>(entry.out)[next++] = static_cast<int32_t>(position);
+      for (int i = 0; i < N; i++) {
+        const uint32_t lanes = __ballot_sync(kWarp, marked[i]);
+        before += __popc(lanes & lanes_before);
+        total += __popc(lanes);
       }
+    };
+    int before, total;
+    bool chosen[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) chosen[i] = held.exists[i] && held.keys[i] > cutoff;
+    if (left > 0) {
+      bool tied[N];
+#pragma unroll
+      for (int i = 0; i < N; i++) tied[i] = held.exists[i] && held.keys[i] == cutoff;
+      rank(tied, before, total);
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        chosen[i] |= tied[i] && before < left;
+        before += tied[i];
+      }
+      left -= total;
     }
-  }
+    rank(chosen, before, total);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      if (!chosen[i]) continue;
+      const int64_t position = begin + held.positions[i], at = next + before;
+      if (wide) {
+        static_cast<int64_t*>(entry.out)[at] = position;
+      } else {
+        static_cast<int32_t*>(entry.out)[at] = static_cast<int32_t>(position);
+      }
+      before++;
+    }
+    next += total;
+  });
+}
+
+// torch's new_empty at a third of its time on the host, where a call makes one output per tensor.
+Tensor empty(const Tensor& like, int64_t size, ScalarType dtype) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle;
+  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, dtype_code, device_type, like.get_device_index(),
+                                                  &handle));
+  return Tensor(handle);
 }
 
 // A call of the op, with what it keeps on the device.
@@ -478,11 +568,17 @@ class Selection {
     state_ = reinterpret_cast<State*>(words);
     starts_ = words + sizeof(State) / sizeof(int64_t);
     totals_ = reinterpret_cast<unsigned long long*>(words + head);
-    wide_ = torch::stable::new_empty(sigma, {2 * slab_count_ + 1}, ScalarType::Long);
-    narrow_ = torch::stable::new_empty(sigma, {3 * slab_count_}, ScalarType::Int);
+    tiles_ = ceil_div(slab_count_, kTile);
+    wide_ = empty(sigma, 2 * slab_count_ + 1 + tiles_, ScalarType::Long);
+    narrow_ = empty(sigma, 3 * slab_count_, ScalarType::Int);
     int64_t* wide = wide_.mutable_data_ptr<int64_t>();
     int32_t* narrow = narrow_.mutable_data_ptr<int32_t>();
-    slabs_ = {wide, narrow, narrow + slab_count_, narrow + 2 * slab_count_, wide + slab_count_};
+    slabs_ = {wide,
+              narrow,
+              narrow + slab_count_,
+              narrow + 2 * slab_count_,
+              wide + slab_count_,
+              reinterpret_cast<unsigned long long*>(wide + 2 * slab_count_ + 1)};
   }
 
   Tensors run() {
@@ -494,7 +590,7 @@ class Selection {
       guess(rank);
       const Candidates candidates = keep();
       const KeptElements kept{candidates, slabs_.offset, slabs_.count};
-      find(&state_->cutoff, k_, [&](Digit digit) {
+      find(&state_->cutoff, k_, kDigits, [&](Digit digit) {
         histogram_keys<<<blocks_, kThreads, 0, device_.stream()>>>(
             candidates.keys, candidates.capacity, &state_->candidates, digit, &state_->cutoff, totals_);
         check_cuda(cudaGetLastError());
@@ -505,7 +601,7 @@ class Selection {
       keys_ = positions_ = Tensor();
     }
     const EveryElement every{sigmas_, flip_};
-    find(&state_->cutoff, k_, [&](Digit digit) {
+    find(&state_->cutoff, k_, kDigits, [&](Digit digit) {
       for_each_table(entries_, slabs_of, [&](const auto& table) {
         histogram_elements<<<std::min(blocks_, table.blocks()), kThreads, 0, device_.stream()>>>(
             table, sigmas_, flip_, digit, &state_->cutoff, totals_, state_);
@@ -518,12 +614,12 @@ class Selection {
  private:
   int64_t sample_lines() const { return std::clamp<int64_t>(numel_ / 4096, 1 << 14, 1 << 16); }
 
-  // Runs one histogram per digit and leaves the rank-th largest key in search.
+  // Runs one histogram per digit and leaves these digits of the rank-th largest key in search.
   template <class Histogram>
-  void find(Search* search, int64_t rank, const Histogram& histogram) {
+  void find(Search* search, int64_t rank, int digits, const Histogram& histogram) {
     start_search<<<1, 1, 0, device_.stream()>>>(search, rank);
     check_cuda(cudaGetLastError());
-    for (int d = 0; d < 3; d++) {
+    for (int d = 0; d < digits; d++) {
       const Digit digit{kDigitShift[d], kDigitBits[d]};
       histogram(digit);
       find_bin<<<1, kSearchThreads, 0, device_.stream()>>>(totals_, digit, search);
@@ -533,13 +629,13 @@ class Selection {
 
   void guess(int64_t rank) {
     const int64_t lines = sample_lines(), size = lines * kSampleLine;
-    const Tensor sampled = torch::stable::new_empty(small_, {size}, ScalarType::Int);
+    const Tensor sampled = empty(small_, size, ScalarType::Int);
     auto* keys = reinterpret_cast<uint32_t*>(sampled.mutable_data_ptr<int32_t>());
     for_each_table(entries_, slabs_of, [&](const auto& table) {
       sample<<<static_cast<int>(ceil_div(size, kThreads)), kThreads, 0, device_.stream()>>>(table, sigmas_, flip_,
                                                                                             slab_count_, lines, keys);
     });
-    find(&state_->guess, rank, [&](Digit digit) {
+    find(&state_->guess, rank, kGuessDigits, [&](Digit digit) {
       histogram_keys<<<blocks_, kThreads, 0, device_.stream()>>>(keys, size, nullptr, digit, &state_->guess, totals_);
       check_cuda(cudaGetLastError());
     });
@@ -547,8 +643,8 @@ class Selection {
 
   Candidates keep() {
     const int64_t capacity = std::max(numel_ / 80, k_ + k_ / 4);
-    keys_ = torch::stable::new_empty(small_, {capacity}, ScalarType::Int);
-    positions_ = torch::stable::new_empty(small_, {capacity}, ScalarType::Short);
+    keys_ = empty(small_, capacity, ScalarType::Int);
+    positions_ = empty(small_, capacity, ScalarType::Short);
     const Candidates candidates{reinterpret_cast<uint32_t*>(keys_.mutable_data_ptr<int32_t>()),
                                 reinterpret_cast<uint16_t*>(positions_.mutable_data_ptr<int16_t>()), capacity};
     for_each_table(entries_, slabs_of, [&](const auto& table) {
@@ -564,7 +660,9 @@ class Selection {
       count_selected<<<static_cast<int>(ceil_div(table.blocks(), kWarps)), kThreads, 0, device_.stream()>>>(
           table, source, slabs_, state_);
     });
-    scan_slabs<<<1, kSearchThreads, 0, device_.stream()>>>(slabs_, slab_count_, state_);
+    sum_tiles<<<static_cast<int>(tiles_), kTile, 0, device_.stream()>>>(slabs_, slab_count_);
+    check_cuda(cudaGetLastError());
+    scan_slabs<<<static_cast<int>(tiles_), kTile, 0, device_.stream()>>>(slabs_, slab_count_, state_);
     check_cuda(cudaGetLastError());
     for_each_table(entries_, slabs_of, [&](const auto& table) {
       collect<<<1, kThreads, 0, device_.stream()>>>(table, slabs_.selected, starts_);
@@ -592,7 +690,7 @@ class Selection {
     Tensors outputs;
     for (size_t t = 0; t < entries_.size(); t++) {
       const bool fits = entries_[t].numel <= INT32_MAX;
-      outputs.push_back(torch::stable::new_empty(small_, {sizes_[t]}, fits ? ScalarType::Int : ScalarType::Long));
+      outputs.push_back(empty(small_, sizes_[t], fits ? ScalarType::Int : ScalarType::Long));
       entries_[t].out = outputs.back().mutable_data_ptr();
     }
     for_each_table(entries_, slabs_of, [&](const auto& table) {
@@ -604,7 +702,7 @@ class Selection {
 
   Device device_;
   const float* sigmas_;
-  int64_t k_, numel_ = 0, slab_count_ = 0;
+  int64_t k_, numel_ = 0, slab_count_ = 0, tiles_;
   uint32_t flip_;
   int blocks_;
   std::vector<Entry> entries_;

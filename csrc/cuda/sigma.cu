@@ -92,35 +92,45 @@ struct Combined {
   float* sigma;
 };
 
+constexpr int kRound = kThreads - 32;
+
+// What the chain below needs of some chunks.
+struct Round {
+  double means[kRound], squares[kRound], shares[kRound], weights[kRound];
+
+  __device__ void prepare(const Combined& entry, int64_t chunk, int i) {
+    const double before = static_cast<double>(chunk * kChunk);
+    const double count = static_cast<double>(min(int64_t{kChunk}, entry.numel - chunk * kChunk));
+    const double total = before + count;
+    means[i] = entry.partial[chunk].mean;
+    squares[i] = entry.partial[chunk].squares;
+    shares[i] = count / total;
+    weights[i] = before * count / total;
+  }
+};
+
 // One block per tensor. Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-// variances" (1979): the weights of an update depend on counts alone and are prepared by all threads, the rest of it is
-// a chain.
+// variances" (1979): the weights of an update depend on counts alone, the rest of it is a chain. The first thread walks
+// that, while the other warps prepare the next round.
 __global__ void __launch_bounds__(kThreads) combine(const __grid_constant__ Table<Combined> table) {
-  __shared__ double means[kThreads], squares[kThreads], shares[kThreads], weights[kThreads];
+  __shared__ Round rounds[2];
   const Combined& entry = table.entries[blockIdx.x];
-  const int64_t chunks = (entry.numel + kChunk - 1) / kChunk;
+  const int64_t chunks = (entry.numel + kChunk - 1) / kChunk, all = (chunks + kRound - 1) / kRound;
   double mean = 0, square = 0;
-  for (int64_t first = 0; first < chunks; first += kThreads) {
-    const int64_t chunk = first + threadIdx.x;
-    if (chunk < chunks) {
-      const double before = static_cast<double>(chunk * kChunk);
-      const double count = static_cast<double>(min(int64_t{kChunk}, entry.numel - chunk * kChunk));
-      const double total = before + count;
-      means[threadIdx.x] = entry.partial[chunk].mean;
-      squares[threadIdx.x] = entry.partial[chunk].squares;
-      shares[threadIdx.x] = count / total;
-      weights[threadIdx.x] = before * count / total;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      const int size = static_cast<int>(min(int64_t{kThreads}, chunks - first));
+  for (int64_t next = 0; next <= all; next++) {
+    if (threadIdx.x == 0 && next > 0) {
+      const Round& round = rounds[(next - 1) % 2];
+      const int size = static_cast<int>(min(int64_t{kRound}, chunks - (next - 1) * kRound));
 #pragma unroll 8
       for (int i = 0; i < size; i++) {
-        const double delta = means[i] - mean;
-        square += squares[i] + delta * delta * weights[i];
-        mean += delta * shares[i];
+        const double delta = round.means[i] - mean;
+        square += round.squares[i] + delta * delta * round.weights[i];
+        mean += delta * round.shares[i];
       }
     }
+    const int i = static_cast<int>(threadIdx.x) - 32;
+    const int64_t chunk = next * kRound + i;
+    if (i >= 0 && chunk < chunks) rounds[next % 2].prepare(entry, chunk, i);
     __syncthreads();
   }
   if (threadIdx.x == 0 && entry.numel > 1) {

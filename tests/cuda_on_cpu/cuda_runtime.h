@@ -173,6 +173,18 @@ inline int __syncthreads_count(int predicate) {
 }
 inline int __syncthreads_or(int predicate) { return __syncthreads_count(predicate) != 0; }
 
+inline uint32_t __ballot_sync(unsigned, int predicate) {
+  on_cpu::block.threads[on_cpu::block.current].slot = predicate != 0;
+  __syncwarp();
+  const unsigned first = on_cpu::block.current / 32 * 32;
+  uint32_t lanes = 0;
+  for (unsigned lane = 0; lane < 32; lane++) {
+    if (on_cpu::block.threads[first + lane].slot) lanes |= 1u << lane;
+  }
+  __syncwarp();
+  return lanes;
+}
+
 template <class T>
 T __shfl_sync(unsigned, T value, int source, int width = 32) {
   const unsigned self = on_cpu::block.current;
