@@ -13,7 +13,7 @@ import setuptools
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # The kernels that stream whole tensors, and whether they write them too.
-STREAMING = {"accumulate": True, "spa_adamw": True, "set_adamw": True, "moments": False, "filter": False}
+STREAMING = {"accumulate": True, "spa_adamw": True, "moments": False, "filter": False}
 
 
 @dataclass

@@ -139,9 +139,13 @@ void for_each_table(const std::vector<Entry>& entries, const Blocks& blocks_of, 
 template <class... T>
 constexpr int kVector = 16 / std::min({sizeof(T)...});
 
-// The same where elements are scattered and only indices, gradients and state are streamed: 16 bytes of fp32 or int32.
+// The same where elements are gathered and only indices and what goes with them is streamed: 16 bytes of fp32 or int32.
 // Every thread takes one such group.
-constexpr int kSparseVector = 4;
+constexpr int kGatherVector = 4;
+
+// Where they are written, one per thread: neighbouring lanes then write to neighbouring sectors at the same time. With
+// four per thread an H100 took 1.5 times as long (benchmarks/results/gpu).
+constexpr int kScatterVector = 1;
 
 template <int V, class T>
 constexpr size_t kAccessBytes = std::min<size_t>(16, V * sizeof(T));
@@ -174,7 +178,9 @@ Groups align(int64_t numel, const T*... data) {
 }
 
 template <size_t Bytes>
-using Access = std::conditional_t<Bytes == 16, uint4, std::conditional_t<Bytes == 8, uint2, uint32_t>>;
+using Access =
+    std::conditional_t<Bytes == 16, uint4,
+                       std::conditional_t<Bytes == 8, uint2, std::conditional_t<Bytes == 4, uint32_t, uint16_t>>>;
 
 // V elements from an address that is a multiple of their access size, and back. By intrinsics: of an ordinary store the
 // compiler makes single ones where it keeps the elements apart. What is streamed is touched once, so it may leave the
@@ -235,14 +241,14 @@ struct Group {
   }
 };
 
-template <class Entry>
+template <int V, class Entry>
 int64_t sparse_blocks(const Entry& entry) {
-  return ceil_div(entry.groups.template count<kSparseVector>(), kThreads);
+  return ceil_div(entry.groups.template count<V>(), kThreads);
 }
 
-// The group of a thread of a kernel on scattered elements. Past the end, it has no element.
-template <class Entry>
-__device__ Group<kSparseVector> sparse_group(const Table<Entry>& table, int t) {
+// The group of a thread of a kernel on selected elements. Past the end, it has no element.
+template <int V, class Entry>
+__device__ Group<V> sparse_group(const Table<Entry>& table, int t) {
   return {table.entries[t].groups, static_cast<int64_t>(blockIdx.x - table.first_block[t]) * kThreads + threadIdx.x};
 }
 

@@ -4,7 +4,7 @@
 namespace safekern {
 namespace {
 
-constexpr int V = kSparseVector;
+constexpr int V = kGatherVector;
 
 template <class Word, class Index>
 struct Entry {
@@ -20,7 +20,7 @@ template <class Word, class Index>
 __global__ void __launch_bounds__(kThreads) count(const __grid_constant__ Table<Entry<Word, Index>> table) {
   const int t = table.find(blockIdx.x);
   const Entry<Word, Index>& entry = table.entries[t];
-  const Group<V> group = sparse_group(table, t);
+  const Group<V> group = sparse_group<V>(table, t);
   Index index[V];
   Word value[V];
   group.load(index, entry.index);
@@ -58,7 +58,7 @@ Tensor count_changed(Tensors params, Tensors indices, Tensors values) {
           entries.push_back({static_cast<const Word*>(params[t].const_data_ptr()), index, value, params[t].numel(),
                              changed + t, align<V>(indices[t].numel(), index, value)});
         }
-        for_each_table(entries, sparse_blocks<Entry<Word, Index>>,
+        for_each_table(entries, sparse_blocks<V, Entry<Word, Index>>,
                        [&](const auto& table) { count<<<table.blocks(), kThreads, 0, device.stream()>>>(table); });
       });
     });

@@ -5,7 +5,7 @@
 namespace safekern {
 namespace {
 
-constexpr int V = kSparseVector;
+constexpr int V = kGatherVector;
 
 template <class Out, class Src, class Index>
 struct Entry {
@@ -21,7 +21,7 @@ template <class Out, class Src, class Index>
 __global__ void __launch_bounds__(kThreads) gather(const __grid_constant__ Table<Entry<Out, Src, Index>> table) {
   const int t = table.find(blockIdx.x);
   const Entry<Out, Src, Index>& entry = table.entries[t];
-  const Group<V> group = sparse_group(table, t);
+  const Group<V> group = sparse_group<V>(table, t);
   Index index[V];
   Out out[V];
   group.load(index, entry.index);
@@ -46,7 +46,7 @@ void launch(const Tensors& outs, const Tensors& srcs, const Tensors& indices, bo
     entries.push_back(
         {out, srcs[t].const_data_ptr<Src>(), index, flags + t, srcs[t].numel(), align<V>(outs[t].numel(), out, index)});
   }
-  for_each_table(entries, sparse_blocks<Entry<Out, Src, Index>>,
+  for_each_table(entries, sparse_blocks<V, Entry<Out, Src, Index>>,
                  [&](const auto& table) { gather<<<table.blocks(), kThreads, 0, device.stream()>>>(table); });
 }
 

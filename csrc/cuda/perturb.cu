@@ -4,7 +4,7 @@
 namespace safekern {
 namespace {
 
-constexpr int V = kSparseVector;
+constexpr int V = kScatterVector;
 
 template <class Param, class Index>
 struct Entry {
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads)
   using Value = Real<Param>;
   const int t = table.find(blockIdx.x);
   const Entry<Param, Index>& entry = table.entries[t];
-  const Group<V> group = sparse_group(table, t);
+  const Group<V> group = sparse_group<V>(table, t);
   Index index[V];
   group.load(index, entry.index);
   bool valid[V];
@@ -59,7 +59,7 @@ void perturb_(Tensors params, Tensors indices, std::vector<double> scales, std::
                              static_cast<uint64_t>(streams[t]), static_cast<float>(scales[t]),
                              align<V>(indices[t].numel(), index)});
         }
-        for_each_table(entries, sparse_blocks<Entry<Param, Index>>, [&](const auto& table) {
+        for_each_table(entries, sparse_blocks<V, Entry<Param, Index>>, [&](const auto& table) {
           perturb<<<table.blocks(), kThreads, 0, device.stream()>>>(table, static_cast<uint64_t>(seed));
         });
       });

@@ -59,11 +59,11 @@ struct State {
 
 // What is known per slab; arrays on the device.
 struct Slabs {
-  int64_t* offset;    // of its candidates
-  int32_t* count;     // of its candidates
-  int32_t* above;     // elements above the cutoff
-  int32_t* ties;      // elements equal to it; afterwards how many of them are selected
-  int64_t* selected;  // in all slabs before; one entry more than slabs
+  int64_t* offset;            // of its candidates
+  int32_t* count;             // of its candidates
+  int32_t* above;             // elements above the cutoff
+  int32_t* ties;              // elements equal to it; afterwards how many of them are selected
+  int64_t* selected;          // in all slabs before; one entry more than slabs
   unsigned long long* tiles;  // the sums of `above` (high word) and `ties` over kTile slabs each
 };
 
@@ -302,7 +302,7 @@ __device__ T warp_exclusive_sum(T value, int lane) {
 
 // Keeps the elements that reach the guess, in order within a slab: each slab gets a place among the candidates as it
 // comes. Every element is read even when there is no more room, because a NaN may be among them.
-__global__ void __launch_bounds__(kThreads, 3) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
+__global__ void __launch_bounds__(kThreads, 4) filter(const __grid_constant__ Table<Entry> table, const float* sigmas,
                                                       uint32_t flip, Candidates candidates, Slabs slabs, State* state) {
   __shared__ int counts[kRows * kWarps];  // of the part of a row that a warp holds; afterwards of all parts before
   __shared__ int64_t place;
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 3) filter(const __grid_constant__ Ta
   const uint32_t fours = (pairs & 0x33333333u) + (pairs >> 2 & 0x33333333u);
   const uint32_t own[2] = {fours & 0x0f0f0f0fu, fours >> 4 & 0x0f0f0f0fu};  // the even rows, the odd ones
   const uint32_t before[2] = {warp_exclusive_sum(own[0], lane), warp_exclusive_sum(own[1], lane)};
-  const auto of_row = [](const uint32_t(&rows)[2], int row) {
+  const auto of_row = [](const uint32_t (&rows)[2], int row) {
     return static_cast<int>(rows[row % 2] >> row / 2 * 8 & 0xff);
   };
   if (lane == 31) {
@@ -493,7 +493,7 @@ __global__ void __launch_bounds__(kThreads)
   source.visit(entry, local, lane, [&](const auto& held) {
     constexpr int N = std::decay_t<decltype(held)>::kItems;
     // Elements of other lanes that come before, and of all lanes.
-    const auto rank = [&](const bool(&marked)[N], int& before, int& total) {
+    const auto rank = [&](const bool (&marked)[N], int& before, int& total) {
       before = total = 0;
 #pragma unroll
       for (int i = 0; i < N; i++) {
@@ -541,8 +541,8 @@ Tensor empty(const Tensor& like, int64_t size, ScalarType dtype) {
   const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, dtype_code, device_type, like.get_device_index(),
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, dtype_code, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
 }
 

@@ -8,7 +8,7 @@
 namespace safekern {
 namespace {
 
-constexpr int V = kSparseVector;
+constexpr int V = kScatterVector;
 
 template <class Param, class Index>
 struct Entry {
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   using Value = Real<Param>;
   const int t = table.find(blockIdx.x);
   const Entry<Param, Index>& entry = table.entries[t];
-  const Group<V> group = sparse_group(table, t);
+  const Group<V> group = sparse_group<V>(table, t);
   AdamW<Value, float> adamw = common;
   adamw.step_size = entry.step_size;
   adamw.bias_correction2_sqrt = entry.bias_correction2_sqrt;
@@ -91,7 +91,7 @@ void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
                              align<V>(indices[t].numel(), index, grad, exp_avg, exp_avg_sq, master_or_grad)});
         }
         const AdamW<Real<Param>, float> common(beta1, beta2, eps, decay, 0, 1);
-        for_each_table(entries, sparse_blocks<Entry<Param, Index>>, [&](const auto& table) {
+        for_each_table(entries, sparse_blocks<V, Entry<Param, Index>>, [&](const auto& table) {
           set_adamw<<<table.blocks(), kThreads, 0, device.stream()>>>(table, common);
         });
       });

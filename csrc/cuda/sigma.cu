@@ -10,7 +10,9 @@ namespace {
 
 constexpr int kChunk = 4096;
 constexpr int kLanes = 8;
-constexpr int kTile = 64;  // elements that the lanes of a chunk fetch at a time, kLanes consecutive ones each
+constexpr int kPivot = 64;  // the first elements of a chunk, from whose mean deviations are taken
+constexpr int kOwn = 16;    // consecutive elements that a thread fetches at a time
+constexpr int kTile = kLanes * kOwn;
 constexpr int kMomentThreads = 128;
 constexpr int kChunksPerBlock = kMomentThreads / kLanes;
 constexpr unsigned kWarp = 0xffffffff;
@@ -44,31 +46,36 @@ __global__ void __launch_bounds__(kMomentThreads)
   // A warp walks its chunks together; its first one is the longest.
   const int steps = __shfl_sync(kWarp, (size + kTile - 1) / kTile, 0);
 
-  const auto fetch = [&](Param(&values)[kLanes], int step) {
-    const Group<kLanes> group(entry.groups, (begin + step * kTile) / kLanes + lane);
+  const auto fetch = [&](Param(&values)[kOwn], int step) {
+    const Group<kOwn> group(entry.groups, (begin + step * kTile) / kOwn + lane);
     group.load(values, entry.param);
   };
-  Param next[kLanes];
+  Param next[kOwn];
   fetch(next, 0);
   double pivot = 0, sum = 0, square = 0;
   for (int step = 0; step < steps; step++) {
     uint4 words[sizeof next / sizeof(uint4)];
     std::memcpy(words, next, sizeof next);
 #pragma unroll
-    for (int w = 0; w < sizeof next / sizeof(uint4); w++) reinterpret_cast<uint4*>(tile + lane * kLanes)[w] = words[w];
+    for (int w = 0; w < sizeof next / sizeof(uint4); w++) reinterpret_cast<uint4*>(tile + lane * kOwn)[w] = words[w];
     __syncwarp();
     if (step + 1 < steps) fetch(next, step + 1);
     if (step == 0) {
-      const int head = min(size, kTile);
+      const int head = min(size, kPivot);
       for (int i = 0; i < head; i++) pivot += static_cast<double>(tile[i]);
       pivot /= static_cast<double>(head);
     }
+    const auto add = [&](int row) {
+      const double deviation = static_cast<double>(tile[row * kLanes + lane]) - pivot;
+      sum += deviation;
+      square += deviation * deviation;
+    };
+    if (step * kTile + kTile <= size) {
 #pragma unroll
-    for (int row = 0; row < kTile / kLanes; row++) {
-      if (step * kTile + row * kLanes + lane < size) {
-        const double deviation = static_cast<double>(tile[row * kLanes + lane]) - pivot;
-        sum += deviation;
-        square += deviation * deviation;
+      for (int row = 0; row < kTile / kLanes; row++) add(row);
+    } else {
+      for (int row = 0; row < kTile / kLanes; row++) {
+        if (step * kTile + row * kLanes + lane < size) add(row);
       }
     }
     __syncwarp();
@@ -162,7 +169,7 @@ Tensor sigma(Tensors params) {
       for (const size_t t : tensors) {
         const Param* param = params[t].const_data_ptr<Param>();
         // Chunks start where they start on the CPU: a tensor that is not aligned there is read element by element.
-        const bool aligned = reinterpret_cast<uintptr_t>(param) % kAccessBytes<kLanes, Param> == 0;
+        const bool aligned = reinterpret_cast<uintptr_t>(param) % kAccessBytes<kOwn, Param> == 0;
         entries.push_back({param, first_chunk[t], {params[t].numel(), 0, aligned}});
       }
       for_each_table(
