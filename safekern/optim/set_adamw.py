@@ -292,14 +292,18 @@ class SETAdamW(MaskedOptimizer):
         self._average()
         targets = []
         for group, name, param in named:
-            if name in self._masked and param.grad is not None:
-                selected = grad = settled_gradient(param)
-                if isinstance(grad, SelectedGrad) and self._is_mine(name, grad):
-                    selected = grad.selected
-                else:
-                    check_strided(name, grad)
-                selection, state = self._selections[name], self._states[name]
-                targets.append(_Target(name, group, param, local(param), grad, selection, state, selected))
+            grad = param.grad
+            if grad is None or name not in self._masked:
+                continue
+            if type(grad) is not SelectedGrad:
+                grad = settled_gradient(param)
+            if isinstance(grad, SelectedGrad) and self._is_mine(name, grad):
+                selected = grad.selected
+            else:
+                check_strided(name, grad)
+                selected = grad
+            selection, state = self._selections[name], self._states[name]
+            targets.append(_Target(name, group, param, local(param), grad, selection, state, selected))
         return targets
 
     def _processes(self) -> Processes:
@@ -349,14 +353,18 @@ class SETAdamW(MaskedOptimizer):
         targets = self._targets()
         self._averaged = False
         checks = [*_gather(targets), *_check_reduced(targets)]
-        # While the device is at it.
+        # Where no other device or process has a say, the device itself skips the update, and never waits for the host.
+        alone = len(checks) == 1 and self._processes().size == 1
+        if not alone:
+            self._agree(targets, _nonfinite(targets, checks))
         updates: dict[tuple[int, torch.device], list[_Target]] = {}
         for target in targets:
             updates.setdefault((id(target.group), target.piece.device), []).append(target)
-        prepared = [(together, _arguments(together)) for together in updates.values()]
-        self._agree(targets, _nonfinite(targets) if any(check.read() for check in checks) else [])
-        for together, arguments in prepared:
-            ops.set_adamw_(*arguments)
+        for together in updates.values():
+            _update(together, checks[0].flag if alone else None)
+        if alone:
+            self._agree(targets, _nonfinite(targets, checks))
+        for together in updates.values():
             wrote([target.param for target in together], [target.state for target in together])
         return loss
 
@@ -483,20 +491,21 @@ def _several() -> bool:
 
 
 class _Check:
-    """A flag that a device is still computing, on its way to the host."""
+    """A flag (one bool) that a device is still computing, on its way to the host."""
 
-    def __init__(self, flags: Tensor) -> None:
-        self._flags = flags
+    def __init__(self, flag: Tensor) -> None:
+        self.flag = flag
+        self._copy = flag
         self._copied: torch.Event | None = None
-        if flags.device.type != "cpu":
-            self._flags = flags.to("cpu", non_blocking=True)
-            self._copied = torch.accelerator.current_stream(flags.device).record_event()
+        if flag.device.type != "cpu":
+            self._copy = flag.to("cpu", non_blocking=True)
+            self._copied = torch.accelerator.current_stream(flag.device).record_event()
 
     def read(self) -> bool:
-        """Waits for the flags; whether one is set."""
+        """Waits for the flag, but not for what the device does after it."""
         if self._copied is not None:
             self._copied.synchronize()
-        return bool(self._flags.any())
+        return bool(self._copy)
 
 
 def _gather(targets: list[_Target]) -> list[_Check]:
@@ -511,7 +520,7 @@ def _gather(targets: list[_Target]) -> list[_Check]:
         selected = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
         flags = torch.zeros(len(together), dtype=torch.bool, device=device)
         ops.gather_(selected, [memory_like(target.grad, target.piece) for target in together], indices, flags)
-        checks.append(_Check(flags))
+        checks.append(_Check(flags.any()))
         for target, values in zip(together, selected, strict=True):
             target.selected = values
     return checks
@@ -526,20 +535,22 @@ def _check_reduced(targets: list[_Target]) -> list[_Check]:
         found, one = (torch.full((1,), value, device=together[0].device) for value in (0.0, 1.0))
         # Multiplies by one, which changes nothing.
         torch._amp_foreach_non_finite_check_and_unscale_(together, found, one)
-        checks.append(_Check(found))
+        checks.append(_Check(found.bool()))
     return checks
 
 
-def _nonfinite(targets: list[_Target]) -> list[str]:
-    """The parameters whose selected gradients hold NaN or infinity."""
+def _nonfinite(targets: list[_Target], checks: list[_Check]) -> list[str]:
+    """The parameters whose selected gradients hold NaN or infinity, which some have if a check says so."""
+    if not any(check.read() for check in checks):
+        return []
     return [target.name for target in targets if not target.selected.isfinite().all()]
 
 
-def _arguments(targets: list[_Target]) -> tuple[Any, ...]:
-    """What ``set_adamw_`` takes for targets that share a group and a device."""
+def _update(targets: list[_Target], nonfinite: Tensor | None) -> None:
+    """One step of targets that share a group and a device, unless a flag there is set."""
     group, states = targets[0].group, [target.state for target in targets]
     none = torch.empty(0, device=targets[0].piece.device)
-    return (
+    ops.set_adamw_(
         [memory(target.piece) for target in targets],
         [target.selected for target in targets],
         [target.selection.indices for target in targets],
@@ -547,4 +558,5 @@ def _arguments(targets: list[_Target]) -> tuple[Any, ...]:
         [state["exp_avg_sq"] for state in states],
         [state.get("master", none) for state in states],
         *next_step(group, states),
+        nonfinite,
     )
