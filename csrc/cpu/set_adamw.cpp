@@ -67,7 +67,7 @@ void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
   check_indices(indices, params);
   if (nonfinite && *nonfinite->const_data_ptr<bool>()) return;
   const std::vector<Chunk> chunks = cut(indices, kChunk);
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  each_chunk(chunks, [&](int64_t c) {
     const int64_t t = chunks[c].tensor;
     with_float_type(params[t].scalar_type(), [&](auto* param_type) {
       with_index_type(indices[t].scalar_type(), [&](auto* index_type) {
