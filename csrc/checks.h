@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -160,8 +161,10 @@ inline void check_steps(const std::vector<double>& step_sizes, const std::vector
 }
 
 inline void check_set_adamw(const Tensors& params, const Tensors& grads, const Tensors& indices,
-                            const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& masters) {
+                            const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& masters,
+                            const std::optional<Tensor>& nonfinite) {
   const size_t count = params.size();
+  if (nonfinite) check_flags(*nonfinite, 1);
   check_count(grads.size(), count, "gradients");
   check_count(indices.size(), count, "index tensors");
   check_count(exp_avgs.size(), count, "first moments");

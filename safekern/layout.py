@@ -20,10 +20,22 @@ def flat_view(param: Tensor) -> Tensor:
     return param.as_strided((span,), (1,))
 
 
-def flat_like(tensor: Tensor, param: Tensor) -> Tensor:
-    """A tensor of the parameter's shape (its gradient, say), flat, with elements where the parameter has them."""
-    contiguous = tensor.is_contiguous() and param.is_contiguous()
-    if not contiguous and tensor.stride() != param.stride():
+def memory(param: Tensor) -> Tensor:
+    """What the kernels take for the parameter's memory: the parameter itself, or its :func:`flat_view`.
+
+    They work on contiguous tensors of any shape, and making a view takes longer than passing a tensor to them.
+    """
+    return param if param.is_contiguous() else flat_view(param)
+
+
+def memory_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """:func:`memory` of a tensor of the parameter's shape (its gradient), with elements where the parameter has them.
+
+    A copy, if they lie elsewhere.
+    """
+    if tensor.is_contiguous() and param.is_contiguous():
+        return tensor
+    if tensor.stride() != param.stride():
         laid_out = torch.empty_strided(param.shape, param.stride(), dtype=tensor.dtype, device=tensor.device)
         tensor = laid_out.copy_(tensor)
     return flat_view(tensor)
@@ -45,7 +57,7 @@ def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:
     """The fp32 values of a tensor of the parameter's shape at positions in the parameter's memory."""
     selected = torch.empty(indices.numel(), dtype=torch.float32, device=param.device)
     flag = torch.zeros(1, dtype=torch.bool, device=param.device)
-    ops.gather_([selected], [flat_like(tensor.detach(), param)], [indices], flag)
+    ops.gather_([selected], [memory_like(tensor.detach(), param)], [indices], flag)
     return selected
 
 

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+# What almost every tensor is. Optimizers ask in every step, many times for each parameter.
+_PLAIN = frozenset({Tensor, nn.Parameter})
+
+
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether it is a DTensor: what FSDP2 and tensor parallelism make of a parameter, sharded or replicated."""
-    # Almost always, and asked many times in every step of an optimizer.
-    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+    if type(tensor) in _PLAIN:
         return False
     # Importing the module takes long, and before anybody did there can be none.
     module = sys.modules.get("torch.distributed.tensor")
@@ -31,7 +34,7 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
 
 def local(tensor: Tensor) -> Tensor:
     """The part of a tensor that this process holds: the same memory, not a copy; a plain tensor itself."""
-    if not is_sharded(tensor):
+    if type(tensor) in _PLAIN or not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         return tensor.to_local()

@@ -378,6 +378,18 @@ def test_set_adamw_kernel_equals_the_reference_bit_for_bit(dtype, master):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("nonfinite", [False, True])
+def test_set_adamw_changes_nothing_after_a_gradient_that_is_not_finite(backend, nonfinite):
+    arguments, want = (set_adamw_arguments(torch.bfloat16, master=True) for _ in range(2))
+    if not nonfinite:
+        kernel("set_adamw_", backend)(*want.values())
+    kernel("set_adamw_", backend)(*arguments.values(), torch.tensor([nonfinite]))
+    for field in ("params", "exp_avgs", "exp_avg_sqs", "masters"):
+        for mine, other in zip(arguments[field], want[field], strict=True):
+            assert_same_bits(mine, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_set_adamw_updates_the_selected_and_only_those(backend, dtype):
     arguments = set_adamw_arguments(dtype, master=dtype.itemsize == 2)
@@ -878,6 +890,8 @@ def test_kernels_refuse_arguments_that_would_corrupt_memory():
         accumulate_([torch.zeros(3)], [torch.ones(3, dtype=torch.int32)], no_flags(1), False)
     with pytest.raises(RuntimeError, match="expected 1 gradients, got 2"):
         accumulate_([torch.zeros(3)], [torch.ones(3)] * 2, no_flags(1), False)
+    with pytest.raises(RuntimeError, match="nonfinite must be Bool"):
+        set_adamw_(*set_adamw_arguments(torch.float32, master=False).values(), torch.zeros(1))
     skip_if_unseen("outside")
     for wrong in (-1, 3, 2**31 - 1):
         with pytest.raises(RuntimeError, match="outside the tensor's 3 elements"):

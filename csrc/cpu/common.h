@@ -59,12 +59,22 @@ inline std::vector<Chunk> cut(const Tensors& tensors, int64_t chunk_size) {
   return chunks;
 }
 
-// Runs f(i) for i in [0, count) on torch's own threads.
+// Runs f(i) for i in [0, count) on torch's own threads; on this one alone if there are no more than `grain`.
 template <class F>
-void parallel_each(int64_t count, const F& f) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+void parallel_each(int64_t count, const F& f, int64_t grain = 1) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) f(i);
   });
+}
+
+// Runs f(c) for every chunk c: on this thread alone if there are fewer elements in all than `alone`, which are done
+// before another thread has woken up.
+template <class F>
+void each_chunk(const std::vector<Chunk>& chunks, const F& f, int64_t alone = 1 << 13) {
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  int64_t numel = 0;
+  for (const Chunk& chunk : chunks) numel += chunk.end - chunk.begin;
+  parallel_each(count, f, numel < alone ? count : 1);
 }
 
 // The same for chunks, where f says whether it met a value that is not finite: flags[tensor] is set if so. The flags
@@ -72,7 +82,7 @@ void parallel_each(int64_t count, const F& f) {
 template <class F>
 void parallel_flagged(const std::vector<Chunk>& chunks, const Tensor& nonfinite, const F& f) {
   std::vector<uint8_t> found(chunks.size());
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) { found[c] = f(chunks[c]); });
+  each_chunk(chunks, [&](int64_t c) { found[c] = f(chunks[c]); });
   bool* flags = nonfinite.mutable_data_ptr<bool>();
   for (size_t c = 0; c < chunks.size(); c++) flags[chunks[c].tensor] |= found[c] != 0;
 }
@@ -81,7 +91,7 @@ void parallel_flagged(const std::vector<Chunk>& chunks, const Tensor& nonfinite,
 inline void check_indices(const Tensors& indices, const Tensors& tensors) {
   const std::vector<Chunk> chunks = cut(indices, 1 << 16);
   std::vector<uint8_t> inside(chunks.size());
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  const auto check = [&](int64_t c) {
     const auto [t, begin, end] = chunks[c];
     with_index_type(indices[t].scalar_type(), [&, t = t, begin = begin, end = end](auto* type) {
       using Index = std::remove_pointer_t<decltype(type)>;
@@ -93,7 +103,8 @@ inline void check_indices(const Tensors& indices, const Tensors& tensors) {
       }
       inside[c] = low >= 0 && high < tensors[t].numel();
     });
-  });
+  };
+  each_chunk(chunks, check, 1 << 17);
   for (size_t c = 0; c < chunks.size(); c++) {
     STD_TORCH_CHECK(inside[c], "safekern: an index is outside the tensor's ", tensors[chunks[c].tensor].numel(),
                     " elements");

@@ -34,7 +34,7 @@ void perturb_(Tensors params, Tensors indices, std::vector<double> scales, std::
   check_perturb(params, indices, scales, streams);
   check_indices(indices, params);
   const std::vector<Chunk> chunks = cut(indices, kChunk);
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  each_chunk(chunks, [&](int64_t c) {
     const int64_t t = chunks[c].tensor;
     const Noise noise{static_cast<float>(scales[t]), static_cast<uint64_t>(streams[t]), static_cast<uint64_t>(seed)};
     with_float_type(params[t].scalar_type(), [&](auto* param_type) {

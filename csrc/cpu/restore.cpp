@@ -24,7 +24,7 @@ void restore_(Tensors params, Tensors indices, Tensors values) {
   check_saved(params, indices, values);
   check_indices(indices, params);
   const std::vector<Chunk> chunks = cut(indices, kChunk);
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  each_chunk(chunks, [&](int64_t c) {
     const auto [t, begin, end] = chunks[c];
     with_types(params[t], indices[t], [&, t = t, begin = begin, end = end](auto* word_type, auto* index_type) {
       using Word = std::remove_pointer_t<decltype(word_type)>;
@@ -42,7 +42,7 @@ Tensor count_changed(Tensors params, Tensors indices, Tensors values) {
   check_indices(indices, params);
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   std::vector<int64_t> counts(chunks.size());
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  each_chunk(chunks, [&](int64_t c) {
     const auto [t, begin, end] = chunks[c];
     with_types(params[t], indices[t], [&, t = t, begin = begin, end = end](auto* word_type, auto* index_type) {
       using Word = std::remove_pointer_t<decltype(word_type)>;

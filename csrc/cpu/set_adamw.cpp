@@ -61,12 +61,13 @@ struct Selected {
 
 void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors masters,
                 std::vector<double> step_sizes, std::vector<double> bias_correction2_sqrts, double beta1, double beta2,
-                double eps, double decay) {
-  check_set_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, masters);
+                double eps, double decay, std::optional<Tensor> nonfinite) {
+  check_set_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, masters, nonfinite);
   check_steps(step_sizes, bias_correction2_sqrts, params.size());
   check_indices(indices, params);
+  if (nonfinite && *nonfinite->const_data_ptr<bool>()) return;
   const std::vector<Chunk> chunks = cut(indices, kChunk);
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  each_chunk(chunks, [&](int64_t c) {
     const int64_t t = chunks[c].tensor;
     with_float_type(params[t].scalar_type(), [&](auto* param_type) {
       with_index_type(indices[t].scalar_type(), [&](auto* index_type) {

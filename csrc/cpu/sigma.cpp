@@ -73,7 +73,7 @@ Tensor sigma(Tensors params) {
   check_sigma(params);
   const std::vector<Chunk> chunks = cut(params, kChunk);
   std::vector<Moments> partial(chunks.size());
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  each_chunk(chunks, [&](int64_t c) {
     const Chunk& chunk = chunks[c];
     with_float_type(params[chunk.tensor].scalar_type(), [&](auto* type) {
       using Param = std::remove_pointer_t<decltype(type)>;

@@ -126,7 +126,7 @@ struct Spared {
 void check_ascending(const Tensors& indices, const Tensors& params) {
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   std::vector<uint8_t> wrong(chunks.size());
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  each_chunk(chunks, [&](int64_t c) {
     const Chunk& chunk = chunks[c];
     with_index_type(indices[chunk.tensor].scalar_type(), [&](auto* type) {
       using Index = std::remove_pointer_t<decltype(type)>;
@@ -148,7 +148,7 @@ void spa_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
   check_steps(step_sizes, bias_correction2_sqrts, params.size());
   check_ascending(indices, params);
   const std::vector<Chunk> chunks = cut(params, kChunk);
-  parallel_each(static_cast<int64_t>(chunks.size()), [&](int64_t c) {
+  each_chunk(chunks, [&](int64_t c) {
     const int64_t t = chunks[c].tensor;
     with_float_type(params[t].scalar_type(), [&](auto* param_type) {
       using Param = std::remove_pointer_t<decltype(param_type)>;

@@ -23,8 +23,10 @@ struct Entry {
 
 template <class Param, class Index>
 __global__ void __launch_bounds__(kThreads)
-    set_adamw(const __grid_constant__ Table<Entry<Param, Index>> table, const AdamW<Real<Param>, float> common) {
+    set_adamw(const __grid_constant__ Table<Entry<Param, Index>> table, const AdamW<Real<Param>, float> common,
+              const bool* nonfinite) {
   using Value = Real<Param>;
+  if (nonfinite && *nonfinite) return;
   const int t = table.find(blockIdx.x);
   const Entry<Param, Index>& entry = table.entries[t];
   const Group<V> group = sparse_group<V>(table, t);
@@ -63,12 +65,14 @@ __global__ void __launch_bounds__(kThreads)
 
 void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors masters,
                 std::vector<double> step_sizes, std::vector<double> bias_correction2_sqrts, double beta1, double beta2,
-                double eps, double decay) {
-  check_set_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, masters);
+                double eps, double decay, std::optional<Tensor> nonfinite) {
+  check_set_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, masters, nonfinite);
   check_steps(step_sizes, bias_correction2_sqrts, params.size());
   if (params.empty()) return;
   const Device device(params[0]);
-  device.check({&params, &grads, &indices, &exp_avgs, &exp_avg_sqs, &masters});
+  const Tensors flags = nonfinite ? Tensors{*nonfinite} : Tensors{};
+  device.check({&params, &grads, &indices, &exp_avgs, &exp_avg_sqs, &masters, &flags});
+  const bool* flag = nonfinite ? nonfinite->const_data_ptr<bool>() : nullptr;
   const auto kind = [&](size_t t) { return std::pair(params[t].scalar_type(), indices[t].scalar_type()); };
   for (const auto& [types, tensors] : group_by(params.size(), kind)) {
     const auto [param_dtype, index_dtype] = types;
@@ -92,7 +96,8 @@ void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
         }
         const AdamW<Real<Param>, float> common(beta1, beta2, eps, decay, 0, 1);
         for_each_table(entries, sparse_blocks<V, Entry<Param, Index>>, [&](const auto& table) {
-          set_adamw<<<table.blocks(), kThreads, 0, device.stream()>>>(table, common);
+          set_adamw<<<table.blocks(), kThreads, 0, device.stream()>>>(table, common, flag);
+        });
         });
       });
     });

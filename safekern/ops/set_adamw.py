@@ -26,6 +26,7 @@ def reference(
     beta2: float,
     eps: float,
     decay: float,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """One AdamW step in the order of operations of ``torch.optim.AdamW``, on ``params[t].flatten()[indices[t]]`` only.
 
@@ -43,7 +44,11 @@ def reference(
         beta2: decay rate of the second moment.
         eps: added to the denominator.
         decay: ``1 - lr * weight_decay``.
+        nonfinite: one bool, on the parameters' device, such as ``any()`` of the flags of ``gather_``: if it is set,
+            nothing is changed. So a step need not wait for the host to have read it.
     """
+    if nonfinite is not None and bool(nonfinite):
+        return
     for t, (param, grad, index) in enumerate(zip(params, grads, indices, strict=True)):
         flat, index = param.view(-1), index.long()
         current = flat[index]
@@ -82,6 +87,7 @@ def fake(
     beta2: float,
     eps: float,
     decay: float,
+    nonfinite: Tensor | None = None,
 ) -> None:
     return None
 
@@ -93,9 +99,12 @@ def cases(large: bool) -> Iterator[Case]:
                 name = f"{dtype}, {index_dtype}, master={master}"
                 yield _case(name, Inputs(large), dtype, index_dtype, master)
     yield _case("many tensors", Inputs(many=True), DTYPES[0], INDEX_DTYPES[0], True)
+    for nonfinite in (False, True):
+        flag = torch.tensor([nonfinite])
+        yield _case(f"nonfinite={nonfinite}", Inputs(), DTYPES[0], INDEX_DTYPES[0], True, flag)
 
 
-def _case(name: str, inputs: Inputs, dtype: torch.dtype, index_dtype: torch.dtype, master: bool) -> Case:
+def _case(name: str, inputs: Inputs, dtype: torch.dtype, index_dtype: torch.dtype, master: bool, *flag: Tensor) -> Case:
     params, indices = inputs.normal(dtype), inputs.indices(0.5, index_dtype)
     grads, exp_avgs = inputs.normal_at(indices), inputs.normal_at(indices, 1e-2)
     exp_avg_sqs = [value.square() for value in inputs.normal_at(indices, 1e-2)]
@@ -105,14 +114,14 @@ def _case(name: str, inputs: Inputs, dtype: torch.dtype, index_dtype: torch.dtyp
         value[::3] += 1
     if not master:
         masters = [torch.empty(0) for _ in params]
-    arguments = (params, grads, indices, exp_avgs, exp_avg_sqs, masters, *steps(len(params)), *HYPERPARAMETERS)
+    arguments = (params, grads, indices, exp_avgs, exp_avg_sqs, masters, *steps(len(params)), *HYPERPARAMETERS, *flag)
     return Case(name, arguments, ulps=1, kept=mark(params, indices, inside=False))
 
 
 set_adamw_ = define(
     "set_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, float[] step_sizes, float[] bias_correction2_sqrts, "
-    "float beta1, float beta2, float eps, float decay) -> ()",
+    "float beta1, float beta2, float eps, float decay, Tensor? nonfinite=None) -> ()",
     reference=reference,
     fake=fake,
     cases=cases,

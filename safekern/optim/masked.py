@@ -21,6 +21,7 @@ from safekern.sharding import Shard, is_sharded, local
 _ONE = torch.ones(())
 
 Places = slice | Tensor
+Named = tuple[dict[str, Any], str, Tensor]
 NamedParameters = Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]]
 
 
@@ -108,15 +109,22 @@ class MaskedOptimizer(Optimizer):
         # Without names of its own torch would refuse an empty group beside named ones.
         return {"param_names": [], **group}
 
-    def _named(self) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    def _named(self) -> Iterator[Named]:
+        """The group, name and tensor of every parameter."""
         for group in self.__dict__.get("param_groups", ()):
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, param
 
-    def _bind(self) -> None:
-        """Follows parameters that are new, were swapped for others of the same name, moved, or laid out anew."""
-        for _, name, param in self._named():
+    def _bind(self) -> list[Named]:
+        """Follows parameters that are new, were swapped for others of the same name, moved, or laid out anew.
+
+        Returns:
+            What :meth:`_named` yields.
+        """
+        named = list(self._named())
+        for _, name, param in named:
             self._bind_one(name, param)
+        return named
 
     def _bind_one(self, name: str, param: Tensor) -> None:
         before, form = self._seen.get(name, (None, None))
@@ -237,6 +245,8 @@ def form_of(param: Tensor) -> tuple[Any, ...]:
 def settled_gradient(param: Tensor) -> Tensor:
     """This process's part of a gradient that the parameter has, with elements where the parameter has them."""
     grad = param.grad
+    if type(grad) is Tensor:
+        return grad
     assert grad is not None
     if is_sharded(grad) and is_sharded(param) and grad.placements != param.placements:
         # Tensor parallelism leaves partial sums for parameters that every process holds whole.
@@ -276,8 +286,33 @@ def cut(values: Tensor, before: Places, after: Places, count: int) -> Tensor | N
     return at(values, after).clone() if before == slice(0, count) else None
 
 
-def count_step(states: Sequence[Mapping[str, Tensor]]) -> None:
-    """Adds one to ``state["step"]`` of each, in one call."""
+def next_step(
+    group: Mapping[str, Any], states: Sequence[Mapping[str, Tensor]]
+) -> tuple[list[float], list[float], float, float, float, float]:
+    """What the ops take of the hyperparameters of a group for the next step of parameters with these states.
+
+    Returns:
+        Per parameter the step size and the root of the second moment's bias correction; both betas, eps and the decay.
+    """
+    lr, (beta1, beta2) = float(group["lr"]), map(float, group["betas"])
+    steps = [int(state["step"].item()) + 1 for state in states]
+    # Almost always they are all at the same one.
+    sizes = {step: lr / (1 - beta1**step) for step in set(steps)}
+    roots = {step: math.sqrt(1 - beta2**step) for step in sizes}
+    return (
+        [sizes[step] for step in steps],
+        [roots[step] for step in steps],
+        beta1,
+        beta2,
+        float(group["eps"]),
+        1 - lr * group["weight_decay"],
+    )
+
+
+def wrote(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
+    """What remains to be done of a step after an op updated the parameters."""
+    # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
+    torch.autograd.graph.increment_version(params)
     torch._foreach_add_([state["step"] for state in states], _ONE, alpha=1.0)
 
 

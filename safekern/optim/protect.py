@@ -14,7 +14,7 @@ from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.faults import put_back
-from safekern.layout import by_device, flat_view, overlaps_itself
+from safekern.layout import by_device, memory, overlaps_itself
 from safekern.mask import Mask
 from safekern.optim.masked import NamedParameters, Places, cut, held, named_groups
 from safekern.sharding import local
@@ -101,7 +101,7 @@ class _Saved:
     @property
     def piece(self) -> Tensor:
         """The part of the parameter that this process holds."""
-        return local(self.param).detach()
+        return local(self.param)
 
     def cut_spots(self, turn: int) -> None:
         count = self.indices.numel()
@@ -123,6 +123,8 @@ class Protection:
         ]
         self._stepping = False
         self._turn = 0
+        # What the optimizer held when the parameters were last looked for: addresses and names, per group.
+        self._held: list[tuple[list[int], list[str] | None]] = []
         self._locate()
         if not any(saved.place for saved in self._saved):
             raise MaskMismatchError(
@@ -157,7 +159,7 @@ class Protection:
         for together in by_device(fresh):
             ops.gather_(
                 [fresh[t] for t in together],
-                [flat_view(self._saved[t].piece) for t in together],
+                [memory(self._saved[t].piece) for t in together],
                 [self._saved[t].indices for t in together],
                 torch.zeros(len(together), dtype=torch.bool, device=fresh[together[0]].device),
             )
@@ -237,6 +239,18 @@ class Protection:
     def _locate(self) -> None:
         """Finds the parameters in the optimizer, and their protected weights in memory, where either changed."""
         groups = self._optimizer.param_groups
+        held = [(list(map(id, group["params"])), group.get("param_names")) for group in groups]
+        # Parameters of the mask are kept alive here, so that none of their addresses can have become another's.
+        if held != self._held:
+            self._find(groups)
+            self._held = [(ids, None if names is None else list(names)) for ids, names in held]
+        for saved in self._saved:
+            param, piece = saved.param, saved.piece
+            layout = (piece.data_ptr(), piece.dtype, param.shape, piece.shape, piece.stride(), piece.device)
+            if saved.layout != layout:
+                self._follow(saved, layout)
+
+    def _find(self, groups: Sequence[dict[str, Any]]) -> None:
         held = {id(param): (g, i) for g, group in enumerate(groups) for i, param in enumerate(group["params"])}
         for saved in self._saved:
             if saved.place and id(saved.param) not in held:
@@ -244,10 +258,6 @@ class Protection:
             if id(saved.param) in held:
                 g, i = held[id(saved.param)]
                 saved.place = (g, i, groups[g]["param_names"][i] if "param_names" in groups[g] else None)
-            piece = saved.piece
-            layout = (piece.data_ptr(), piece.dtype, saved.param.shape, piece.shape, piece.stride(), piece.device)
-            if saved.layout != layout:
-                self._follow(saved, layout)
 
     def _follow(self, saved: _Saved, layout: tuple[Any, ...]) -> None:
         param, piece = saved.param, saved.piece
@@ -295,24 +305,25 @@ class Protection:
 
     def _check(self, *, everything: bool) -> None:
         moved: list[tuple[_Saved, int]] = []
-        compared: list[tuple[_Saved, bool]] = []
+        compared: list[tuple[_Saved, bool, Tensor, Tensor]] = []
         # One parameter a step looks at its next few weights, so that over many steps all are compared.
         self._turn += 1
         self._saved[self._turn % len(self._saved)].cut_spots(self._turn // len(self._saved))
         for saved in self._saved:
-            if saved.param.dtype == saved.values.dtype:
-                compared.append((saved, everything or saved.version != saved.param._version))
-            else:
+            if saved.param.dtype != saved.values.dtype:
                 moved.append((saved, saved.indices.numel()))
-        for together in by_device([saved.values for saved, _ in compared]):
+            elif everything or saved.version != saved.param._version:
+                compared.append((saved, True, saved.indices, saved.values))
+            else:
+                compared.append((saved, False, *saved.spots))
+        for together in by_device([values for *_, values in compared]):
             batch = [compared[t] for t in together]
-            places = [(saved.indices, saved.values) if whole else saved.spots for saved, whole in batch]
             counts = ops.count_changed(
-                [flat_view(saved.piece) for saved, _ in batch],
-                [indices for indices, _ in places],
-                [values for _, values in places],
+                [memory(saved.piece) for saved, *_ in batch],
+                [indices for _, _, indices, _ in batch],
+                [values for *_, values in batch],
             )
-            for (saved, whole), count in zip(batch, counts.tolist(), strict=True):
+            for (saved, whole, _, _), count in zip(batch, counts.tolist(), strict=True):
                 if count:
                     moved.append((saved, count))
                 elif whole:
@@ -334,27 +345,28 @@ class Protection:
 
     def _put(self, targets: Sequence[tuple[Tensor, _Saved]]) -> None:
         for tensor, saved in targets:
-            if (tensor.shape, tensor.dtype) != (saved.param.shape, saved.values.dtype):
+            if tensor.dtype != saved.values.dtype or tensor.shape != saved.param.shape:
                 raise ProtectionError(
                     f"the protected values of {saved.name} are in {saved.values.dtype} and cannot be written back in "
                     f"{tensor.dtype}: call handle.refresh() after changing the model's dtype; an optimizer that keeps "
                     "weights of its own in another one cannot be protected"
                 )
-        pieces = [local(tensor).detach() for tensor, _ in targets]
+        pieces = [local(tensor) for tensor, _ in targets]
         for together in by_device(pieces):
             batch = [targets[t] for t in together]
             ops.restore_(
-                [flat_view(pieces[t]) for t in together],
-                [
-                    saved.indices
-                    if pieces[t].stride() == saved.piece.stride()
-                    else held(tensor, self._mask.compact(saved.masked_name))[1]
-                    for t, (tensor, saved) in zip(together, batch, strict=True)
-                ],
+                [memory(pieces[t]) for t in together],
+                [self._indices_in(tensor, saved) for tensor, saved in batch],
                 [saved.values for _, saved in batch],
             )
             # A custom op does not tell autograd that it wrote.
             torch.autograd.graph.increment_version([tensor for tensor, _ in batch])
+
+    def _indices_in(self, tensor: Tensor, saved: _Saved) -> Tensor:
+        """Where the protected weights of a parameter lie in the memory of a tensor like it."""
+        if tensor is saved.param or local(tensor).stride() == saved.piece.stride():
+            return saved.indices
+        return held(tensor, self._mask.compact(saved.masked_name))[1]
 
     def _swaps_weights(self) -> bool:
         return all(callable(getattr(self._optimizer, mode, None)) for mode in ("train", "eval"))

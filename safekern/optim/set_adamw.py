@@ -1,6 +1,5 @@
 """SETAdamW: AdamW on the selected weights only, with state for those only."""
 
-import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch._compile import _disable_dynamo
 from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
-from safekern.layout import by_device, flat_like, flat_view, gather_selected, overlaps_itself
+from safekern.layout import by_device, flat_view, gather_selected, memory, memory_like, overlaps_itself
 from safekern.mask import Mask
 from safekern.optim.masked import (
     MaskedOptimizer,
@@ -22,11 +21,12 @@ from safekern.optim.masked import (
     Places,
     at,
     check_strided,
-    count_step,
     cut,
     held,
     named_groups,
+    next_step,
     settled_gradient,
+    wrote,
 )
 from safekern.optim.selected_grad import GradientHooks, SelectedGrad, average
 from safekern.sharding import Processes, Shard, is_sharded, like, local
@@ -62,6 +62,8 @@ class _Target:
     grad: Tensor
     selection: _Selection
     state: dict[str, Tensor]
+    # The fp32 gradient at the selected weights.
+    selected: Tensor
 
 
 class SETAdamW(MaskedOptimizer):
@@ -261,12 +263,13 @@ class SETAdamW(MaskedOptimizer):
 
     def _averages(self, param: Tensor) -> bool:
         """Whether this process has a gradient of its own, from its own batches, of a parameter that all hold whole."""
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return several and self._hooks is not None and not is_sharded(param)
+        return self._hooks is not None and _several() and not is_sharded(param)
 
     def _average(self, *, complete: bool = False) -> None:
+        if self._averaged or self._hooks is None or not _several():
+            return
         mine = [(name, param) for _, name, param in self._named() if name in self._masked and self._averages(param)]
-        if self._averaged or not mine:
+        if not mine:
             return
         for name, param in mine:
             if param.grad is not None and not self._is_mine(name, param.grad):
@@ -285,16 +288,22 @@ class SETAdamW(MaskedOptimizer):
         self._average(complete=True)
 
     def _targets(self) -> list[_Target]:
-        self._bind()
+        named = self._bind()
         self._average()
         targets = []
-        for group, name, param in self._named():
-            if name in self._masked and param.grad is not None:
+        for group, name, param in named:
+            grad = param.grad
+            if grad is None or name not in self._masked:
+                continue
+            if type(grad) is not SelectedGrad:
                 grad = settled_gradient(param)
-                if not self._is_mine(name, grad):
-                    check_strided(name, grad)
-                selection, state = self._selections[name], self._states[name]
-                targets.append(_Target(name, group, param, local(param), grad, selection, state))
+            if isinstance(grad, SelectedGrad) and self._is_mine(name, grad):
+                selected = grad.selected
+            else:
+                check_strided(name, grad)
+                selected = grad
+            selection, state = self._selections[name], self._states[name]
+            targets.append(_Target(name, group, param, local(param), grad, selection, state, selected))
         return targets
 
     def _processes(self) -> Processes:
@@ -343,13 +352,20 @@ class SETAdamW(MaskedOptimizer):
                 loss = closure()
         targets = self._targets()
         self._averaged = False
-        grads, flags = _selected_gradients(targets)
-        self._agree(targets, _not_finite(targets, grads, flags))
-        launches: dict[tuple[int, torch.device], list[int]] = {}
-        for i, target in enumerate(targets):
-            launches.setdefault((id(target.group), target.piece.device), []).append(i)
-        for members in launches.values():
-            _update([targets[i] for i in members], [grads[i] for i in members])
+        checks = [*_gather(targets), *_check_reduced(targets)]
+        # Where no other device or process has a say, the device itself skips the update, and never waits for the host.
+        alone = len(checks) == 1 and self._processes().size == 1
+        if not alone:
+            self._agree(targets, _nonfinite(targets, checks))
+        updates: dict[tuple[int, torch.device], list[_Target]] = {}
+        for target in targets:
+            updates.setdefault((id(target.group), target.piece.device), []).append(target)
+        for together in updates.values():
+            _update(together, checks[0].flag if alone else None)
+        if alone:
+            self._agree(targets, _nonfinite(targets, checks))
+        for together in updates.values():
+            wrote([target.param for target in together], [target.state for target in together])
         return loss
 
     @_disable_dynamo
@@ -371,11 +387,11 @@ class SETAdamW(MaskedOptimizer):
         if not max_norm >= 0:
             raise InvalidArgumentError(f"max_norm must be at least 0, got {max_norm}")
         targets = self._targets()
-        grads, _ = _selected_gradients(targets)
+        _gather(targets)
         processes = self._processes()
         alone = processes.size == 1
-        mine = [grad for target, grad in zip(targets, grads, strict=True) if alone or target.selection.owner]
-        device = grads[0].device if grads else torch.device("cpu")
+        mine = [target.selected for target in targets if alone or target.selection.owner]
+        device = targets[0].selected.device if targets else torch.device("cpu")
         norms = [norm.to(device) for norm in torch._foreach_norm(mine)] if mine else [torch.zeros((), device=device)]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if not alone:
@@ -383,7 +399,8 @@ class SETAdamW(MaskedOptimizer):
         if not targets:
             raise _no_gradient()
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
-        for target, grad in zip(targets, grads, strict=True):
+        for target in targets:
+            grad = target.selected
             grad.mul_(scale.to(grad.device))
             if isinstance(target.grad, SelectedGrad):
                 continue
@@ -469,62 +486,77 @@ def _no_gradient() -> StepError:
     )
 
 
-def _selected_gradients(targets: list[_Target]) -> tuple[list[Tensor], list[tuple[list[int], Tensor]]]:
-    """The fp32 gradients at the selected weights.
-
-    Also, per device, which targets had a dense gradient, and a flag for each that holds NaN or infinity at them.
-    """
-    grads = [target.grad.selected if isinstance(target.grad, SelectedGrad) else target.grad for target in targets]
-    nonfinite = []
-    for members in by_device(grads):
-        dense = [i for i in members if not isinstance(targets[i].grad, SelectedGrad)]
-        if not dense:
-            continue
-        device = grads[dense[0]].device
-        sizes = [targets[i].selection.indices.numel() for i in dense]
-        srcs = [flat_like(grads[i], targets[i].piece) for i in dense]
-        outs = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
-        flags = torch.zeros(len(dense), dtype=torch.bool, device=device)
-        ops.gather_(outs, srcs, [targets[i].selection.indices for i in dense], flags)
-        nonfinite.append((dense, flags))
-        for i, out in zip(dense, outs, strict=True):
-            grads[i] = out
-    return grads, nonfinite
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _not_finite(targets: list[_Target], grads: list[Tensor], nonfinite: list[tuple[list[int], Tensor]]) -> list[str]:
-    """The parameters whose selected gradients hold NaN or infinity, at one read per device."""
-    bad = [i for dense, flags in nonfinite for i, flag in zip(dense, flags.tolist(), strict=True) if flag]
-    reduced = [i for i, target in enumerate(targets) if isinstance(target.grad, SelectedGrad)]
-    for together in by_device([grads[i] for i in reduced]):
-        members = [reduced[r] for r in together]
-        # A finite norm vouches for all its values; it may also overflow where they do not.
-        norms = torch.stack(torch._foreach_norm([grads[i] for i in members]))
-        suspects = [i for i, finite in zip(members, norms.isfinite().tolist(), strict=True) if not finite]
-        bad += [i for i in suspects if not grads[i].isfinite().all()]
-    return [targets[i].name for i in sorted(bad)]
+class _Check:
+    """A flag (one bool) that a device is still computing, on its way to the host."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self.flag = flag
+        self._copy = flag
+        self._copied: torch.Event | None = None
+        if flag.device.type != "cpu":
+            self._copy = flag.to("cpu", non_blocking=True)
+            self._copied = torch.accelerator.current_stream(flag.device).record_event()
+
+    def read(self) -> bool:
+        """Waits for the flag, but not for what the device does after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return bool(self._copy)
 
 
-def _update(targets: list[_Target], grads: list[Tensor]) -> None:
-    """One step of targets that share a group and a device."""
-    group = targets[0].group
-    lr, beta1, beta2 = float(group["lr"]), *map(float, group["betas"])
-    steps = [int(target.state["step"]) + 1 for target in targets]
-    none = torch.empty(0, device=grads[0].device)
+def _gather(targets: list[_Target]) -> list[_Check]:
+    """Fills in what is selected of dense gradients; per device, whether NaN or infinity is among it."""
+    dense = [target for target in targets if target.selected is target.grad]
+    checks = []
+    for members in by_device([target.piece for target in dense]):
+        together = [dense[t] for t in members]
+        device = together[0].piece.device
+        indices = [target.selection.indices for target in together]
+        sizes = [index.numel() for index in indices]
+        selected = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
+        flags = torch.zeros(len(together), dtype=torch.bool, device=device)
+        ops.gather_(selected, [memory_like(target.grad, target.piece) for target in together], indices, flags)
+        checks.append(_Check(flags.any()))
+        for target, values in zip(together, selected, strict=True):
+            target.selected = values
+    return checks
+
+
+def _check_reduced(targets: list[_Target]) -> list[_Check]:
+    """Per device, whether NaN or infinity is among what backward selected."""
+    reduced = [target.selected for target in targets if isinstance(target.grad, SelectedGrad)]
+    checks = []
+    for members in by_device(reduced):
+        together = [reduced[t] for t in members]
+        found, one = (torch.full((1,), value, device=together[0].device) for value in (0.0, 1.0))
+        # Multiplies by one, which changes nothing.
+        torch._amp_foreach_non_finite_check_and_unscale_(together, found, one)
+        checks.append(_Check(found.bool()))
+    return checks
+
+
+def _nonfinite(targets: list[_Target], checks: list[_Check]) -> list[str]:
+    """The parameters whose selected gradients hold NaN or infinity, which some have if a check says so."""
+    if not any(check.read() for check in checks):
+        return []
+    return [target.name for target in targets if not target.selected.isfinite().all()]
+
+
+def _update(targets: list[_Target], nonfinite: Tensor | None) -> None:
+    """One step of targets that share a group and a device, unless a flag there is set."""
+    group, states = targets[0].group, [target.state for target in targets]
+    none = torch.empty(0, device=targets[0].piece.device)
     ops.set_adamw_(
-        [flat_view(target.piece) for target in targets],
-        grads,
+        [memory(target.piece) for target in targets],
+        [target.selected for target in targets],
         [target.selection.indices for target in targets],
-        [target.state["exp_avg"] for target in targets],
-        [target.state["exp_avg_sq"] for target in targets],
-        [target.state.get("master", none) for target in targets],
-        [lr / (1 - beta1**step) for step in steps],
-        [math.sqrt(1 - beta2**step) for step in steps],
-        beta1,
-        beta2,
-        float(group["eps"]),
-        1 - lr * group["weight_decay"],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [state.get("master", none) for state in states],
+        *next_step(group, states),
+        nonfinite,
     )
-    # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
-    torch.autograd.graph.increment_version([target.param for target in targets])
-    count_step([target.state for target in targets])

@@ -1,7 +1,6 @@
 """SPAAdamW: AdamW on everything except the weights of a mask."""
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -11,23 +10,24 @@ from torch import Tensor
 from safekern import names, ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
-from safekern.layout import by_device, flat_like, flat_view, overlaps_itself
+from safekern.layout import by_device, flat_view, memory, memory_like, overlaps_itself
 from safekern.mask import Mask
 from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
     check_strided,
-    count_step,
     held,
     named_groups,
+    next_step,
     settled_gradient,
+    wrote,
 )
-from safekern.sharding import is_sharded, local, part
+from safekern.sharding import local, part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Target:
     """A parameter of one step: this process's parts of it and of what belongs to it."""
 
@@ -133,7 +133,6 @@ class SPAAdamW(MaskedOptimizer):
         _, protected = held(param, indices)
         self._protected[name] = protected if local(param).is_contiguous() else protected.sort().values
 
-    @torch.no_grad()
     def _ensure_state(self, name: str, param: Tensor) -> None:
         """Makes or lays out anew what :meth:`step` needs of a parameter that trains.
 
@@ -143,9 +142,10 @@ class SPAAdamW(MaskedOptimizer):
         if not param.requires_grad:
             return
         state = self._states.get(name)
-        if state is None or not all(_lies_like(state[moment], param) for moment in _MOMENTS):
+        if state is None or not _lie_like(param, [state[moment] for moment in _MOMENTS]):
             _check_usable(name, param)
-            self._states[name] = self._state_of(param, state or {})
+            with torch.no_grad():
+                self._states[name] = self._state_of(param, state or {})
 
     def _state_of(self, param: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that lies in memory as the parameter does, with these values or zeros."""
@@ -160,9 +160,9 @@ class SPAAdamW(MaskedOptimizer):
         for name, param in zip(group["param_names"], group["params"], strict=True):
             if param.grad is None or not param.requires_grad:
                 continue
-            check_strided(name, local(param.grad))
+            piece, grad = local(param), settled_gradient(param)
+            check_strided(name, grad)
             self._ensure_state(name, param)
-            piece, grad = local(param).detach(), settled_gradient(param).detach()
             if grad.dtype not in (piece.dtype, torch.float32):
                 grad = grad.to(piece.dtype)
             yield _Target(param, piece, grad, self._protected[name], self._states[name])
@@ -237,33 +237,28 @@ class SPAAdamW(MaskedOptimizer):
 
 
 def _update(group: dict[str, Any], targets: list[_Target]) -> None:
-    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-    steps = [int(target.state["step"]) + 1 for target in targets]
+    states = [target.state for target in targets]
     ops.spa_adamw_(
-        [flat_view(target.piece) for target in targets],
-        [flat_like(target.grad, target.piece) for target in targets],
+        [memory(target.piece) for target in targets],
+        [memory_like(target.grad, target.piece) for target in targets],
         [target.protected for target in targets],
-        [flat_view(local(target.state["exp_avg"])) for target in targets],
-        [flat_view(local(target.state["exp_avg_sq"])) for target in targets],
-        [lr / (1 - beta1**step) for step in steps],
-        [math.sqrt(1 - beta2**step) for step in steps],
-        beta1,
-        beta2,
-        group["eps"],
-        1 - lr * group["weight_decay"],
+        *([memory(local(state[moment])) for state in states] for moment in _MOMENTS),
+        *next_step(group, states),
     )
-    # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
-    torch.autograd.graph.increment_version([target.param for target in targets])
-    count_step([target.state for target in targets])
+    wrote([target.param for target in targets], states)
 
 
-def _lies_like(moment: Tensor, param: Tensor) -> bool:
-    if is_sharded(moment) != is_sharded(param):
-        return False
-    mine, piece = local(moment), local(param)
-    if mine.shape != piece.shape or mine.device != piece.device:
-        return False
-    return mine.stride() == piece.stride() or (mine.is_contiguous() and piece.is_contiguous())
+def _lie_like(param: Tensor, moments: Sequence[Tensor]) -> bool:
+    """Whether moments are sharded and lie in memory as their parameter does."""
+    piece = local(param)
+    shape, device, contiguous = piece.shape, piece.device, piece.is_contiguous()
+    for moment in moments:
+        mine = local(moment)
+        if (mine is moment) != (piece is param) or mine.shape != shape or mine.device != device:
+            return False
+        if not (contiguous and mine.is_contiguous()) and mine.stride() != piece.stride():
+            return False
+    return True
 
 
 def _check_usable(name: str, param: Tensor) -> None:

@@ -18,6 +18,7 @@ from safekern.ops.triton.common import (
     aligned,
     check_count,
     check_dtype,
+    check_flags,
     check_float,
     check_indices,
     check_numel,
@@ -46,6 +47,7 @@ def set_adamw_(
     beta2: float,
     eps: float,
     decay: float,
+    nonfinite: Tensor | None = None,
 ) -> None:
     """See :func:`safekern.ops.set_adamw.reference`. An index outside its parameter is left out."""
     count = len(params)
@@ -65,6 +67,8 @@ def set_adamw_(
                 check_tensor(state, params[0].device, "a selected gradient or state tensor")
                 check_dtype(state, torch.float32, "a selected gradient or state tensor")
                 check_numel(state, indices[t].numel(), "a selected gradient or state tensor")
+    if nonfinite is not None:
+        check_flags(nonfinite, 1, params[0].device if params else nonfinite.device)
     present = [t for t, index in enumerate(indices) if index.numel()]
     if not present:
         return
@@ -82,6 +86,7 @@ def set_adamw_(
         for t in present
     ]
     with on(params[0].device):
+        skip = None if nonfinite is None else nonfinite.view(torch.uint8)
         for group in groups(keys):
             dtype, _, has_master, is_aligned, step_size, bias_correction2_sqrt = keys[group[0]]
             chosen = [present[position] for position in group]
@@ -92,6 +97,7 @@ def set_adamw_(
                 indices,
                 [[state[t].data_ptr() for t in chosen] for state in (grads, exp_avgs, exp_avg_sqs, masters)],
                 *adamw_bits(decay, beta1, beta2, eps, step_size, bias_correction2_sqrt),
+                skip,
                 PARAM=FLOATS[dtype],
                 WORD=WORDS[dtype.itemsize],
                 MASTER=has_master,
@@ -110,7 +116,7 @@ _HYPERPARAMETERS = (
 )
 
 
-@triton.jit(do_not_specialize=["tensors", *_HYPERPARAMETERS])
+@triton.jit(do_not_specialize=["tensors", "skip", *_HYPERPARAMETERS])
 def set_adamw_kernel(
     table,
     tensors: tl.int32,
@@ -121,6 +127,7 @@ def set_adamw_kernel(
     eps: tl.int64,
     step_size: tl.int64,
     bias_correction2_sqrt: tl.int64,
+    skip,
     PARAM: tl.constexpr,
     WORD: tl.constexpr,
     MASTER: tl.constexpr,
@@ -133,6 +140,9 @@ def set_adamw_kernel(
     The 32: index and gradient, and both moments and the master read and written; 4 more for int64 indices. At a random
     1%, 15% of the 32-byte sectors of a bf16 tensor and 8% of an fp32 one hold a selected weight.
     """
+    if skip is not None:  # noqa: SIM102 - Triton evaluates both sides of `and`
+        if tl.load(skip) != 0:
+            return
     t, begin, inside, full, index, valid = selected(table, tensors, INDEX, ALIGNED, BLOCK)
     param = pointer(table + 3 * tensors + t, PARAM, False)
     places = tl.arange(0, BLOCK)
@@ -175,7 +185,7 @@ def set_adamw_kernel(
 SPECS = [
     Spec(
         set_adamw_kernel,
-        {"table": "*i64", "tensors": "i32", **dict.fromkeys(_HYPERPARAMETERS, "i64")},
+        {"table": "*i64", "tensors": "i32", **dict.fromkeys(_HYPERPARAMETERS, "i64"), "skip": "*u8"},
         {
             "PARAM": param,
             "WORD": WORDS[param.primitive_bitwidth // 8],
