@@ -22,9 +22,8 @@ struct Entry {
 };
 
 template <class Param, class Index>
-__global__ void __launch_bounds__(kThreads)
-    set_adamw(const __grid_constant__ Table<Entry<Param, Index>> table, const AdamW<Real<Param>, float> common,
-              const bool* nonfinite) {
+__global__ void __launch_bounds__(kThreads) set_adamw(const __grid_constant__ Table<Entry<Param, Index>> table,
+                                                      const AdamW<Real<Param>, float> common, const bool* nonfinite) {
   using Value = Real<Param>;
   if (nonfinite && *nonfinite) return;
   const int t = table.find(blockIdx.x);
@@ -97,7 +96,6 @@ void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
         const AdamW<Real<Param>, float> common(beta1, beta2, eps, decay, 0, 1);
         for_each_table(entries, sparse_blocks<V, Entry<Param, Index>>, [&](const auto& table) {
           set_adamw<<<table.blocks(), kThreads, 0, device.stream()>>>(table, common, flag);
-        });
         });
       });
     });
