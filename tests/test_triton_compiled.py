@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import safekern.ops.triton as kernels  # noqa: E402
 from safekern.ops import registry  # noqa: E402
-from safekern.ops.triton.common import THREADS, launch_options  # noqa: E402
+from safekern.ops.triton.common import launch_options  # noqa: E402
 
 if registry.INTERPRETED:
     pytest.skip("this process interprets Triton kernels", allow_module_level=True)
@@ -50,7 +50,7 @@ def compiled(spec, target):
     signature = {name: spec.signature.get(name, "constexpr") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(spec.kernel, signature, spec.constants, aligned)
-    return triton.compile(source, target=GPUTarget(*target), options=launch_options(target[-1]))
+    return triton.compile(source, target=GPUTarget(*target), options=launch_options(target[-1], spec.threads))
 
 
 @pytest.mark.parametrize("spec", list(cases()))
@@ -72,8 +72,8 @@ def test_kernel_compiles_well(target, spec, tmp_path):
         # A fused multiply-add rounds differently, and denormals are kept.
         assert not re.search(r"\bfma\.|\.ftz\b|\.approx\b", assembly)
         loads, stores = (rf"{way}\.global\S*\.(?:v4\.b32|v2\.b64)" for way in ("ld", "st"))
-    assert len(re.findall(loads, assembly)) >= spec.loads // (16 * THREADS)
-    assert len(re.findall(stores, assembly)) >= spec.stores // (16 * THREADS)
+    assert len(re.findall(loads, assembly)) >= spec.loads // (16 * spec.threads)
+    assert len(re.findall(stores, assembly)) >= spec.stores // (16 * spec.threads)
 
 
 def cuobjdump():

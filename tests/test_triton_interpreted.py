@@ -77,6 +77,20 @@ else:
         assert torch.equal(y.isnan(), want.isnan())
         assert torch.equal(bits(y)[~y.isnan()], bits(want)[~want.isnan()])
 
+    @triton.jit
+    def find_kernel(first, count, found):
+        block = tl.program_id(0)
+        tl.store(found + block, common.find(first, count, block))
+
+    @pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 100, 1025])
+    def test_find_knows_the_tensor_of_every_block(count):
+        torch.manual_seed(count)
+        blocks = torch.randint(1, 4, (count,))
+        first = blocks.cumsum(0) - blocks
+        found = torch.full((int(blocks.sum()),), -1, dtype=torch.int32)
+        find_kernel[(found.numel(),)](first, count, found)
+        assert torch.equal(found, torch.arange(count).repeat_interleave(blocks).int())
+
     @pytest.mark.parametrize("wrong", WRONG)
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
     def test_an_index_outside_its_tensor_reads_and_writes_nothing(dtype, wrong):

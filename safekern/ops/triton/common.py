@@ -12,17 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Threads per program. With half of them, some kernels would hold more than fits the registers of some GPU.
+# Threads per program, where a kernel does not say otherwise. With half of them, some kernels would hold more than fits
+# the registers of some GPU.
 THREADS = 256
-
-
-def launch_options(warp_size: int) -> dict[str, Any]:
-    """How kernels are compiled. A fused multiply-add would round differently from the plain-torch references."""
-    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
-
-
 # AMD's data-centre GPUs have warps of 64 threads.
-LAUNCH = launch_options(64 if torch.version.hip else 32)
+WARP_SIZE = 64 if torch.version.hip else 32
+
+
+def launch_options(warp_size: int, threads: int = THREADS) -> dict[str, Any]:
+    """How kernels are compiled. A fused multiply-add would round differently from the plain-torch references."""
+    return {"num_warps": max(1, threads // warp_size), "enable_fp_fusion": False}
+
+
+LAUNCH = launch_options(WARP_SIZE)
 
 # Elements of one tensor that a program works on: at least 16 bytes per thread.
 BLOCK = 2048
@@ -45,6 +47,7 @@ class Spec:
         constants: the values of its constexpr arguments.
         loads: bytes that one program reads of full blocks of consecutive elements, which takes loads of 16 bytes.
         stores: the same of stores.
+        threads: how many threads a program has.
     """
 
     kernel: Any
@@ -52,6 +55,7 @@ class Spec:
     constants: dict[str, Any]
     loads: int = 0
     stores: int = 0
+    threads: int = THREADS
 
 
 # Arguments
@@ -252,15 +256,20 @@ def write_kernel(
 
 @triton.jit
 def find(first, count, block):
-    """The last of ``count`` ascending numbers that is at most ``block``; the first of them is."""
+    """The last of ``count`` ascending numbers that is at most ``block``; the first of them is.
+
+    A search with 32 probes at a time: every program starts with it, and a round waits for memory as long as a round of
+    a binary search does.
+    """
     low = count * 0
     high = count
     while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(first + middle) <= block:
-            low = middle
-        else:
-            high = middle
+        stride = (high - low + 31) // 32
+        probes = low + tl.arange(0, 32) * stride
+        inside = probes < high
+        reached = inside & (tl.load(first + probes, mask=inside, other=0) <= block)
+        low += (tl.sum(reached.to(tl.int32), axis=0) - 1) * stride
+        high = tl.minimum(high, low + stride)
     return low
 
 
