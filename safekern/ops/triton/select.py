@@ -16,6 +16,8 @@ from torch import Tensor
 
 from safekern.ops.triton.common import (
     LAUNCH,
+    THREADS,
+    WARP_SIZE,
     Spec,
     aligned,
     check_dtype,
@@ -23,20 +25,24 @@ from safekern.ops.triton.common import (
     check_tensor,
     find,
     first_blocks,
+    launch_options,
     load_run,
     on,
     pointer,
     table,
 )
 
-# A position inside a block fits 16 bits. A tile is what a program looks at together.
-BLOCK, TILE = 4096, 1024
+# A position inside a block fits 16 bits. A tile is what a program looks at together: of everything, or of the few
+# candidates of a block, for which one warp need not wait for another.
+BLOCK, TILE = 8192, 1024
+KEPT_TILE, KEPT_THREADS = 128, 32
 # How many runs of how many elements the sample takes, and how many times as large the whole must be to be sampled.
 SAMPLE_RUNS, SAMPLE_RUN, SAMPLED_FROM = 1 << 16, 16, 4
 # How many more candidates than 5/4 k there is room for.
 SLACK = 8 * BLOCK
-# Programs that share the blocks when a histogram is made: more of them would add to the same counters more often.
+# Programs that share the work when a histogram is made: more of them would add to the same counters more often.
 HISTOGRAM_PROGRAMS = 2048
+HISTOGRAM_TILE = 2048
 
 _KEY_MASK = 0x7FFFFFFF
 _INFINITY_KEY = tl.constexpr(0x7F800000)
@@ -189,30 +195,45 @@ def _filter(problem: _Problem, guess: Tensor) -> _Candidates:
 def _emit(problem: _Problem, candidates: _Candidates | None) -> list[Tensor] | None:
     """The result, ranked among the candidates or else among everything; None when there are not enough candidates."""
     device = problem.sigma.device
+    tensors = (problem.entries, len(problem.present), problem.sigma)
     source = (
-        problem.entries,
-        len(problem.present),
-        problem.sigma,
+        *tensors,
         # Unused addresses, where everything is the source.
         candidates.keys if candidates else problem.nan,
         candidates.positions if candidates else problem.nan,
         candidates.starts if candidates else problem.nan,
         candidates.counts if candidates else problem.nan,
     )
+    layout = {"FLIP": problem.flip, "ALIGNED": problem.is_aligned, "BLOCK": BLOCK}
     constants = {
         "CANDIDATES": candidates is not None,
-        "FLIP": problem.flip,
-        "ALIGNED": problem.is_aligned,
-        "BLOCK": BLOCK,
-        "TILE": TILE,
-        **LAUNCH,
+        **layout,
+        "TILE": KEPT_TILE if candidates else TILE,
+        **launch_options(WARP_SIZE, KEPT_THREADS if candidates else THREADS),
     }
     # The digits of the k-th key found so far, and its rank among the keys that begin with them.
     state = torch.stack([torch.zeros_like(problem.nan[0]), torch.full_like(problem.nan[0], problem.k)])
     histogram = torch.zeros(256, dtype=torch.int64, device=device)
     for shift in (24, 16, 8, 0):
-        programs = min(problem.blocks, HISTOGRAM_PROGRAMS)
-        histogram_kernel[(programs,)](*source, state, histogram, problem.blocks, programs, SHIFT=shift, **constants)
+        if candidates:
+            capacity = candidates.keys.numel()
+            programs = min(triton.cdiv(capacity, HISTOGRAM_TILE), HISTOGRAM_PROGRAMS)
+            kept_histogram_kernel[(programs,)](
+                candidates.keys,
+                candidates.total,
+                state,
+                histogram,
+                capacity,
+                programs,
+                SHIFT=shift,
+                TILE=HISTOGRAM_TILE,
+                **LAUNCH,
+            )
+        else:
+            programs = min(problem.blocks, HISTOGRAM_PROGRAMS)
+            histogram_kernel[(programs,)](
+                *tensors, state, histogram, problem.blocks, programs, SHIFT=shift, **layout, TILE=TILE, **LAUNCH
+            )
         digit_kernel[(1,)](histogram, state, **LAUNCH)
 
     above, tied = (torch.empty(problem.blocks, dtype=torch.int64, device=device) for _ in range(2))
@@ -302,31 +323,65 @@ def filter_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Must move, and moves, 4 bytes per element; also 6 per candidate and 12 per block of 4096 elements."""
+    """Must move, and moves, 4 bytes per element; also 6 per candidate and 12 per block of 8192 elements.
+
+    One word has a bit for each of 32 elements that is kept. Few are: programs store them in rounds, one per word, and
+    read them again, from the cache. Stores of all elements under a mask would first move everything between threads.
+    """
     block = tl.program_id(0).to(tl.int64)
     t = find(table, tensors, block)
-    numel = tl.load(table + 2 * tensors + t)
     scale = tl.load(sigma + tl.load(table + 3 * tensors + t))
     begin = (block - tl.load(table + t)) * BLOCK
-    size = tl.minimum(numel - begin, BLOCK).to(tl.int32)
-    position = tl.arange(0, BLOCK)
-    inside = position < size
-    grad = load_run(pointer(table + tensors + t, tl.float32, ALIGNED) + begin, position, inside, size == BLOCK)
-    key = _key(grad, scale)
-    if tl.max((inside & (key > _INFINITY_KEY)).to(tl.int32), axis=0) > 0:
+    size = tl.minimum(tl.load(table + 2 * tensors + t) - begin, BLOCK).to(tl.int32)
+    base = pointer(table + tensors + t, tl.float32, ALIGNED) + begin
+    word = tl.arange(0, BLOCK // 32)
+    bit = tl.arange(0, 32)[None, :]
+    place = word[:, None] * 32 + bit
+    key = _key(load_run(base, place, place < size, size == BLOCK), scale)
+    # Zeros were read past the end.
+    if tl.max(key) > _INFINITY_KEY:
         tl.store(nan, 1)
-    key = key ^ FLIP
-    kept = (inside & (key >= tl.load(guess))).to(tl.int32)
-    count = tl.sum(kept, axis=0)
+    left = tl.sum(tl.where((key ^ FLIP) >= tl.load(guess), 1 << bit, 0), axis=1)
+    exist = tl.minimum(tl.maximum(size - word * 32, 0), 32)
+    left = left & tl.where(exist < 32, (1 << (exist & 31)) - 1, -1)
+    # The words go through the scan to be laid out as its result is, one per thread.
+    reached, left = tl.associative_scan((_ones(left), left), 0, _add_first)
+    ones = _ones(left)
+    count = tl.sum(ones, axis=0)
+    rounds = tl.max(ones, axis=0)
     # Which block comes first depends on chance; every block knows its place, so nothing else does.
-    start = tl.atomic_add(total, count.to(tl.int64))
+    start = tl.atomic_add(total, count.to(tl.int64), sem="relaxed")
     # Past the capacity the total alone counts.
-    fits = (start + count <= capacity).to(tl.int32)
+    fits = start + count <= capacity
     tl.store(starts + block, start)
-    tl.store(counts + block, count * fits)
-    rank = tl.cumsum(kept, axis=0) - 1
-    tl.store(keys + start + rank, key, mask=kept * fits > 0)
-    tl.store(positions + start + rank, position.to(tl.int16), mask=kept * fits > 0)
+    tl.store(counts + block, tl.where(fits, count, 0))
+    if fits:
+        slot = reached - ones
+        for _ in range(rounds):
+            present = left != 0
+            lowest = left & -left
+            position = word * 32 + _ones(lowest - 1)
+            grad = tl.load(base + position, mask=present, other=0.0)
+            tl.store(keys + start + slot, _key(grad, scale) ^ FLIP, mask=present)
+            tl.store(positions + start + slot, position.to(tl.int16), mask=present)
+            left = left ^ lowest
+            slot += 1
+
+
+@triton.jit
+def _ones(word):
+    """The number of bits that are set, by adding neighbours."""
+    x = word.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return ((x + (x >> 16)) & 63).to(tl.int32)
+
+
+@triton.jit
+def _add_first(count, word, other_count, other_word):
+    return count + other_count, other_word
 
 
 @triton.jit
@@ -370,46 +425,77 @@ def _tile_of(
     return key, inside
 
 
+@triton.jit
+def _digits(key, exists, prefix, SHIFT: tl.constexpr):
+    """Counts the 8-bit digits at SHIFT of the keys whose digits before that are those found so far."""
+    if SHIFT < 24:
+        exists = exists & ((key >> (SHIFT + 8)) == prefix)
+    # What does not count goes to bins that nobody reads.
+    return tl.histogram(tl.where(exists, (key >> SHIFT) & 255, 256), 512)
+
+
+@triton.jit
+def _add_digits(histogram, digits):
+    bins = tl.arange(0, 512)
+    tl.atomic_add(histogram + bins, digits.to(tl.int64), mask=(bins < 256) & (digits > 0), sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["tensors", "blocks", "programs"])
 def histogram_kernel(
     table,
     tensors: tl.int32,
     sigma,
-    keys,
-    positions,
-    starts,
-    counts,
     state,
     histogram,
     blocks: tl.int64,
     programs: tl.int64,
     SHIFT: tl.constexpr,
-    CANDIDATES: tl.constexpr,
     FLIP: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Counts the 8-bit digits at SHIFT of the keys whose digits before that are those found so far.
-
-    Moves 4 bytes per element of its source, and 12 per block of candidates.
-    """
+    """One digit of all elements. Moves 4 bytes per element."""
     prefix = tl.load(state)
-    total = tl.zeros((512,), tl.int32)
+    digits = tl.zeros((512,), tl.int32)
     block = tl.program_id(0).to(tl.int64)
     while block < blocks:
-        t, scale, _, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
+        t, scale, _, begin, count = _block_of(table, tensors, sigma, table, table, block, False, BLOCK)
         tile = count * 0
         while tile < count:
-            key, matches = _tile_of(table, tensors, keys, t, scale, begin, count, tile, CANDIDATES, FLIP, ALIGNED, TILE)
-            if SHIFT < 24:
-                matches = matches & ((key >> (SHIFT + 8)) == prefix)
-            # What does not count goes to bins that nobody reads.
-            total += tl.histogram(tl.where(matches, (key >> SHIFT) & 255, 256), 512)
+            key, exists = _tile_of(table, tensors, table, t, scale, begin, count, tile, False, FLIP, ALIGNED, TILE)
+            digits += _digits(key, exists, prefix, SHIFT)
             tile += TILE
         block += programs
-    bins = tl.arange(0, 512)
-    tl.atomic_add(histogram + bins, total.to(tl.int64), mask=(bins < 256) & (total > 0))
+    _add_digits(histogram, digits)
+
+
+@triton.jit(do_not_specialize=["capacity", "programs"])
+def kept_histogram_kernel(
+    keys,
+    total,
+    state,
+    histogram,
+    capacity: tl.int64,
+    programs: tl.int64,
+    SHIFT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One digit of the candidates, whatever their blocks. Moves 4 bytes per candidate.
+
+    Where there were more than fit, some of what it reads was never written; then nobody reads its result.
+    """
+    prefix = tl.load(state)
+    size = tl.minimum(tl.load(total), capacity)
+    digits = tl.zeros((512,), tl.int32)
+    begin = tl.program_id(0).to(tl.int64) * TILE
+    place = tl.arange(0, TILE)
+    while begin < size:
+        exists = place < tl.minimum(size - begin, TILE).to(tl.int32)
+        key = load_run(keys + begin, place, exists, begin + TILE <= size)
+        digits += _digits(key, exists, prefix, SHIFT)
+        begin += programs * TILE
+    _add_digits(histogram, digits)
 
 
 @triton.jit
@@ -444,7 +530,10 @@ def count_kernel(
     BLOCK: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """How many keys of each block are above the cutoff and equal to it. Moves what `histogram_kernel` does."""
+    """How many keys of each block are above the cutoff and equal to it.
+
+    Moves 4 bytes per element of its source, and 12 per block of candidates.
+    """
     block = tl.program_id(0).to(tl.int64)
     cutoff = tl.load(state)
     t, scale, _, begin, count = _block_of(table, tensors, sigma, starts, counts, block, CANDIDATES, BLOCK)
@@ -484,7 +573,7 @@ def emit_kernel(
 ):
     """Writes what is selected in ascending order.
 
-    Moves what `histogram_kernel` does, and 2 bytes per candidate and 4 (or 8) per selected element.
+    Moves what `count_kernel` does, and 2 bytes per candidate and 4 (or 8) per selected element.
     """
     block = tl.program_id(0).to(tl.int64)
     cutoff = tl.load(state)
@@ -536,29 +625,50 @@ SPECS = [
         )
         for flip in (0, _KEY_MASK)
     ),
+    *(
+        Spec(
+            histogram_kernel,
+            {**_SOURCE, "state": "*i64", "histogram": "*i64", "blocks": "i64", "programs": "i64"},
+            {"SHIFT": shift, "FLIP": _KEY_MASK, "ALIGNED": True, "BLOCK": BLOCK, "TILE": TILE},
+            loads=TILE * 4,
+        )
+        for shift in (24, 0)
+    ),
+    *(
+        Spec(
+            kept_histogram_kernel,
+            {
+                "keys": "*i32",
+                "total": "*i64",
+                "state": "*i64",
+                "histogram": "*i64",
+                "capacity": "i64",
+                "programs": "i64",
+            },
+            {"SHIFT": shift, "TILE": HISTOGRAM_TILE},
+            loads=HISTOGRAM_TILE * 4,
+        )
+        for shift in (24, 0)
+    ),
     Spec(digit_kernel, {"histogram": "*i64", "state": "*i64"}, {}),
     *(
         Spec(
             kernel,
             {**_SOURCE, **_CANDIDATES, **signature},
             {
-                **constants,
                 "CANDIDATES": candidates,
                 "FLIP": _KEY_MASK,
                 "ALIGNED": True,
                 "BLOCK": BLOCK,
-                "TILE": TILE,
+                "TILE": KEPT_TILE if candidates else TILE,
             },
             loads=0 if candidates else TILE * 4,
+            threads=KEPT_THREADS if candidates else THREADS,
         )
         for candidates in (True, False)
-        for kernel, signature, constants in (
-            *(
-                (histogram_kernel, {"histogram": "*i64", "blocks": "i64", "programs": "i64"}, {"SHIFT": shift})
-                for shift in (24, 0)
-            ),
-            (count_kernel, {"above": "*i64", "tied": "*i64", "nan": "*i64"}, {}),
-            (emit_kernel, {"chosen": "*i64", "ties": "*i64", "ends": "*i64", "out": "*i64"}, {}),
+        for kernel, signature in (
+            (count_kernel, {"above": "*i64", "tied": "*i64", "nan": "*i64"}),
+            (emit_kernel, {"chosen": "*i64", "ties": "*i64", "ends": "*i64", "out": "*i64"}),
         )
     ),
 ]
