@@ -6,7 +6,8 @@ Importing this package imports Triton, so the registry does it at an op's first 
 
 How to add a kernel: write ``safekern/ops/triton/<op>.py`` with a function of the op's name and the reference's
 signature; nothing lists it. Check the arguments first with the checks of :mod:`.common` (what a check cannot see
-without waiting for the device, the kernel masks off), then launch inside ``with on(device)`` and with ``**LAUNCH``.
+without waiting for the device, the kernel masks off), then launch inside ``with on(device)`` and with ``**LAUNCH``
+(or other `launch_options`, which the `Spec` then names).
 Streams of consecutive elements go through ``load_run`` and ``store_run``, elements at indices through ``selected``, and
 everything that is rounded through ``narrow``, ``root`` and ``quotient``. Name what is launched ``<something>_kernel``
 and give it a `Spec` per dtype that matters. The op's tests in ``tests/test_ops.py`` then run on it too, in Triton's

@@ -1,4 +1,4 @@
-"""``spa_adamw_`` in Triton: one launch per tensor."""
+"""``spa_adamw_`` in Triton: one launch per combination of dtypes and step count, and one that looks up the indices."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,13 @@ from torch import Tensor
 
 from safekern.ops.triton.common import (
     BLOCK,
+    FLOATS,
+    INDICES,
     LAUNCH,
     Spec,
     adamw,
     adamw_bits,
+    aligned,
     check_count,
     check_dtype,
     check_float,
@@ -20,11 +23,19 @@ from safekern.ops.triton.common import (
     check_numel,
     check_tensor,
     dtype_name,
+    find,
+    first_blocks,
+    groups,
     load_run,
     narrow,
     on,
+    pointer,
     store_run,
+    table,
 )
+
+# Blocks per program that looks up their indices.
+SEARCHES = 256
 
 
 def spa_adamw_(
@@ -61,48 +72,100 @@ def spa_adamw_(
                 )
         check_dtype(exp_avg_sqs[t], exp_avgs[t].dtype, "a second moment")
         check_indices(indices[t], params[0].device)
-    for t, param in enumerate(params):
-        blocks = -(-param.numel() // BLOCK)
-        if blocks:
-            with on(param.device):
-                spa_adamw_kernel[(blocks,)](
-                    param,
-                    grads[t],
-                    exp_avgs[t],
-                    exp_avg_sqs[t],
-                    indices[t],
-                    indices[t].numel(),
-                    param.numel(),
-                    *adamw_bits(decay, beta1, beta2, eps, step_sizes[t], bias_correction2_sqrts[t]),
-                    BLOCK=BLOCK,
-                    **LAUNCH,
-                )
+    present = [t for t, param in enumerate(params) if param.numel()]
+    if not present:
+        return
+    # What depends on the step is an argument, not in the table: the table then stays what it was.
+    keys = [
+        (
+            params[t].dtype,
+            grads[t].dtype,
+            exp_avgs[t].dtype,
+            indices[t].dtype,
+            aligned(params[t], grads[t], exp_avgs[t], exp_avg_sqs[t]),
+            step_sizes[t],
+            bias_correction2_sqrts[t],
+        )
+        for t in present
+    ]
+    device = params[0].device
+    with on(device):
+        for group in groups(keys):
+            param_type, grad_type, moment_type, index_type, is_aligned, step_size, bias_correction2_sqrt = keys[
+                group[0]
+            ]
+            chosen = [present[position] for position in group]
+            first = first_blocks((params[t].numel() for t in chosen), BLOCK)
+            streams = (params, grads, exp_avgs, exp_avg_sqs)
+            entries = table(
+                [
+                    first[:-1],
+                    [params[t].numel() for t in chosen],
+                    [indices[t].data_ptr() for t in chosen],
+                    [indices[t].numel() for t in chosen],
+                    *([stream[t].data_ptr() for t in chosen] for stream in streams),
+                ],
+                device,
+            )
+            spared = torch.empty(2, first[-1], dtype=torch.int64, device=device)
+            places = (entries, len(chosen), spared, first[-1])
+            constants = {"INDEX": INDICES[index_type], "BLOCK": BLOCK, **LAUNCH}
+            search_kernel[(triton.cdiv(first[-1], SEARCHES),)](*places, SEARCHES=SEARCHES, **constants)
+            spa_adamw_kernel[(first[-1],)](
+                *places,
+                *adamw_bits(decay, beta1, beta2, eps, step_size, bias_correction2_sqrt),
+                PARAM=FLOATS[param_type],
+                GRAD=FLOATS[grad_type],
+                MOMENT=FLOATS[moment_type],
+                ALIGNED=is_aligned,
+                **constants,
+            )
 
 
 @triton.jit
-def first_at_least(index, count, value, WIDTH: tl.constexpr):
-    """Where in ``count`` ascending indices the first one of at least ``value`` is.
-
-    A search with WIDTH probes at a time: a round waits for memory as long as a round of a binary search does.
-    """
+def _first_at_least(index, count, value):
+    """Where in each of the lists of ascending indices the first one of at least ``value`` is."""
     low = count * 0
     high = count
-    # The answer lies in [low, high].
-    while high > low:
-        stride = (high - low + WIDTH - 1) // WIDTH
-        probes = low + tl.arange(0, WIDTH) * stride
-        found = tl.load(index + probes, mask=probes < high, other=0)
-        smaller = tl.sum(((probes < high) & (found < value)).to(tl.int64), axis=0)
-        # The last smaller probe and the one behind it enclose the answer.
-        high = tl.minimum(high, low + smaller * stride)
-        low = tl.where(smaller > 0, low + (smaller - 1) * stride + 1, low)
+    while tl.max(high - low, axis=0) > 0:
+        searching = high > low
+        middle = (low + high) // 2
+        smaller = searching & (tl.load(index + middle, mask=searching, other=0).to(tl.int64) < value)
+        low = tl.where(smaller, middle + 1, low)
+        high = tl.where(searching & ~smaller, middle, high)
     return low
+
+
+@triton.jit(do_not_specialize=["tensors", "blocks"])
+def search_kernel(
+    table,
+    tensors: tl.int32,
+    spared,
+    blocks: tl.int64,
+    INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SEARCHES: tl.constexpr,
+):
+    """Where each block's indices begin and end in the list of its tensor.
+
+    A thread per block searches: that waits for memory some twenty times, which a program of `spa_adamw_kernel` would do
+    with nothing else under way. Moves 16 bytes per block and sectors that are mostly in L2.
+    """
+    block = tl.program_id(0).to(tl.int64) * SEARCHES + tl.arange(0, SEARCHES)
+    exists = block < blocks
+    # The last tensor whose first block is at most this one.
+    t = _first_at_least(table, tl.zeros((SEARCHES,), tl.int32) + tensors, block + 1) - 1
+    begin = (block - tl.load(table + t)) * BLOCK
+    index = tl.load(table + 2 * tensors + t).to(tl.pointer_type(INDEX))
+    count = tl.where(exists, tl.load(table + 3 * tensors + t), 0)
+    tl.store(spared + block, _first_at_least(index, count, begin), mask=exists)
+    tl.store(spared + blocks + block, _first_at_least(index, count, begin + BLOCK), mask=exists)
 
 
 @triton.jit(
     do_not_specialize=[
-        "count",
-        "numel",
+        "tensors",
+        "blocks",
         "decay",
         "one_minus_beta1",
         "beta2",
@@ -113,13 +176,10 @@ def first_at_least(index, count, value, WIDTH: tl.constexpr):
     ]
 )
 def spa_adamw_kernel(
-    param,
-    grad,
-    exp_avg,
-    exp_avg_sq,
-    index,
-    count: tl.int64,
-    numel: tl.int64,
+    table,
+    tensors: tl.int32,
+    spared,
+    blocks: tl.int64,
     decay: tl.int64,
     one_minus_beta1: tl.int64,
     beta2: tl.int64,
@@ -127,51 +187,58 @@ def spa_adamw_kernel(
     eps: tl.int64,
     step_size: tl.int64,
     bias_correction2_sqrt: tl.int64,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    MOMENT: tl.constexpr,
+    INDEX: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Must move the gradient once, parameter and moments twice, and the indices: 14 bytes per element of bf16.
+    """Must move, and moves, the gradient once, parameter and moments twice, and the indices: 14 bytes per bf16 element.
 
-    It also reads up to 32 sectors per round of the search for the block's first index, mostly from L2: with 600,000
-    indices 4 KB per block of 2048 elements, whose streams are 28 KB.
+    Also 16 bytes per block of 2048 elements.
     """
-    WORDS: tl.constexpr = BLOCK // 32
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
-    word = tl.arange(0, WORDS)
+    block = tl.program_id(0).to(tl.int64)
+    place = tl.load(spared + block)
+    end = tl.load(spared + blocks + block)
+    t = find(table, tensors, block)
+    begin = (block - tl.load(table + t)) * BLOCK
+    size = tl.minimum(tl.load(table + tensors + t) - begin, BLOCK).to(tl.int32)
+    index = tl.load(table + 2 * tensors + t).to(tl.pointer_type(INDEX))
+    param = pointer(table + 4 * tensors + t, PARAM, ALIGNED) + begin
+    grad = pointer(table + 5 * tensors + t, GRAD, ALIGNED) + begin
+    exp_avg = pointer(table + 6 * tensors + t, MOMENT, ALIGNED) + begin
+    exp_avg_sq = pointer(table + 7 * tensors + t, MOMENT, ALIGNED) + begin
+    word = tl.arange(0, BLOCK // 32)
     bit = tl.arange(0, 32)
     element = word[:, None] * 32 + bit[None, :]
-    size = tl.minimum(numel - begin, BLOCK).to(tl.int32)
     inside = element < size
     full = size == BLOCK
 
-    # One bit per element of the block.
-    spared = tl.zeros((WORDS,), tl.int32)
-    place = first_at_least(index, count.to(tl.int64), begin, 32)
-    end = tl.minimum(begin + BLOCK, numel)
-    # Past the last index this is past the block too.
-    following = tl.load(index + place, mask=place < count, other=0).to(tl.int64)
-    more = (place < count) & (following < end)
-    while more:
-        places = place + bit
-        found = tl.load(index + places, mask=places < count, other=0).to(tl.int64)
-        # A repeated index would carry into the bit of its neighbour.
-        before = tl.load(index + places - 1, mask=(places > 0) & (places < count), other=-1).to(tl.int64)
-        here = (places < count) & (found >= begin) & (found < end) & (found != before)
-        relative = tl.where(here, found - begin, -1).to(tl.int32)
-        mine = (relative >> 5)[:, None] == word[None, :]
-        # The indices differ, so that adding their bits is joining them.
-        spared += tl.sum(tl.where(mine, (1 << (relative & 31))[:, None], 0), axis=0)
-        place += 32
-        following = tl.load(index + place, mask=place < count, other=0).to(tl.int64)
-        more = (place < count) & (following < end)
-    keep = ((spared[:, None] >> bit[None, :]) & 1) != 0
+    # These are under way while the indices are fetched.
+    old = load_run(param, element, inside, full)
+    gradient = load_run(grad, element, inside, full)
+    first = load_run(exp_avg, element, inside, full)
+    second = load_run(exp_avg_sq, element, inside, full)
 
-    old = load_run(param + begin, element, inside, full)
-    first = load_run(exp_avg + begin, element, inside, full)
-    second = load_run(exp_avg_sq + begin, element, inside, full)
+    # One bit per element of the block.
+    kept = tl.zeros((BLOCK // 32,), tl.int32)
+    while place < end:
+        found = tl.load(index + place + bit, mask=bit < end - place, other=-1).to(tl.int64) - begin
+        # A repeated index would carry into the bit of its neighbour.
+        before = tl.load(index + place + bit - 1, mask=(bit < end - place) & (place + bit > 0), other=-1) - begin
+        here = (found >= 0) & (found < BLOCK) & (found != before)
+        relative = tl.where(here, found, -1).to(tl.int32)
+        mine = (relative >> 5)[None, :] == word[:, None]
+        # The indices differ, so that adding their bits is joining them.
+        kept += tl.sum(tl.where(mine, (1 << (relative & 31))[None, :], 0), axis=1)
+        place += 32
+    keep = ((kept[:, None] >> bit[None, :]) & 1) != 0
+
     REAL: tl.constexpr = tl.float64 if old.dtype == tl.float64 else tl.float32
     new, first_after, second_after = adamw(
         old.to(REAL),
-        load_run(grad + begin, element, inside, full).to(REAL),
+        gradient.to(REAL),
         first.to(REAL),
         second.to(REAL),
         decay,
@@ -183,43 +250,43 @@ def spa_adamw_kernel(
         bias_correction2_sqrt,
         REAL,
     )
-    store_run(exp_avg + begin, element, narrow(first_after, first.dtype), inside, full)
-    store_run(exp_avg_sq + begin, element, narrow(second_after, second.dtype), inside, full)
+    store_run(exp_avg, element, narrow(first_after, first.dtype), inside, full)
+    store_run(exp_avg_sq, element, narrow(second_after, second.dtype), inside, full)
     # A masked store would be one of single elements.
-    store_run(param + begin, element, tl.where(keep, old, narrow(new, old.dtype)), inside, full)
+    store_run(param, element, tl.where(keep, old, narrow(new, old.dtype)), inside, full)
 
 
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
+_PLACES = {"table": "*i64", "tensors": "i32", "spared": "*i64", "blocks": "i64"}
+_HYPERPARAMETERS = (
+    "decay",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "eps",
+    "step_size",
+    "bias_correction2_sqrt",
+)
 SPECS = [
+    Spec(search_kernel, _PLACES, {"INDEX": index, "BLOCK": BLOCK, "SEARCHES": SEARCHES}) for index in INDICES.values()
+] + [
     Spec(
         spa_adamw_kernel,
+        {**_PLACES, **dict.fromkeys(_HYPERPARAMETERS, "i64")},
         {
-            "param": f"*{param}",
-            "grad": f"*{grad}",
-            "exp_avg": f"*{moment}",
-            "exp_avg_sq": f"*{moment}",
-            "index": index,
-            **dict.fromkeys(
-                (
-                    "count",
-                    "numel",
-                    "decay",
-                    "one_minus_beta1",
-                    "beta2",
-                    "one_minus_beta2",
-                    "eps",
-                    "step_size",
-                    "bias_correction2_sqrt",
-                ),
-                "i64",
-            ),
+            "PARAM": _TYPES[param],
+            "GRAD": _TYPES[grad],
+            "MOMENT": _TYPES[moment],
+            "INDEX": index,
+            "ALIGNED": True,
+            "BLOCK": BLOCK,
         },
-        {"BLOCK": BLOCK},
         loads=BLOCK * (_SIZES[param] + _SIZES[grad] + 2 * _SIZES[moment]),
         stores=BLOCK * (_SIZES[param] + 2 * _SIZES[moment]),
     )
     for param in _SIZES
     for grad in sorted({param, "fp32"})
     for moment in sorted({param, "fp32"})
-    for index in ("*i32", "*i64")
+    for index in INDICES.values()
 ]
