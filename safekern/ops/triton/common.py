@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from safekern.ops import registry
+
 # Threads per program, where a kernel does not say otherwise. With half of them, some kernels would hold more than fits
 # the registers of some GPU.
 THREADS = 256
+INTERPRETED: tl.constexpr = tl.constexpr(registry.INTERPRETED)
 # AMD's data-centre GPUs have warps of 64 threads.
 WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -274,6 +277,20 @@ def find(first, count, block):
 
 
 @triton.jit
+def first_at_least(numbers, count, value):
+    """Where in ascending numbers the first one of at least ``value`` is; a block of searches, each in its own list."""
+    low = count * 0
+    high = count
+    while tl.max(high - low, axis=0) > 0:
+        searching = high > low
+        middle = (low + high) // 2
+        smaller = searching & (tl.load(numbers + middle, mask=searching, other=0).to(tl.int64) < value)
+        low = tl.where(smaller, middle + 1, low)
+        high = tl.where(searching & ~smaller, middle, high)
+    return low
+
+
+@triton.jit
 def pointer(entry, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The address in a table entry, as a pointer."""
     address = tl.load(entry).to(tl.pointer_type(TYPE))
@@ -343,8 +360,8 @@ def selected(table, tensors, INDEX: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: 
 @triton.jit
 def narrow(value, TYPE: tl.constexpr):
     """Rounds to nearest, ties to even, and keeps denormals."""
-    if tl.bfloat16 == TYPE:
-        # Triton's interpreter truncates, so that integers do it.
+    if INTERPRETED and tl.bfloat16 == TYPE:
+        # Triton's interpreter truncates.
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         rounded = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded)

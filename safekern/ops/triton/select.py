@@ -24,6 +24,7 @@ from safekern.ops.triton.common import (
     check_numel,
     check_tensor,
     find,
+    first_at_least,
     first_blocks,
     launch_options,
     load_run,
@@ -35,14 +36,14 @@ from safekern.ops.triton.common import (
 # A position inside a block fits 16 bits. A tile is what a program looks at together: of everything, or of the few
 # candidates of a block, for which one warp need not wait for another.
 BLOCK, TILE = 8192, 1024
-KEPT_TILE, KEPT_THREADS = 128, 32
+KEPT_TILE, KEPT_THREADS = 64, 32
 # How many runs of how many elements the sample takes, and how many times as large the whole must be to be sampled.
 SAMPLE_RUNS, SAMPLE_RUN, SAMPLED_FROM = 1 << 16, 16, 4
 # How many more candidates than 5/4 k there is room for.
 SLACK = 8 * BLOCK
 # Programs that share the work when a histogram is made: more of them would add to the same counters more often.
 HISTOGRAM_PROGRAMS = 2048
-HISTOGRAM_TILE = 2048
+HISTOGRAM_TILE, HISTOGRAM_THREADS = 2048, 128
 
 _KEY_MASK = 0x7FFFFFFF
 _INFINITY_KEY = tl.constexpr(0x7F800000)
@@ -50,7 +51,10 @@ _INFINITY_KEY = tl.constexpr(0x7F800000)
 
 @dataclass(frozen=True)
 class _Problem:
-    """The tensors that have elements, as columns of a table: first block, address, size, position in `grads`."""
+    """The tensors that have elements, as columns of a table.
+
+    Its rows: first block, address, size, position in `grads`, number of elements before.
+    """
 
     grads: Sequence[Tensor]
     sigma: Tensor
@@ -106,6 +110,7 @@ def select(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> lis
                     [grads[t].data_ptr() for t in present],
                     [grads[t].numel() for t in present],
                     present,
+                    first_blocks((grads[t].numel() for t in present), 1)[:-1],
                 ],
                 device,
             ),
@@ -133,27 +138,18 @@ def _guess_cutoff(problem: _Problem, numel: int) -> Tensor | None:
     rank = int(1.1 * expected + 8 * expected**0.5 + 16)
     if rank >= size:
         return None
-    device = problem.sigma.device
-    # One run per stride of the whole, at a place in it that does not repeat, since weights repeat with the period of a
-    # matrix row: multiples of the golden ratio.
-    run = torch.arange(SAMPLE_RUNS, device=device)
-    jitter = (run * 0x9E3779B1 & 0xFFFFFFFF).double() * 2.0**-32
-    position = ((run + jitter) * (numel / SAMPLE_RUNS)).long().clamp_(max=numel - 1)
-    before = table([first_blocks((problem.grads[t].numel() for t in problem.present), 1)], device)[0]
-    column = torch.searchsorted(before, position, right=True) - 1
-    position -= before[column]
-    keys = torch.empty(size, dtype=torch.int32, device=device)
-    sample_kernel[(triton.cdiv(SAMPLE_RUNS, 64),)](
+    keys = torch.empty(size, dtype=torch.int32, device=problem.sigma.device)
+    programs = triton.cdiv(SAMPLE_RUNS, 64)
+    sample_kernel[(programs,)](
         problem.entries,
         len(problem.present),
         problem.sigma,
-        column,
-        position,
         keys,
-        SAMPLE_RUNS,
+        numel,
         FLIP=problem.flip,
         RUN=SAMPLE_RUN,
-        RUNS=64,
+        RUNS=SAMPLE_RUNS,
+        EACH=64,
         **LAUNCH,
     )
     return keys.sort(descending=True).values[rank : rank + 1]
@@ -227,7 +223,7 @@ def _emit(problem: _Problem, candidates: _Candidates | None) -> list[Tensor] | N
                 programs,
                 SHIFT=shift,
                 TILE=HISTOGRAM_TILE,
-                **LAUNCH,
+                **launch_options(WARP_SIZE, HISTOGRAM_THREADS),
             )
         else:
             programs = min(problem.blocks, HISTOGRAM_PROGRAMS)
@@ -279,31 +275,35 @@ def _key(grad, sigma):
     return (tl.abs(grad) * sigma).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
-@triton.jit(do_not_specialize=["tensors", "count"])
+@triton.jit(do_not_specialize=["tensors", "numel"])
 def sample_kernel(
     table,
     tensors: tl.int32,
     sigma,
-    column,
-    position,
     keys,
-    count: tl.int64,
+    numel: tl.int64,
     FLIP: tl.constexpr,
     RUN: tl.constexpr,
     RUNS: tl.constexpr,
+    EACH: tl.constexpr,
 ):
-    """Reads and writes some kilobytes: the keys of RUN elements from ``position`` on; -1 past the tensor's end."""
-    run = tl.program_id(0).to(tl.int64) * RUNS + tl.arange(0, RUNS)
-    exists = run < count
-    t = tl.load(column + run, mask=exists, other=0)
+    """Reads and writes 4 MB: the keys of RUNS runs of RUN elements, EACH of them per program; -1 past a tensor's end.
+
+    One run per stride of the whole, at a place in it that does not repeat, since weights repeat with the period of a
+    matrix row: multiples of the golden ratio.
+    """
+    run = tl.program_id(0).to(tl.int64) * EACH + tl.arange(0, EACH)
+    jitter = (run * 0x9E3779B1 & 0xFFFFFFFF) >> 8
+    position = (run * numel + (jitter * numel >> 24)) // RUNS
+    # The last tensor with at most as many elements before it.
+    t = first_at_least(table + 4 * tensors, tl.zeros((EACH,), tl.int32) + tensors, position + 1) - 1
     base = tl.load(table + tensors + t).to(tl.pointer_type(tl.float32))
-    numel = tl.load(table + 2 * tensors + t)
     scale = tl.load(sigma + tl.load(table + 3 * tensors + t))
-    places = tl.load(position + run, mask=exists, other=0)[:, None] + tl.arange(0, RUN)[None, :]
-    inside = exists[:, None] & (places < numel[:, None])
+    places = (position - tl.load(table + 4 * tensors + t))[:, None] + tl.arange(0, RUN)[None, :]
+    inside = places < tl.load(table + 2 * tensors + t)[:, None]
     grad = tl.load(base[:, None] + places, mask=inside, other=0.0)
     key = tl.where(inside, _key(grad, scale[:, None]) ^ FLIP, -1)
-    tl.store(keys + run[:, None] * RUN + tl.arange(0, RUN)[None, :], key, mask=exists[:, None])
+    tl.store(keys + run[:, None] * RUN + tl.arange(0, RUN)[None, :], key, mask=(run < RUNS)[:, None])
 
 
 @triton.jit(do_not_specialize=["tensors", "capacity"])
@@ -606,8 +606,8 @@ _CANDIDATES = {"keys": "*i32", "positions": "*i16", "starts": "*i64", "counts": 
 SPECS = [
     Spec(
         sample_kernel,
-        {**_SOURCE, "column": "*i64", "position": "*i64", "keys": "*i32", "count": "i64"},
-        {"FLIP": 0, "RUN": SAMPLE_RUN, "RUNS": 64},
+        {**_SOURCE, "keys": "*i32", "numel": "i64"},
+        {"FLIP": 0, "RUN": SAMPLE_RUN, "RUNS": SAMPLE_RUNS, "EACH": 64},
     ),
     *(
         Spec(
@@ -647,6 +647,7 @@ SPECS = [
             },
             {"SHIFT": shift, "TILE": HISTOGRAM_TILE},
             loads=HISTOGRAM_TILE * 4,
+            threads=HISTOGRAM_THREADS,
         )
         for shift in (24, 0)
     ),

@@ -26,9 +26,10 @@ from safekern.ops.triton.common import (
 # The order of all sums is that of the CPU kernel, so that both give the same bits: chunks of CHUNK elements, LANES sums
 # in each, and one chunk after the other.
 CHUNK, LANES, PIVOT = 4096, 8, 64
-# One thread per lane holds its sums. Small programs: the last ones leave less of the GPU idle.
-CHUNKS = 16
-CHUNKS_THREADS, MERGE_THREADS = CHUNKS * LANES, 32
+# Programs of one warp, which do not wait for each other.
+CHUNKS, THREADS = 8, 32
+# Chunks that are merged while the next ones are fetched.
+MERGED = 32
 
 
 def sigma(params: Sequence[Tensor]) -> Tensor:
@@ -69,7 +70,7 @@ def sigma(params: Sequence[Tensor]) -> Tensor:
                 LANES=LANES,
                 PIVOT=PIVOT,
                 CHUNKS=CHUNKS,
-                **launch_options(WARP_SIZE, CHUNKS_THREADS),
+                **launch_options(WARP_SIZE, THREADS),
             )
         merge_kernel[(len(params),)](
             table([first_chunks[:-1], numels], device),
@@ -78,7 +79,8 @@ def sigma(params: Sequence[Tensor]) -> Tensor:
             first_chunks[-1],
             result,
             CHUNK=CHUNK,
-            **launch_options(WARP_SIZE, MERGE_THREADS),
+            MERGED=MERGED,
+            **launch_options(WARP_SIZE, THREADS),
         )
     return result
 
@@ -87,8 +89,8 @@ def sigma(params: Sequence[Tensor]) -> Tensor:
 def _rows(tile, CHUNKS: tl.constexpr, LANES: tl.constexpr):
     """Splits [CHUNKS, 8 * LANES] elements into the eight rows of their chunks, [CHUNKS, LANES] each.
 
-    A thread loads 16 consecutive bytes, which belong to all lanes, and adds up one lane. Splitting an axis gives its
-    elements to one thread, so that each tile changes hands once, in shared memory.
+    A thread loads 16 consecutive bytes, which belong to all lanes, and adds up one lane of a chunk. Splitting an axis
+    gives its elements to one thread, so that each tile changes hands once, in shared memory.
     """
     rows = tl.reshape(tl.trans(tl.reshape(tile, (CHUNKS, 8, LANES)), (0, 2, 1)), (CHUNKS, LANES, 2, 2, 2))
     even, odd = tl.split(rows)
@@ -186,37 +188,45 @@ def chunks_kernel(
     tl.store(place + 3 * all_chunks, before * size / (before + size), mask=count > 0)
 
 
-@triton.jit
-def _merge(mean, square, chunk, all_chunks):
-    delta = tl.load(chunk) - mean
-    square += tl.load(chunk + all_chunks) + delta * delta * tl.load(chunk + 3 * all_chunks)
-    return mean + delta * tl.load(chunk + 2 * all_chunks), square
-
-
 @triton.jit(do_not_specialize=["tensors", "all_chunks"])
-def merge_kernel(table, tensors: tl.int32, partial, all_chunks: tl.int64, out, CHUNK: tl.constexpr):
+def merge_kernel(
+    table, tensors: tl.int32, partial, all_chunks: tl.int64, out, CHUNK: tl.constexpr, MERGED: tl.constexpr
+):
     """Merges the chunks of one tensor, one after the other. Moves 32 bytes per chunk.
 
-    Every thread of its one warp does the same. The weights are ready, so that the chain has no division.
+    Every thread of its one warp does the same, with what the threads have fetched in turn. The weights are ready, so
+    that the chain of operations has no division, and what is merged next is under way.
     """
     t = tl.program_id(0).to(tl.int64)
-    means = partial + tl.load(table + t)
     numel = tl.load(table + tensors + t)
-    chunks = (numel + CHUNK - 1) // CHUNK
-    mean = numel.to(tl.float64) * 0.0
-    square = mean
-    c = chunks * 0
-    while c + 16 <= chunks:
-        # Unrolled, so that loads of several chunks are under way at a time.
-        for i in tl.static_range(16):
-            mean, square = _merge(mean, square, means + c + i, all_chunks)
-        c += 16
-    while c < chunks:
-        mean, square = _merge(mean, square, means + c, all_chunks)
-        c += 1
+    left = ((numel + CHUNK - 1) // CHUNK).to(tl.int32)
+    chunk = tl.arange(0, MERGED)
+    place = partial + tl.load(table + t) + chunk
+    mean = tl.zeros((MERGED,), tl.float64)
+    square = tl.zeros((MERGED,), tl.float64)
+    next_mean, next_square, next_share, next_weight = _fetch(place, all_chunks, chunk < left)
+    while left > 0:
+        its_mean, its_square, share, weight = next_mean, next_square, next_share, next_weight
+        place += MERGED
+        next_mean, next_square, next_share, next_weight = _fetch(place, all_chunks, chunk < left - MERGED)
+        for i in tl.range(0, tl.minimum(left, MERGED), loop_unroll_factor=8):
+            which = tl.zeros((MERGED,), tl.int32) + i
+            delta = tl.gather(its_mean, which, 0) - mean
+            square += tl.gather(its_square, which, 0) + delta * delta * tl.gather(weight, which, 0)
+            mean += delta * tl.gather(share, which, 0)
+        left -= MERGED
     freedom = (numel - 1).to(tl.float64)
     deviation = tl.sqrt(square / tl.maximum(freedom, 1.0)).to(tl.float32)
-    tl.store(out + t, tl.where(freedom > 0, deviation, 0.0))
+    tl.store(out + t + chunk, tl.where(freedom > 0, deviation, 0.0), mask=chunk == 0)
+
+
+@triton.jit
+def _fetch(chunk, all_chunks, exists):
+    mean = tl.load(chunk, mask=exists, other=0.0)
+    square = tl.load(chunk + all_chunks, mask=exists, other=0.0)
+    share = tl.load(chunk + 2 * all_chunks, mask=exists, other=0.0)
+    weight = tl.load(chunk + 3 * all_chunks, mask=exists, other=0.0)
+    return mean, square, share, weight
 
 
 SPECS = [
@@ -226,14 +236,14 @@ SPECS = [
         {"TYPE": kind, "ALIGNED": True, "CHUNK": CHUNK, "LANES": LANES, "PIVOT": PIVOT, "CHUNKS": CHUNKS},
         # The first tile and the next one.
         loads=2 * CHUNKS * 8 * LANES * dtype.itemsize,
-        threads=CHUNKS_THREADS,
+        threads=THREADS,
     )
     for dtype, kind in FLOATS.items()
 ] + [
     Spec(
         merge_kernel,
         {"table": "*i64", "tensors": "i32", "partial": "*fp64", "all_chunks": "i64", "out": "*fp32"},
-        {"CHUNK": CHUNK},
-        threads=MERGE_THREADS,
+        {"CHUNK": CHUNK, "MERGED": MERGED},
+        threads=THREADS,
     )
 ]

@@ -8,10 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from safekern.ops.triton.common import (
-    BLOCK,
     FLOATS,
     INDICES,
-    LAUNCH,
+    WARP_SIZE,
     Spec,
     adamw,
     adamw_bits,
@@ -24,8 +23,10 @@ from safekern.ops.triton.common import (
     check_tensor,
     dtype_name,
     find,
+    first_at_least,
     first_blocks,
     groups,
+    launch_options,
     load_run,
     narrow,
     on,
@@ -34,8 +35,10 @@ from safekern.ops.triton.common import (
     table,
 )
 
+# Elements per program, 8 for each of its threads: 16 bytes of bf16.
+BLOCK, THREADS = 1024, 128
 # Blocks per program that looks up their indices.
-SEARCHES = 256
+SEARCHES = 128
 
 
 def spa_adamw_(
@@ -107,9 +110,9 @@ def spa_adamw_(
                 ],
                 device,
             )
-            spared = torch.empty(2, first[-1], dtype=torch.int64, device=device)
+            spared = torch.empty(first[-1], dtype=torch.int64, device=device)
             places = (entries, len(chosen), spared, first[-1])
-            constants = {"INDEX": INDICES[index_type], "BLOCK": BLOCK, **LAUNCH}
+            constants = {"INDEX": INDICES[index_type], "BLOCK": BLOCK, **launch_options(WARP_SIZE, THREADS)}
             search_kernel[(triton.cdiv(first[-1], SEARCHES),)](*places, SEARCHES=SEARCHES, **constants)
             spa_adamw_kernel[(first[-1],)](
                 *places,
@@ -122,20 +125,6 @@ def spa_adamw_(
             )
 
 
-@triton.jit
-def _first_at_least(index, count, value):
-    """Where in each of the lists of ascending indices the first one of at least ``value`` is."""
-    low = count * 0
-    high = count
-    while tl.max(high - low, axis=0) > 0:
-        searching = high > low
-        middle = (low + high) // 2
-        smaller = searching & (tl.load(index + middle, mask=searching, other=0).to(tl.int64) < value)
-        low = tl.where(smaller, middle + 1, low)
-        high = tl.where(searching & ~smaller, middle, high)
-    return low
-
-
 @triton.jit(do_not_specialize=["tensors", "blocks"])
 def search_kernel(
     table,
@@ -146,20 +135,19 @@ def search_kernel(
     BLOCK: tl.constexpr,
     SEARCHES: tl.constexpr,
 ):
-    """Where each block's indices begin and end in the list of its tensor.
+    """Where each block's indices begin in the list of its tensor.
 
     A thread per block searches: that waits for memory some twenty times, which a program of `spa_adamw_kernel` would do
-    with nothing else under way. Moves 16 bytes per block and sectors that are mostly in L2.
+    with nothing else under way. Moves 8 bytes per block and sectors that are mostly in L2.
     """
     block = tl.program_id(0).to(tl.int64) * SEARCHES + tl.arange(0, SEARCHES)
     exists = block < blocks
     # The last tensor whose first block is at most this one.
-    t = _first_at_least(table, tl.zeros((SEARCHES,), tl.int32) + tensors, block + 1) - 1
+    t = first_at_least(table, tl.zeros((SEARCHES,), tl.int32) + tensors, block + 1) - 1
     begin = (block - tl.load(table + t)) * BLOCK
     index = tl.load(table + 2 * tensors + t).to(tl.pointer_type(INDEX))
     count = tl.where(exists, tl.load(table + 3 * tensors + t), 0)
-    tl.store(spared + block, _first_at_least(index, count, begin), mask=exists)
-    tl.store(spared + blocks + block, _first_at_least(index, count, begin + BLOCK), mask=exists)
+    tl.store(spared + block, first_at_least(index, count, begin), mask=exists)
 
 
 @triton.jit(
@@ -196,14 +184,17 @@ def spa_adamw_kernel(
 ):
     """Must move, and moves, the gradient once, parameter and moments twice, and the indices: 14 bytes per bf16 element.
 
-    Also 16 bytes per block of 2048 elements.
+    Also 16 bytes per block of 1024 elements.
     """
     block = tl.program_id(0).to(tl.int64)
     place = tl.load(spared + block)
-    end = tl.load(spared + blocks + block)
+    next_place = tl.load(spared + block + 1, mask=block + 1 < blocks, other=0)
     t = find(table, tensors, block)
     begin = (block - tl.load(table + t)) * BLOCK
-    size = tl.minimum(tl.load(table + tensors + t) - begin, BLOCK).to(tl.int32)
+    left = tl.load(table + tensors + t) - begin
+    size = tl.minimum(left, BLOCK).to(tl.int32)
+    # What follows the last block of a tensor is the first one of another.
+    end = tl.where(left > BLOCK, next_place, tl.load(table + 3 * tensors + t))
     index = tl.load(table + 2 * tensors + t).to(tl.pointer_type(INDEX))
     param = pointer(table + 4 * tensors + t, PARAM, ALIGNED) + begin
     grad = pointer(table + 5 * tensors + t, GRAD, ALIGNED) + begin
@@ -250,10 +241,14 @@ def spa_adamw_kernel(
         bias_correction2_sqrt,
         REAL,
     )
-    store_run(exp_avg, element, narrow(first_after, first.dtype), inside, full)
-    store_run(exp_avg_sq, element, narrow(second_after, second.dtype), inside, full)
+    # All before the first store: the branches between stores would keep more in registers.
+    first_after = narrow(first_after, first.dtype)
+    second_after = narrow(second_after, second.dtype)
     # A masked store would be one of single elements.
-    store_run(param, element, tl.where(keep, old, narrow(new, old.dtype)), inside, full)
+    new = tl.where(keep, old, narrow(new, old.dtype))
+    store_run(exp_avg, element, first_after, inside, full)
+    store_run(exp_avg_sq, element, second_after, inside, full)
+    store_run(param, element, new, inside, full)
 
 
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
@@ -269,7 +264,8 @@ _HYPERPARAMETERS = (
     "bias_correction2_sqrt",
 )
 SPECS = [
-    Spec(search_kernel, _PLACES, {"INDEX": index, "BLOCK": BLOCK, "SEARCHES": SEARCHES}) for index in INDICES.values()
+    Spec(search_kernel, _PLACES, {"INDEX": index, "BLOCK": BLOCK, "SEARCHES": SEARCHES}, threads=THREADS)
+    for index in INDICES.values()
 ] + [
     Spec(
         spa_adamw_kernel,
@@ -284,6 +280,7 @@ SPECS = [
         },
         loads=BLOCK * (_SIZES[param] + _SIZES[grad] + 2 * _SIZES[moment]),
         stores=BLOCK * (_SIZES[param] + 2 * _SIZES[moment]),
+        threads=THREADS,
     )
     for param in _SIZES
     for grad in sorted({param, "fp32"})
