@@ -31,6 +31,9 @@ LAUNCH = launch_options(WARP_SIZE)
 
 # Elements of one tensor that a program works on: at least 16 bytes per thread.
 BLOCK = 2048
+# Where selected weights are written, one per thread: neighbouring lanes then write to neighbouring sectors at the same
+# time, as in csrc/cuda/common.cuh.
+SCATTER_BLOCK = THREADS
 
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32, torch.float64: tl.float64}
 INDICES = {torch.int32: tl.int32, torch.int64: tl.int64}
@@ -191,6 +194,7 @@ def launch_selected(
     indices: Sequence[Tensor],
     rows: Sequence[Sequence[int]],
     *args: Any,
+    block: int = BLOCK,
     **constants: Any,
 ) -> None:
     """Launches a kernel built on `selected` once for the chosen tensors, which must all have an index.
@@ -202,10 +206,11 @@ def launch_selected(
         indices: all of one dtype.
         rows: what else the kernel reads per tensor, from row ``SELECTED_ROWS`` on, for the chosen ones.
         args: further arguments of the kernel.
+        block: how many indices a program takes.
         constants: further constants of the kernel.
     """
     counts = [indices[t].numel() for t in chosen]
-    first = first_blocks(counts, BLOCK)
+    first = first_blocks(counts, block)
     entries = table(
         [
             first[:-1],
@@ -218,7 +223,7 @@ def launch_selected(
         params[0].device,
     )
     index = INDICES[indices[chosen[0]].dtype]
-    kernel[(first[-1],)](entries, len(chosen), *args, **constants, INDEX=index, BLOCK=BLOCK, **LAUNCH)
+    kernel[(first[-1],)](entries, len(chosen), *args, **constants, INDEX=index, BLOCK=block, **LAUNCH)
 
 
 def double_bits(value: float) -> int:

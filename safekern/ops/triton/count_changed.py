@@ -24,7 +24,7 @@ def count_changed(params: Sequence[Tensor], indices: Sequence[Tensor], values: S
     """See :func:`safekern.ops.count_changed.reference`. An index outside its parameter counts as changed."""
     check_values(params, indices, values)
     counts = torch.zeros(len(params), dtype=torch.int64, device=params[0].device if params else None)
-    launch(count_changed_kernel, params, indices, values, counts)
+    launch(count_changed_kernel, BLOCK, params, indices, values, counts)
     return counts
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from safekern.ops import perturb as reference
 from safekern.ops.triton.common import (
-    BLOCK,
     FLOATS,
+    SCATTER_BLOCK,
     SELECTED_ROWS,
     Spec,
     aligned,
@@ -51,6 +51,7 @@ def perturb_(
                 indices,
                 [[_float_bits(scales[t]) for t in chosen], [streams[t] for t in chosen]],
                 seed,
+                block=SCATTER_BLOCK,
                 PARAM=FLOATS[params[chosen[0]].dtype],
                 ALIGNED=aligned(indices[chosen[0]]),
             )
@@ -148,8 +149,7 @@ SPECS = [
     Spec(
         perturb_kernel,
         {"table": "*i64", "tensors": "i32", "seed": "i64"},
-        {"PARAM": param, "ALIGNED": True, "INDEX": index, "BLOCK": BLOCK},
-        loads=BLOCK * index.primitive_bitwidth // 8,
+        {"PARAM": param, "ALIGNED": True, "INDEX": index, "BLOCK": SCATTER_BLOCK},
     )
     for param in FLOATS.values()
     for index in (tl.int32, tl.int64)

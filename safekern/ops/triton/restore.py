@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from safekern.ops.triton.common import (
-    BLOCK,
+    SCATTER_BLOCK,
     SELECTED_ROWS,
     WORDS,
     Spec,
@@ -25,11 +25,16 @@ from safekern.ops.triton.common import (
 def restore_(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """See :func:`safekern.ops.restore.reference`. An index outside its parameter is left out."""
     check_values(params, indices, values)
-    launch(restore_kernel, params, indices, values)
+    launch(restore_kernel, SCATTER_BLOCK, params, indices, values)
 
 
 def launch(
-    kernel: object, params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor], *args: Tensor
+    kernel: object,
+    block: int,
+    params: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    values: Sequence[Tensor],
+    *args: Tensor,
 ) -> None:
     """Launches a kernel that meets saved bits with selected weights."""
     present = [t for t, index in enumerate(indices) if index.numel()]
@@ -47,6 +52,7 @@ def launch(
                 indices,
                 [[values[t].data_ptr() for t in chosen], chosen],
                 *args,
+                block=block,
                 WORD=WORDS[params[chosen[0]].element_size()],
                 ALIGNED=aligned(indices[chosen[0]], values[chosen[0]]),
             )
@@ -76,8 +82,7 @@ SPECS = [
     Spec(
         restore_kernel,
         {"table": "*i64", "tensors": "i32"},
-        {"WORD": word, "ALIGNED": True, "INDEX": index, "BLOCK": BLOCK},
-        loads=BLOCK * (word.primitive_bitwidth + index.primitive_bitwidth) // 8,
+        {"WORD": word, "ALIGNED": True, "INDEX": index, "BLOCK": SCATTER_BLOCK},
     )
     for word in WORDS.values()
     for index in (tl.int32, tl.int64)

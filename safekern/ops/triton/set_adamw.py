@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from safekern.ops.triton.common import (
-    BLOCK,
     FLOATS,
+    SCATTER_BLOCK,
     SELECTED_ROWS,
     WORDS,
     Spec,
@@ -98,6 +98,7 @@ def set_adamw_(
                 [[state[t].data_ptr() for t in chosen] for state in (grads, exp_avgs, exp_avg_sqs, masters)],
                 *adamw_bits(decay, beta1, beta2, eps, step_size, bias_correction2_sqrt),
                 skip,
+                block=SCATTER_BLOCK,
                 PARAM=FLOATS[dtype],
                 WORD=WORDS[dtype.itemsize],
                 MASTER=has_master,
@@ -192,10 +193,8 @@ SPECS = [
             "MASTER": master,
             "ALIGNED": True,
             "INDEX": index,
-            "BLOCK": BLOCK,
+            "BLOCK": SCATTER_BLOCK,
         },
-        loads=BLOCK * (12 + 4 * master + index.primitive_bitwidth // 8),
-        stores=BLOCK * (8 + 4 * master),
     )
     for param in FLOATS.values()
     for master in (False, True)
