@@ -32,7 +32,7 @@ mkdir -p "$out"
 out=$(cd "$out" && pwd)
 log=$out/log.txt
 stages=$out/stages.tsv
-rm -f "$out"/{log.txt,stages.tsv,doctor.json,kernels.csv,models.csv,table.txt}
+rm -f "$out"/{log.txt,stages.tsv,doctor.json,kernels.csv,models.csv,long_batches.csv,table.txt}
 scratch=$(mktemp -d)
 background=()
 cleanup() {
@@ -84,10 +84,13 @@ build() {
 }
 
 tests() {
-  # Few threads: two test runs that each take all cores wait for one another at every step.
+  # Few threads: test runs that each take all cores wait for one another at every step. Compiling takes most of the
+  # time, so where pytest-xdist is installed, several processes share the tests of a GPU.
+  local shared=()
+  if [ $device = cuda ] && "$python" -c 'import xdist' 2>/dev/null; then shared=(-n 4); fi
   stage "tests $1" "$2" env -C "$3" PYTHONPATH="$3" SAFEKERN_BACKEND="$1" SAFEKERN_TEST_DEVICE=$device \
-    OMP_NUM_THREADS=4 "$python" -X faulthandler -m pytest -q --full -p no:cacheprovider -W "ignore:safekern runs on its:UserWarning" \
-    --rootdir "$3" -c "$3/pyproject.toml" "$3/tests/gpu"
+    OMP_NUM_THREADS=2 "$python" -X faulthandler -m pytest -q --full -p no:cacheprovider "${shared[@]}" \
+    -W "ignore:safekern runs on its:UserWarning" --rootdir "$3" -c "$3/pyproject.toml" "$3/tests/gpu"
 }
 
 # A few cases per op: under a sanitizer a kernel takes many times as long.
@@ -172,6 +175,11 @@ if [ ${#backends[@]} -gt 0 ]; then
   fi
   stage kernels 115 "$python" "$tree/benchmarks/gpu_kernels.py" "${kernel_options[@]}"
   stage models 130 "$python" "$tree/benchmarks/gpu_models.py" "${model_options[@]}"
+  # Thousands of tokens in a batch, as in training.
+  if [ $device = cuda ]; then
+    stage "long batches" 60 "$python" "$tree/benchmarks/gpu_models.py" --device cuda --sizes 1b --tokens 4 1024 \
+      --out "$out/long_batches.csv"
+  fi
   stage doctor 90 "$python" -X faulthandler -c "$diagnosed" "$out/doctor.json"
 fi
 
@@ -201,8 +209,9 @@ def show(name, columns):
         print(table([columns, *([line[place] for place in places] for line in lines)]) + "\n")
 
 
-show("kernels.csv", ["backend", "op", "contender", "ms", "ms_8b", "GB/s", "of_copy", "times_ours"])
-show("models.csv", ["model", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"])
+show("kernels.csv", ["backend", "op", "contender", "ms", "device_ms", "ms_8b", "GB/s", "of_copy", "times_ours"])
+for name in ("models.csv", "long_batches.csv"):
+    show(name, ["model", "tokens", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"])
 for name in ("kernels.csv", "models.csv"):
     header, *lines = rows(name) or [[]]
     if lines:

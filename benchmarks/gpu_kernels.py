@@ -6,9 +6,10 @@
 Baselines are plain PyTorch done well (`add_`, `std`, `topk`, `AdamW(fused=True)`, indexing) and the way of published
 research code: dense moments with a dense mask multiplied into the update; a threshold from a 1% sample, then `nonzero`
 per tensor and `topk` on the host. What is compared takes turns after three warm-ups; figures are medians of CUDA event
-times, of three where one run takes a quarter of a second. Each backend runs in a process of its own. Bytes are those
-that have to be moved (in sectors of 32 bytes where access is scattered); "copy" is the bandwidth of `copy_`, read and
-write counted.
+times, of three where one run takes a quarter of a second. `device_ms` is what the kernels of a run take by the
+profiler: in the rest the device waits for the host, which in training is ahead of it. Each backend runs in a process of
+its own. Bytes are those that have to be moved (in sectors of 32 bytes where access is scattered); "copy" is the
+bandwidth of `copy_`, read and write counted.
 
 Times of one weight tensor per launch or of all at once depend on the shapes: here they are 4096 x 4096 matrices, and
 `ms_8b` is the time scaled to 8 billion weights.
@@ -119,6 +120,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     for group in groups:
         name, size, work = group()
         times = interleaved(work, device, args.repeats)
+        busy = {name: device_milliseconds(function, device) for name, function in work.items() if times[name] < 250}
         del work
         # Optimizers and their hooks refer to each other.
         gc.collect()
@@ -130,6 +132,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, str]]:
                 "op": name,
                 "contender": contender,
                 "ms": f"{milliseconds:.4f}",
+                "device_ms": f"{busy[contender]:.4f}" if busy.get(contender) else "",
                 "ms_8b": f"{milliseconds * 8e9 / (count * args.side**2):.2f}",
                 "GB/s": f"{speed:.0f}" if contender == OURS else "",
                 "of_copy": f"{speed / copy:.3f}" if contender == OURS else "",
@@ -338,6 +341,17 @@ def _milliseconds(function: Callable[[], object], device: torch.device) -> float
     return float(start.elapsed_time(end))
 
 
+def device_milliseconds(function: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
+    """Milliseconds that the kernels and copies of a call take on a GPU, without gaps between them; 0 elsewhere."""
+    if device.type != "cuda":
+        return 0.0
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profiler:
+        for _ in range(repeats):
+            function()
+        torch.cuda.synchronize(device)
+    return float(sum(event.self_device_time_total for event in profiler.key_averages())) / 1e3 / repeats
+
+
 def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
     """GB/s of ``copy_``, read and write counted."""
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
@@ -346,7 +360,7 @@ def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
 
 def as_table(rows: list[dict[str, str]]) -> str:
     """The rows as text."""
-    shown = ["backend", "op", "contender", "ms", "ms_8b", "GB/s", "of_copy", "times_ours"]
+    shown = ["backend", "op", "contender", "ms", "device_ms", "ms_8b", "GB/s", "of_copy", "times_ours"]
     return table([shown, *([row[key] for key in shown] for row in rows)])
 
 

@@ -76,7 +76,7 @@ def main() -> int:
         _release(torch.device(args.device))
         if args.out:
             write(args.out, rows)
-    shown = ["model", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"]
+    shown = ["model", "tokens", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"]
     print(table([shown, *([row[key] for key in shown] for row in rows)]))
     return int(any(row["note"].startswith("failed") for row in rows))
 
@@ -89,9 +89,11 @@ class Stages:
     device: torch.device
     rows: list[dict[str, str]] = field(default_factory=list)
     weights: int = 0
+    tokens: str = ""
 
     def run(self, ratio: float, steps: int, tokens: tuple[int, int]) -> None:
         """Runs all stages; those after one that failed, unless they need what it makes."""
+        self.tokens = " x ".join(map(str, tokens))
         model = self.stage("build", self.build)
         if model is None:
             return
@@ -175,6 +177,7 @@ class Stages:
         self.rows.append(
             {
                 "model": self.size,
+                "tokens": self.tokens,
                 "backend": ops.BACKENDS[self.device.type].backend,
                 "stage": name,
                 "seconds": f"{elapsed:.4f}",

@@ -150,7 +150,8 @@ PLACES = [0, 2**31 - 1, 2**31, 2**31 + 7, NUMEL - 1]
 
 @pytest.fixture
 def places():
-    return torch.tensor(PLACES, device=DEVICE)
+    yield torch.tensor(PLACES, device=DEVICE)
+    torch.cuda.empty_cache()
 
 
 def marked(dtype, places):
