@@ -89,7 +89,7 @@ tests() {
   local shared=()
   if [ $device = cuda ] && "$python" -c 'import xdist' 2>/dev/null; then shared=(-n 4); fi
   stage "tests $1" "$2" env -C "$3" PYTHONPATH="$3" SAFEKERN_BACKEND="$1" SAFEKERN_TEST_DEVICE=$device \
-    OMP_NUM_THREADS=2 "$python" -X faulthandler -m pytest -q --full -p no:cacheprovider "${shared[@]}" \
+    OMP_NUM_THREADS=2 "$python" -X faulthandler -m pytest -q --full -p no:cacheprovider -p no:benchmark "${shared[@]}" \
     -W "ignore:safekern runs on its:UserWarning" --rootdir "$3" -c "$3/pyproject.toml" "$3/tests/gpu"
 }
 
