@@ -63,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=_RESULTS, help="(default: benchmarks/results/replication)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "safekern" / "replication")
     parser.add_argument("--jobs", type=int, default=1, help="processes, each taking the next run (default: 1)")
-    parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="also put tables of set between the marks in this file"
-    )
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="also put tables between the marks in this file")
     args = parser.parse_args(arguments)
     folder = args.out / Path(args.model).name
 

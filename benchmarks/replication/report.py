@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from safekern.names import component_order
 from safekern.tables import Column, Table
 
 from . import figures
-from .alignment import BALANCED, LOW, METHODS, REFUSALS
+from .alignment import METHODS
 from .noise import SELECTIONS
 from .runs import Found, Row, read
 
-_BEGIN, _END = "<!-- replication: {} -->", "<!-- end of replication -->"
+_END = "<!-- end of replication -->"
+# What the short table of perturbation shows.
+_SHORT_NOISE = (0.0, 0.1, 0.28)
 _LEVELS = (0.5, 0.8)
 _INTERVALS = (
     "In brackets 95% bootstrap intervals over prompts (over several seeds: from the lowest to the highest bound). "
@@ -34,7 +37,7 @@ def write(folder: Path) -> None:
             continue
         finished = sum(run["finished"] for run in found)
         parts = [f"# {experiment}: {folder.name}", _heading(found, finished)]
-        for title, table in sections(found):
+        for title, table in sections(found, False):
             parts += [f"## {title}", markdown(table)]
         text = "\n\n".join([*parts, _INTERVALS]) + "\n"
         _save(folder / f"{experiment}.md", text)
@@ -44,23 +47,28 @@ def write(folder: Path) -> None:
 
 
 def update(readme: Path, folder: Path) -> None:
-    """Puts the tables of `set` at the low learning rate into a file, each between the marks of its recipe.
+    """Puts tables into a file, each between the marks that name its experiment and title, in the short form.
+
+    A mark is ``<!-- replication: set, balanced, lr 3e-05 -->``, the end ``<!-- end of replication -->``.
 
     Raises:
-        InvalidArgumentError: The file has no marks, or there are no results for them.
+        InvalidArgumentError: The file has no marks, or there are no results for one.
     """
-    text, tables = readme.read_text(), dict(_set(read(folder, "set"), compact=True))
-    recipes = [recipe for recipe in (BALANCED, REFUSALS) if _BEGIN.format(recipe) in text]
-    for recipe in recipes:
-        before, begins, rest = text.partition(_BEGIN.format(recipe))
-        _, ends, after = rest.partition(_END)
-        table = tables.get(f"{recipe}, lr {LOW:g}")
-        if not ends or table is None:
-            raise InvalidArgumentError(f"{readme}: {begins} needs {_END} after it, and runs of set in {folder}")
-        text = f"{before}{begins}\n{markdown(table)}\n{_END}{after}"
-    if not recipes:
-        raise InvalidArgumentError(f"{readme}: has no {_BEGIN.format(BALANCED)} to put a table after")
-    _save(readme, text)
+    text = readme.read_text()
+    marked = re.compile(rf"(<!-- replication: (\w+), (.+?) -->\n).*?{re.escape(_END)}", re.DOTALL)
+    if not marked.search(text):
+        raise InvalidArgumentError(f"{readme}: has no <!-- replication: EXPERIMENT, TITLE --> with {_END} after it")
+
+    def filled(match: re.Match[str]) -> str:
+        mark, experiment, title = match.groups()
+        sections = _SECTIONS.get(experiment)
+        tables = dict(sections(read(folder, experiment), True)) if sections else {}
+        if title not in tables:
+            known = "; ".join(tables) or "none"
+            raise InvalidArgumentError(f"{readme}: {mark.strip()}: {folder} has no such table of {experiment}: {known}")
+        return f"{mark}{markdown(tables[title])}\n{_END}"
+
+    _save(readme, marked.sub(filled, text))
 
 
 def markdown(table: Table) -> str:
@@ -77,7 +85,7 @@ def _heading(found: Sequence[Found], finished: int) -> str:
     return f"{finished} runs finished{under_way}; {'; '.join(versions)}; products in {precision}."
 
 
-def _set(found: Sequence[Found], compact: bool = False) -> Iterable[tuple[str, Table]]:
+def _set(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     untouched = next((run["rows"][0] for run in found if run["settings"]["method"] == "none" and run["rows"]), None)
     tuned = [run for run in found if run["settings"]["method"] != "none" and run["rows"]]
     if untouched is not None and not tuned:
@@ -87,13 +95,14 @@ def _set(found: Sequence[Found], compact: bool = False) -> Iterable[tuple[str, T
         yield f"{recipe}, lr {lr:g}", _tuning_table(mine, untouched, compact)
 
 
-def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool = False) -> Table:
+def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, kept: str = "") -> Table:
     """Per method and ratio: attack success after each step, and what it cost after the last one.
 
     Args:
         runs: of one recipe and learning rate.
         untouched: what was measured before.
         compact: without the columns that can be missed.
+        kept: one that is shown all the same.
     """
     kinds = sorted(
         {(run["settings"]["method"], run["settings"]["ratio"]) for run in runs},
@@ -124,15 +133,19 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool = 
         Column(f"broken{last}", "{:.3g}"),
         Column("steps to the refusal NLL that random has at last", "{:.0f}"),
     ]
-    kept = [i for i, column in enumerate(columns) if not (compact and column.key.startswith(("ratio", "AUC")))]
-    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    missed = tuple({"ratio", "AUC"} - {kept}) if compact else ()
+    shown = [i for i, column in enumerate(columns) if not column.key.startswith(missed)]
+    return Table([columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
-def _ratio(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
-    yield "balanced; the ratio of 1% is in the table of set", _tuning_table([run for run in found if run["rows"]], None)
+def _ratio(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
+    yield (
+        "balanced; the ratio of 1% is in the table of set",
+        _tuning_table([run for run in found if run["rows"]], None, compact, "ratio"),
+    )
 
 
-def _prompts(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+def _prompts(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     keys = ("with_all", "disjoint_halves", "abs", "bf16")
     rows = [row for run in found for row in run["rows"]]
     columns = [
@@ -147,7 +160,7 @@ def _prompts(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
     yield f"means over {len(found)} orders of the prompts", Table(columns, table)
 
 
-def _where(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+def _where(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     for by in ("component", "third"):
         keys = {row[by] for run in found for row in run["rows"] if row["by"] == by}
         names = sorted(keys, key=component_order if by == "component" else None)
@@ -167,7 +180,7 @@ def _where(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
         )
 
 
-def _perturb(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+def _perturb(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     columns = [
         Column("weights"),
         Column("noise", "{:g}"),
@@ -182,11 +195,12 @@ def _perturb(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
         [run["settings"]["weights"], row["noise"], _percent([row]), *_costs([row])]
         for run in sorted(found, key=lambda run: ["none", *SELECTIONS].index(run["settings"]["weights"]))
         for row in run["rows"]
+        if not compact or row["noise"] in _SHORT_NOISE
     ]
     yield "noise in units of each tensor's sigma", Table(columns, rows)
 
 
-def _spa(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+def _spa(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     starts = {
         run["settings"]["aligned"]: run["rows"][0] for run in found if "task" not in run["settings"] and run["rows"]
     }
@@ -239,7 +253,7 @@ def _spa_table(runs: Sequence[Found], start: Row) -> Table:
     return Table(columns, rows)
 
 
-def _judge(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
+def _judge(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     rows = []
     for run in found:
         facts, last = run["facts"], run["rows"][-1:]
@@ -270,7 +284,7 @@ def _judge(found: Sequence[Found]) -> Iterable[tuple[str, Table]]:
     yield "SET on the judge's top 1%, balanced, lr 3e-5", Table(columns, rows)
 
 
-_SECTIONS: dict[str, Callable[[Sequence[Found]], Iterable[tuple[str, Table]]]] = {
+_SECTIONS: dict[str, Callable[[Sequence[Found], bool], Iterable[tuple[str, Table]]]] = {
     "set": _set,
     "ratio": _ratio,
     "prompts": _prompts,
