@@ -104,6 +104,9 @@ class Stages:
         self.stage("forward + backward, warm-up", lambda: bare(model, batches[:1]), per=1)
         self.stage("forward + backward", lambda: bare(model, batches), per=steps)
         scores = self.stage("score", lambda: safekern.score(model, batches, progress=False), per=steps)
+        self.stage(
+            "score, each further batch", lambda: further_batch(model, batches), seconds=lambda taken: (taken, "")
+        )
         if scores is None:
             return
         mask = self.stage(f"top {ratio:.1%}", partial(scores.top, ratio))
@@ -208,6 +211,19 @@ def bare(model: nn.Module, batches: Iterable[dict[str, Tensor]]) -> bool:
         for hook in hooks:
             hook.remove()
     return True
+
+
+def further_batch(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """Seconds that scoring takes per batch, without what it takes once: sigma, and memory for the accumulators."""
+    device = next(model.parameters()).device
+    times = []
+    for count in (1, 4):
+        begin = time.perf_counter()
+        safekern.score(model, batches * count, progress=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return (times[1] - times[0]) / (3 * len(batches))
 
 
 def train(
