@@ -103,10 +103,9 @@ class Stages:
         batches = [{"input_ids": each.to(self.device), "labels": each.to(self.device)} for each in ids]
         self.stage("forward + backward, warm-up", lambda: bare(model, batches[:1]), per=1)
         self.stage("forward + backward", lambda: bare(model, batches), per=steps)
+        # Before the scores are there: two sets of accumulators of a large model would not fit.
+        self.stage("score, each further batch", lambda: further_batch(model, batches), seconds=lambda each: (each, ""))
         scores = self.stage("score", lambda: safekern.score(model, batches, progress=False), per=steps)
-        self.stage(
-            "score, each further batch", lambda: further_batch(model, batches), seconds=lambda taken: (taken, "")
-        )
         if scores is None:
             return
         mask = self.stage(f"top {ratio:.1%}", partial(scores.top, ratio))
