@@ -550,7 +550,6 @@ def test_replicated_models():
 def accelerator(**options):
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from accelerate.utils import DistributedType
 
     os.environ.update(RANK=str(dist.get_rank()), LOCAL_RANK=str(dist.get_rank()), WORLD_SIZE=str(dist.get_world_size()))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", ACCELERATE_USE_CPU="true")
@@ -559,15 +558,29 @@ def accelerator(**options):
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        state_dict_type="SHARDED_STATE_DICT",
-        **{"transformer_cls_names_to_wrap": ["Block"], **options},
+        **{"state_dict_type": "SHARDED_STATE_DICT", "transformer_cls_names_to_wrap": ["Block"], **options},
     )
     made = Accelerator(cpu=True, fsdp_plugin=plugin)
-    # accelerate ignores FSDP on the CPU, without a word.
-    made.state.distributed_type = DistributedType.FSDP
-    made.state.fsdp_plugin = plugin
+    force_fsdp(made, plugin)
     assert made.is_fsdp2 and made.num_processes == dist.get_world_size()
     return made
+
+
+def force_fsdp(accelerate, plugin):
+    """Accelerate ignores FSDP on the CPU, without a word."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    # Where every later look at the state starts from: without it, half of accelerate sees plain processes again after
+    # prepare, and one of them waits for the others to load a full state dict.
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerate.state.distributed_type = DistributedType.FSDP
+    accelerate.state.fsdp_plugin = plugin
+
+
+def keep_as(plugin, state_dict_type):
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type(state_dict_type)
 
 
 def accelerated(folder):
@@ -602,18 +615,19 @@ def accelerated(folder):
             continue
         for state in optimizer.state.values():
             assert all(is_sharded(value) or value.numel() < 40 for value in state.values())
-        # Its own checkpoints, into a model and an optimizer made anew.
-        path = f"{folder}/{number}"
-        # As the Trainer does it.
-        save_fsdp_model(plugin, accelerate, model, path)
-        save_fsdp_optimizer(plugin, accelerate, optimizer, model, path)
+        # Its own checkpoints of both kinds, as the Trainer writes them, into a model and an optimizer made anew.
         saved = weights(model), moments(model, optimizer)
-        again = Model(seed=7)
-        again, theirs = accelerate.prepare(again, make(again))
-        load_fsdp_model(plugin, accelerate, again, path)
-        load_fsdp_optimizer(plugin, accelerate, theirs, again, path)
-        assert_equal(weights(again), saved[0])
-        assert_equal(moments(again, theirs), saved[1])
+        for state_dict_type in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+            keep_as(plugin, state_dict_type)
+            path = f"{folder}/{number}/{state_dict_type}"
+            save_fsdp_model(plugin, accelerate, model, path)
+            save_fsdp_optimizer(plugin, accelerate, optimizer, model, path)
+            again = Model(seed=7)
+            again, theirs = accelerate.prepare(again, make(again))
+            load_fsdp_model(plugin, accelerate, again, path)
+            load_fsdp_optimizer(plugin, accelerate, theirs, again, path)
+            assert_equal(weights(again), saved[0])
+            assert_equal(moments(again, theirs), saved[1])
 
 
 def accelerated_in_mixed_precision():
@@ -633,7 +647,6 @@ def accelerated_in_mixed_precision():
 
 def trained_by_trainer(folder):
     transformers = pytest.importorskip("transformers")
-    from accelerate.utils import DistributedType
     from test_integrations import assert_only_the_mask_moved, random_mask, rows
     from test_objectives import tiny_llama
 
@@ -643,11 +656,11 @@ def trained_by_trainer(folder):
     class Trainer(transformers.Trainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
-            self.accelerator.state.distributed_type = DistributedType.FSDP
-            self.accelerator.state.fsdp_plugin = plugin
+            force_fsdp(self.accelerator, plugin)
             self.is_fsdp_enabled = True
 
-    for in_backward in (False, True):
+    for in_backward, state_dict_type in ((False, "SHARDED_STATE_DICT"), (True, "FULL_STATE_DICT")):
+        keep_as(plugin, state_dict_type)
         model = tiny_llama()
         mask, before = random_mask(model), {name: param.detach().clone() for name, param in model.named_parameters()}
         factory = safekern.integrations.for_trainer(SETAdamW)
