@@ -4,6 +4,7 @@ Most need nothing. ``transformers.Trainer`` and TRL's trainers take ``optimizers
 ``Accelerator.prepare(model, optimizer)`` works as with any optimizer.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -61,23 +62,35 @@ def leave_to_set(model: nn.Module, mask: Mask) -> None:
 
     Raises:
         MaskMismatchError: the mask does not fit the model.
-        InvalidArgumentError: a masked parameter is sharded, which DDP is not for.
+        InvalidArgumentError: a masked parameter is sharded, which DDP is not for; or there is no process group yet,
+            though the environment says that there are several processes.
 
     Example:
         >>> safekern.integrations.leave_to_set(model, mask)                                         # doctest: +SKIP
         >>> opt = safekern.SETAdamW(model.named_parameters(), mask, in_backward=True)               # doctest: +SKIP
         >>> model = DistributedDataParallel(model)                                                  # doctest: +SKIP
+
+    The Trainer and ``Accelerator.prepare`` wrap the model themselves: call this after ``TrainingArguments`` or the
+    ``Accelerator`` was made, and before them.
     """
     masked = mask.parameters(model)
     for name, (param, _) in masked.items():
         check_plain(name, param)
+    together = dist.is_available() and dist.is_initialized()
+    if not together and os.environ.get("WORLD_SIZE", "1") != "1":
+        # As torchrun sets it. Without a word from process 0, each would go on from masked weights of its own.
+        raise InvalidArgumentError(
+            f"this is one of {os.environ['WORLD_SIZE']} processes, and there is no process group yet to send the "
+            "masked weights over: call torch.distributed.init_process_group() before, or make the Accelerator or the "
+            "Trainer's TrainingArguments, which do"
+        )
     params = {id(param): param for param, _ in masked.values()}
     # What DistributedDataParallel asks a model for; torch has no public function to set it.
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
         *getattr(model, "_ddp_params_and_buffers_to_ignore", []),
         *(name for name, param in model.named_parameters(remove_duplicate=False) if id(param) in params),
     ]
-    if dist.is_available() and dist.is_initialized():
+    if together:
         for param in params.values():
             dist.broadcast(param.detach(), src=0)
 

@@ -1,6 +1,7 @@
 """Real processes for tests of models that several of them hold: gloo on the CPU."""
 
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -18,7 +19,9 @@ _TIMEOUT = 120.0
 _PRELOAD = ["processes", "safekern", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 
 
-def run(world_size: int, work: Callable[..., Any], *args: Any, fail_ok: bool = False) -> list[Any]:
+def run(
+    world_size: int, work: Callable[..., Any], *args: Any, fail_ok: bool = False, timeout: float = 30.0
+) -> list[Any]:
     """Calls ``work(*args)`` in as many processes of one gloo group.
 
     Args:
@@ -26,6 +29,7 @@ def run(world_size: int, work: Callable[..., Any], *args: Any, fail_ok: bool = F
         work: a function of a module, so that processes find it; it may use ``torch.distributed``.
         args: what it gets; has to survive ``torch.save``.
         fail_ok: give the text of a process's exception in place of its result, where it would be raised.
+        timeout: seconds that a process waits for the others in a collective.
 
     Returns:
         What it returned in each process, which has to survive ``torch.save`` too.
@@ -38,7 +42,7 @@ def run(world_size: int, work: Callable[..., Any], *args: Any, fail_ok: bool = F
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         processes = [
-            context.Process(target=_main, args=(rank, world_size, folder, work), daemon=True)
+            context.Process(target=_main, args=(rank, world_size, folder, timeout, work), daemon=True)
             for rank in range(world_size)
         ]
         for process in processes:
@@ -60,7 +64,15 @@ def run(world_size: int, work: Callable[..., Any], *args: Any, fail_ok: bool = F
         return results
 
 
-def _main(rank: int, world_size: int, folder: str, work: Callable[..., Any]) -> None:
+def free_port() -> int:
+    """For processes that find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+def _main(rank: int, world_size: int, folder: str, timeout: float, work: Callable[..., Any]) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     error, value = None, None
@@ -70,7 +82,7 @@ def _main(rank: int, world_size: int, folder: str, work: Callable[..., Any]) -> 
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=30),
+            timeout=timedelta(seconds=timeout),
         )
         value = work(*torch.load(Path(folder, "args"), weights_only=True))
         dist.barrier()

@@ -499,6 +499,47 @@ def ddp_follows_one_process():
     assert_kept(got, before, masked=True)
 
 
+def ddp_accumulates_without_sync(monkeypatch):
+    """Micro-batches under DDP.no_sync(), each process with its own, step like one process with all of them."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    rank, world_size = mine()
+    reductions = []
+    reduce = dist.all_reduce
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **options: reductions.append(reduce(*args, **options)))
+
+    def run(kind, clip=None, **options):
+        model = Model(seed=rank)
+        if kind == "in_backward":
+            safekern.integrations.leave_to_set(model, mask_of())
+        make = spa_optimizer if kind == "spa" else set_optimizer
+        optimizer = make(model, **({"in_backward": True} if kind == "in_backward" else {}))
+        wrapped = DistributedDataParallel(model, **options)
+        reductions.clear()
+        for step in range(STEPS):
+            with wrapped.no_sync():
+                (loss_of(wrapped, 10 * step, rank, world_size) / 2).backward()
+            (loss_of(wrapped, 10 * step + 1, rank, world_size) / 2).backward()
+            assert len(reductions) == step * (kind == "in_backward")
+            if clip is not None:
+                clip(model, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        for value in weights(model).values():
+            theirs = value.clone()
+            dist.broadcast(theirs, src=0)
+            assert torch.equal(bits(theirs), bits(value))
+        return weights(model)
+
+    before = weights(Model())
+    # As the Trainer sets it unless told otherwise, and as torch recommends it.
+    for options in ({"find_unused_parameters": True}, {"gradient_as_bucket_view": True}):
+        for kind, clip in (("dense", None), ("in_backward", None), ("in_backward", clip_selected), ("spa", None)):
+            got = run(kind, clip, **options)
+            assert_close(got, reference("spa" if kind == "spa" else "set", micro_batches=2, clip=clip)[0])
+            assert_kept(got, before, masked=kind == "spa")
+
+
 def ddp_refusals():
     from torch.nn.parallel import DistributedDataParallel
 
@@ -537,6 +578,8 @@ def ddp_refusals():
 
 def two_replicas():
     ddp_follows_one_process()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ddp_accumulates_without_sync(monkeypatch)
     ddp_refusals()
 
 
@@ -695,6 +738,86 @@ def trained_by_trainer(folder):
         )
         resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
         assert_equal(weights(resumed.model), weights(trainer.model))
+
+
+def forget_the_group():
+    """As torchrun leaves it to a script: what to connect to is in the environment, and nobody has connected yet."""
+    port = [processes.free_port()]
+    dist.broadcast_object_list(port, src=0)
+    rank, world_size = mine()
+    dist.destroy_process_group()
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port[0]))
+
+
+TRAINER_KINDS = {
+    "dense": {},
+    "in_backward": {"in_backward": True},
+    "factory": {},
+    "factory in_backward": {"in_backward": True},
+    "spa": {},
+}
+# Two processes take as many rows per step with half as many micro-batches; two steps are an epoch.
+TRAINER_OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 3}
+
+
+def trained(kind, folder, accumulation, resume=None):
+    from test_integrations import random_mask, train
+    from test_objectives import tiny_llama
+
+    # Weights of its own in each process, for DDP and leave_to_set to make the same.
+    model = tiny_llama(dist.get_rank() if dist.is_initialized() else 0)
+    mask, options = random_mask(tiny_llama()), TRAINER_KINDS[kind]
+    if dist.is_initialized() and options:
+        safekern.integrations.leave_to_set(model, mask)
+    make = SPAAdamW if kind == "spa" else SETAdamW
+    if kind.startswith("factory"):
+        how = {"factory": (safekern.integrations.for_trainer(make), {"mask": mask, "lr": 1e-3, **options})}
+    else:
+        how = {"optimizer": make(model.named_parameters(), mask, lr=1e-3, **options)}
+    steps = {**TRAINER_OPTIONS, "gradient_accumulation_steps": accumulation}
+    trainer = train(model, f"{folder}/{kind}", resume=resume, **how, **steps)
+    replicated = isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    assert replicated == dist.is_initialized() and isinstance(trainer.optimizer.optimizer, make)
+    return trainer.model
+
+
+def trained_in_ddp(folder):
+    from test_integrations import (
+        assert_only_the_mask_moved,
+        assert_only_the_rest_moved,
+        assert_same_weights,
+        random_mask,
+        training_arguments,
+    )
+    from test_objectives import tiny_llama
+
+    forget_the_group()
+    start = tiny_llama()
+    mask, before = random_mask(start), weights(start)
+    with pytest.raises(InvalidArgumentError, match="process group"):
+        safekern.integrations.leave_to_set(start, mask)
+    training_arguments(folder, ddp_backend="gloo", ddp_timeout=30)
+    assert dist.get_world_size() == 2
+    for kind in TRAINER_KINDS:
+        model = trained(kind, folder, 2)
+        (assert_only_the_rest_moved if kind == "spa" else assert_only_the_mask_moved)(model, before, mask)
+        assert_close(weights(model), torch.load(f"{folder}/{kind}.pt"))
+        for value in weights(model).values():
+            theirs = value.clone()
+            dist.broadcast(theirs, src=0)
+            assert torch.equal(bits(theirs), bits(value))
+        resumed = trained(kind, f"{folder}/again", 2, f"{folder}/{kind}/checkpoint-3")
+        assert_same_weights(resumed, model)
+
+
+def test_trainer_in_ddp(tmp_path):
+    """Two processes of the Trainer do what one does with all rows, and go on from their checkpoints bit for bit."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    for kind in TRAINER_KINDS:
+        torch.save(weights(trained(kind, tmp_path / "one", 4)), tmp_path / f"{kind}.pt")
+    processes.run(2, trained_in_ddp, str(tmp_path))
 
 
 def run_accelerate(folder):
