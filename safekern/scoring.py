@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 import torch
+import torch.distributed as dist
 import torch.utils.hooks
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -23,7 +24,7 @@ from safekern.eligibility import eligible_parameters
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.scores import RunningTop, Scores, TopScores, count_of
-from safekern.sharding import Processes, is_sharded, like, local
+from safekern.sharding import Processes, failing_together, is_sharded, like, local
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -89,7 +90,9 @@ def score(
         OutOfMemoryError: memory ran out; the message says what takes it, and what to lower.
         ScoringError: the objective did not return a scalar with a graph to the model, no gradient arrived, gradient
             checkpointing would lose some, a backward pass other than that of ``score`` reached the model, or a sweep
-            did not see the batches and losses of the first one.
+            did not see the batches and losses of the first one. Of several processes, those that did not fail: it
+            names one that did. Where they wait for it in a collective, only when it has ended, or after the process
+            group's timeout.
         ModelInUseError: another thread is scoring or perturbing the model.
         NonFiniteError: a weight, or a gradient of some batch, is NaN or infinite.
 
@@ -138,18 +141,21 @@ def score(
     gpus = sorted({param.device.index for param in model.parameters() if param.is_cuda})
     replay = _Replay(len(parts))
     top = RunningTop(k)
-    for sweep, part in enumerate(parts, 1):
-        label = "score" if len(parts) == 1 else f"score, sweep {sweep}/{len(parts)}"
-        bar = tqdm(desc=label, unit="batch", total=_length(loader), disable=None if progress is None else not progress)
-        # Every sweep but the last gives the random numbers back that it used: shuffling and dropout repeat.
-        explained = _memory_explained(model, params, part)
-        with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar, explained:
-            fold = _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
-            _sweep(fold, model, loader, compute, replay, bar)
-        num_batches = int(replicas.total(torch.tensor(replay.num_batches, device="cpu")))
-        accs = fold.means(replicas, num_batches)
-        if len(parts) > 1:
-            top.add(accs, sigma)
+    with failing_together("score", together=sharded.size > 1 or replicas.size > 1) as check_others:
+        for sweep, part in enumerate(parts, 1):
+            label = "score" if len(parts) == 1 else f"score, sweep {sweep}/{len(parts)}"
+            bar = tqdm(
+                desc=label, unit="batch", total=_length(loader), disable=None if progress is None else not progress
+            )
+            # Every sweep but the last gives the random numbers back that it used: shuffling and dropout repeat.
+            explained = _memory_explained(model, params, part)
+            with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar, explained:
+                fold = _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
+                _sweep(fold, model, loader, compute, replay, bar, check_others)
+            num_batches = int(replicas.total(torch.tensor(replay.num_batches, device="cpu")))
+            accs = fold.means(replicas, num_batches)
+            if len(parts) > 1:
+                top.add(accs, sigma)
     details: dict[str, Any] = {
         "num_batches": num_batches,
         "model_numel": model_numel,
@@ -167,13 +173,20 @@ def score(
 
 
 def _sweep(
-    fold: "_GradientFold", model: nn.Module, loader: Iterable[Any], compute: Objective, replay: "_Replay", bar: Any
+    fold: "_GradientFold",
+    model: nn.Module,
+    loader: Iterable[Any],
+    compute: Objective,
+    replay: "_Replay",
+    bar: Any,
+    check_others: Callable[[], None],
 ) -> None:
     """Folds the gradients of all batches that this process has."""
     # Where the inputs go: the first layer of a model that is spread over devices, embeddings included.
     device = next(param.device for param in model.parameters() if not param.is_meta)
     with claimed(dict(model.named_parameters()), "scored"), fold:
         for batch in _in_step(loader, fold.processes):
+            check_others()
             # Once, since it touches the process's warning filters, and every batch takes the same way.
             guard = nullcontext() if fold.num_batches else _dropped_gradients_raise()
             with torch.enable_grad(), guard:
@@ -193,9 +206,24 @@ def _in_step(loader: Iterable[Any], processes: Processes) -> Iterator[Any]:
         return
     batches = iter(loader)
     end = object()
+    rank = dist.get_rank()
     for index in itertools.count():
-        batch = next(batches, end)
-        ready = int(processes.total(torch.tensor(int(batch is not end), device="cpu")))
+        batch: Any = end
+        failure: Exception | None = None
+        try:
+            batch = next(batches, end)
+        except Exception as error:
+            # Raised once the others, who wait for this batch, have heard of it.
+            failure = error
+        votes = torch.zeros(1 + processes.size, dtype=torch.int32, device="cpu")
+        votes[0], votes[1 + rank] = batch is not end, failure is not None
+        ready, *failed = processes.total(votes).tolist()
+        if failure is not None:
+            raise failure
+        if any(failed):
+            raise ScoringError(
+                f"the loader of process {failed.index(1)} failed at batch {index}: the error there says why"
+            )
         if ready == 0:
             return
         if ready < processes.size:

@@ -5,7 +5,8 @@ Everything else works on local tensors and row-major positions in the whole para
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeGuard, cast
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from safekern.errors import InvalidArgumentError
+from safekern.errors import InvalidArgumentError, ScoringError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -258,6 +259,52 @@ class Processes:
         padded = values.new_zeros(max(lengths))
         padded[: values.numel()] = values
         return torch.cat([row[:length] for row, length in zip(self.stacked(padded), lengths, strict=True)])
+
+
+@contextmanager
+def failing_together(task: str, *, together: bool) -> Iterator[Callable[[], None]]:
+    """Lets no process wait for another that failed in a task of all, and says which one failed and how.
+
+    A process that raises leaves a note in the store by which the processes found each other. A collective could not
+    carry it: the others may be in the middle of one that this process never joins. They look for a note when they call
+    what is yielded, which raises then, and when a collective fails because a process is gone or did not come in time.
+
+    Args:
+        task: its name. Every process has to enter it as often as the others.
+        together: False where this process works alone.
+
+    Raises:
+        ScoringError: another process failed.
+    """
+    # torch has no public way to it. Only MPI does without.
+    store = dist.distributed_c10d._get_default_store() if together else None
+    if store is None:
+        yield lambda: None
+        return
+    rank = dist.get_rank()
+    note = f"safekern/{task}/{store.add(f'safekern/{task}/of/{rank}', 1)}"
+
+    def check() -> None:
+        said = ""
+        # The store may be gone with the process that kept it.
+        with suppress(RuntimeError):
+            said = store.get(note).decode() if store.check([note]) else ""
+        if said:
+            raise ScoringError(f"{said} (so this one, process {rank}, cannot go on)")
+
+    try:
+        yield check
+    except Exception as error:
+        if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
+            check()
+            raise ScoringError(
+                f"another process ended, or did not come within the process group's timeout, while process {rank} "
+                "waited for it: what it wrote last says why"
+            ) from error
+        with suppress(RuntimeError):
+            # Unless another was first: what failed since then failed because of it.
+            store.compare_set(note, "", f"process {rank} failed: {type(error).__name__}: {str(error)[:1000]}")
+        raise
 
 
 def _dense(shape: Sequence[int]) -> tuple[int, ...]:

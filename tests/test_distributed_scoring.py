@@ -1,11 +1,17 @@
 """Scores and masks of models that several processes hold, against those of one process."""
 
+import itertools
+import os
+import re
+import subprocess
+import sys
+import time
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run
+from processes import free_port, run
 from torch import Tensor, nn
 
 import safekern
@@ -255,38 +261,126 @@ def test_sweeps_of_replicas_give_the_mask_of_one_sweep() -> None:
     assert all(run(2, score_replicated_in_sweeps))
 
 
-def fail(how: str) -> None:
+class Loader:
+    """Batches, of which process 1 cannot make the third."""
+
+    def __iter__(self) -> Any:
+        for index, batch in enumerate(batches()):
+            if index == 2 and dist.get_rank() == 1:
+                raise OSError("of this process alone")
+            yield (batch,)
+
+
+def fail(how: str, wrap: str) -> None:
     rank = dist.get_rank()
-    model = sharded_net("plain", 2)
-    mine = [(batch,) for batch in batches()]
+    model = nn.parallel.DistributedDataParallel(net()) if wrap == "replicated" else sharded_net("plain", 2)
+    mine: Any = [(batch,) for batch in batches()]
+    seen = 0
 
     def objective(model: nn.Module, batch: Any) -> Tensor:
-        if how == "objective" and rank == 1:
-            raise RuntimeError("of this process alone")
+        nonlocal seen
+        seen += 1
+        if how == "before forward" and rank == 1 and seen == 3:
+            raise TypeError("of this process alone")
         loss: Tensor = model(*batch)
+        if how in ("loss", "caught", "endless") and rank == 1 and seen == 3:
+            raise ValueError("of this process alone")
         # Infinite in the gradient of one row, which one process holds.
         return loss * torch.inf if how == "infinite" else loss
 
     if how == "batches" and rank == 1:
         del mine[2:]
+    if how == "loader":
+        mine = Loader()
+    if how == "endless" and rank == 0:
+        mine = itertools.cycle(mine)
     if how == "memory":
         safekern.score(model, mine, memory=1000)
+    if how == "caught" and rank == 1:
+        with pytest.raises(ValueError, match="of this process alone"):
+            safekern.score(model, mine, objective)
+        # It stays, and the others cannot hear that it is gone.
+        time.sleep(6)
+        raise KeyError("later")
     safekern.score(model, mine, objective)
 
 
+ALONE = "of this process alone"
+
+
 @pytest.mark.parametrize(
-    ("how", "here", "there"),
+    ("how", "wrap", "here", "there"),
     [
-        ("batches", "ScoringError: 1 of 2 processes had no batch 2", "ScoringError: 1 of 2 processes had no batch 2"),
-        ("infinite", "NonFiniteError", "NonFiniteError"),
-        ("memory", "InvalidArgumentError: memory=", "InvalidArgumentError: memory="),
-        # The other one waits for it in a collective, and hears that it is gone.
-        ("objective", "Error", "of this process alone"),
+        (
+            "batches",
+            "sharded",
+            "ScoringError: 1 of 2 processes had no batch 2",
+            "ScoringError: 1 of 2 processes had no",
+        ),
+        ("infinite", "sharded", "NonFiniteError", "NonFiniteError"),
+        ("memory", "sharded", "InvalidArgumentError: memory=", "InvalidArgumentError: memory="),
+        ("loader", "sharded", "ScoringError: the loader of process 1 failed at batch 2", f"OSError: {ALONE}"),
+        # The other one waits in a collective of the model, and hears that process 1 is gone.
+        ("before forward", "sharded", f"ScoringError: process 1 failed: TypeError: {ALONE}", f"TypeError: {ALONE}"),
+        ("loss", "sharded", f"ScoringError: process 1 failed: ValueError: {ALONE}", f"ValueError: {ALONE}"),
+        # Or that it did not come in time.
+        ("caught", "sharded", f"ScoringError: process 1 failed: ValueError: {ALONE}", "KeyError: 'later'"),
+        ("loss", "replicated", f"ScoringError: process 1 failed: ValueError: {ALONE}", f"ValueError: {ALONE}"),
+        # Processes with batches of their own do not go on to the end of them.
+        ("endless", "replicated", f"ScoringError: process 1 failed: ValueError: {ALONE}", f"ValueError: {ALONE}"),
+        ("loader", "replicated", f"ScoringError: process 1 failed: OSError: {ALONE}", f"OSError: {ALONE}"),
+        ("caught", "replicated", f"ScoringError: process 1 failed: ValueError: {ALONE}", "KeyError: 'later'"),
     ],
 )
-def test_a_process_that_fails_takes_the_others_with_it(how: str, here: str, there: str) -> None:
-    errors = run(2, fail, how, fail_ok=True)
-    assert here in errors[0] and there in errors[1]
+def test_a_process_that_fails_takes_the_others_with_it(how: str, wrap: str, here: str, there: str) -> None:
+    errors = run(2, fail, how, wrap, fail_ok=True, timeout=4 if how == "caught" else 30)
+    assert here in errors[0] and there in errors[1], errors
+    assert "process 0 failed" not in errors[1]
+
+
+SCRIPT = """
+import datetime, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+import safekern
+
+def loss(model, batch):
+    if dist.get_rank() == int(sys.argv[1]):
+        raise ValueError("of this process alone")
+    return model(batch).mean()
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+safekern.score(fully_shard(nn.Linear(4, 4)), [torch.ones(2, 4)], loss)
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_no_process_of_a_script_hangs_when_one_fails(failing: int) -> None:
+    """Nothing is caught, and nobody leaves the group in an orderly way; process 0 keeps the store."""
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(failing)],
+            env={**os.environ, **where, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        # Less than the group's timeout.
+        written = [process.communicate(timeout=45)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(process.returncode == 1 for process in started), written
+    assert "ValueError: of this process alone" in written[failing]
+    # The store went with process 0, unless that was still busy going.
+    told = "process 1 failed: ValueError" if failing == 1 else r"another process ended|process 0 failed: ValueError"
+    assert re.search(rf"ScoringError: ({told})", written[1 - failing]), written
 
 
 def leave_a_process_out() -> None:
