@@ -100,7 +100,8 @@ def test_every_experiment_runs_and_is_reported(replicate):
         assert (folder / f"{experiment}.png").stat().st_size > 1000
 
     readme = folder / "README.md"
-    readme.write_text("before\n<!-- replication: set, balanced, lr 3e-05 -->\nold\n<!-- end of replication -->\nafter\n")
+    mark = "<!-- replication: set, balanced, lr 3e-05 -->"
+    readme.write_text(f"before\n{mark}\nold\n<!-- end of replication -->\nafter\n")
     replicate("table", "--readme", str(readme))
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "| esi | 1 |" in text and "old" not in text
