@@ -1,6 +1,8 @@
 """``safekern report`` and ``safekern diff`` as commands."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -98,6 +100,17 @@ class TestReport:
         assert main(["report", "mask.safetensors", "--html", "page.html"]) == 1
         assert 'pip install "safekern[plot]"' in capsys.readouterr().err
         assert not (folder / "page.html").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes are others there")
+def test_a_reader_that_goes_away_is_no_error(folder):
+    """As in ``safekern report MASK | head -1``, where a traceback would be the last thing to be seen."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "safekern", "report", "mask.safetensors"]
+    ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (141, "")
 
 
 class TestDiff:

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,9 +20,29 @@ _COMMANDS = (demo, score, set_command, spa, verify, report, apply, diff, bench, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
-    0, what the command decides, 1 for an error that was explained, or 130 for Ctrl-C. ``safekern diff`` is like
-    ``diff``: 1 says that the masks differ, and 2 that there was an error.
+    0, what the command decides, 1 for an error that was explained, 130 for Ctrl-C, or 141 where whoever reads the
+    output went away. ``safekern diff`` is like ``diff``: 1 says that the masks differ, and 2 that there was an error.
+
+    Args:
+        argv: the arguments after the program's name; by default those of this process.
+
+    Example:
+        >>> main(["diff", "mask.safetensors", "mask.safetensors"])                # doctest: +SKIP
+        0
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            # Here and not when Python ends, which would show a traceback.
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # As in `safekern report MASK | head`. What is still buffered would fail again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog="safekern",
         description="Find and edit the safety-critical 1% of a language model's weights.",
