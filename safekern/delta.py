@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from safekern import checkpoint, files, names, ops
+from safekern import checkpoint, files, names
 from safekern.checkpoint import OnDisk, Source, Weights
 from safekern.eligibility import check_plain
 from safekern.errors import (
@@ -25,7 +25,7 @@ from safekern.errors import (
     MaskMismatchError,
 )
 from safekern.files import StrPath
-from safekern.layout import by_device, flat_view, memory_indices, overlaps_itself
+from safekern.layout import memory_indices, overlaps_itself, write_selected
 from safekern.mask import Mask
 
 _KIND, _VERSION = "delta", 1
@@ -343,15 +343,11 @@ def _check_writable(name: str, param: Tensor) -> None:
 
 
 def _write(delta: _Delta, pending: Sequence[tuple[str, Tensor]]) -> None:
-    for group in by_device([param for _, param in pending]):
-        batch = [pending[t] for t in group]
-        ops.restore_(
-            [flat_view(param.detach()) for _, param in batch],
-            [memory_indices(param, delta.mask.compact(name)) for name, param in batch],
-            [_as_tensor(delta.values[name], param.dtype).to(param.device) for name, param in batch],
-        )
-        # A custom op does not tell autograd that it wrote.
-        torch.autograd.graph.increment_version([param for _, param in batch])
+    write_selected(
+        [param for _, param in pending],
+        [memory_indices(param, delta.mask.compact(name)) for name, param in pending],
+        [_as_tensor(delta.values[name], param.dtype).to(param.device) for name, param in pending],
+    )
 
 
 def _as_tensor(values: NDArray[Any], dtype: torch.dtype) -> Tensor:

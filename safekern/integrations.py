@@ -4,19 +4,20 @@ Most need nothing. ``transformers.Trainer`` and TRL's trainers take ``optimizers
 ``Accelerator.prepare(model, optimizer)`` works as with any optimizer.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError
-from safekern.layout import flat_view, memory_indices
+from safekern.faults import put_back
+from safekern.layout import memory_indices, read_selected, write_selected
 from safekern.mask import Mask
 
 
@@ -104,7 +105,9 @@ def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
     what ``peft_model.merge_and_unload()`` makes of it.
 
     Args:
-        peft_model: a ``peft.PeftModel`` whose adapters are not merged yet. It is used up, as by ``merge_and_unload``.
+        peft_model: a ``peft.PeftModel`` whose adapters are not merged yet. It is used up, as by ``merge_and_unload``,
+            but left as it was by an exception or Ctrl-C. For that, the base weights under adapters are copied to the
+            CPU's memory until it is done.
         mask: the weights to keep; its names are those of the base model.
 
     Returns:
@@ -129,23 +132,46 @@ def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
                 f"the adapter of {name} is merged already, so the base weights are gone: call unmerge_adapter() first, "
                 "or load the base model and the adapter again"
             )
-    kept = _selected(peft_model, mask)
-    merged: nn.Module = peft_model.merge_and_unload()
-    params = dict(merged.named_parameters(remove_duplicate=False))
+    params = dict(peft_model.named_parameters(remove_duplicate=False))
+    kept = {}
     for name, given in mask.resolve(params).items():
-        param = params[given].detach()
-        ops.restore_([flat_view(param)], [memory_indices(param, mask.compact(name))], [kept[name]])
+        param = params[given]
+        check_plain(given, param)
+        kept[name] = read_selected([param], [memory_indices(param, mask.compact(name))])
+    undo = _undo_of_merging(peft_model)
+    try:
+        merged: nn.Module = peft_model.merge_and_unload()
+        params = dict(merged.named_parameters(remove_duplicate=False))
+        for name, given in mask.resolve(params).items():
+            param = params[given]
+            write_selected([param], [memory_indices(param, mask.compact(name))], kept[name])
+    except BaseException:
+        put_back(undo)
+        raise
     return merged
 
 
-def _selected(model: nn.Module, mask: Mask) -> dict[str, Tensor]:
-    params = dict(model.named_parameters(remove_duplicate=False))
-    values = {}
-    for name, given in mask.resolve(params).items():
-        param = params[given].detach()
-        check_plain(given, param)
-        indices = memory_indices(param, mask.compact(name))
-        values[name] = torch.empty(indices.shape, dtype=param.dtype, device=param.device)
-        flag = torch.zeros(1, dtype=torch.bool, device=param.device)
-        ops.gather_([values[name]], [flat_view(param)], [indices], flag)
-    return values
+def _undo_of_merging(peft_model: nn.Module) -> Callable[[], None]:
+    """What gives a PEFT model back its modules, and the bits of the weights that its adapters would change."""
+    modules = list(peft_model.modules())
+    wrapped = [base for module in modules if isinstance(base := getattr(module, "base_layer", None), nn.Module)]
+    values = {
+        tensor: tensor.detach().to("cpu", copy=True)
+        for base in wrapped
+        for tensor in itertools.chain(base.parameters(), base.buffers())
+    }
+    # A module keeps its parts in dictionaries and lists, and PEFT what it has merged. It may change the config too.
+    configs = [vars(config) for module in modules if hasattr(config := getattr(module, "config", None), "__dict__")]
+    noted = [vars(module) for module in modules] + configs
+    noted += [held for module in modules for held in vars(module).values() if isinstance(held, dict | list)]
+    contents = [held.copy() for held in noted]
+
+    @torch.no_grad()
+    def undo() -> None:
+        for held, content in zip(noted, contents, strict=True):
+            held.clear()
+            held.extend(content) if isinstance(held, list) else held.update(content)
+        for tensor, value in values.items():
+            tensor.copy_(value)
+
+    return undo

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from safekern import ops
+from safekern.indices import index_dtype
+from safekern.sharding import local
 
 
 def flat_view(param: Tensor) -> Tensor:
@@ -49,8 +51,44 @@ def memory_indices(param: Tensor, indices: Tensor) -> Tensor:
     for size, stride in zip(reversed(param.shape), reversed(param.stride()), strict=True):
         position += rest % size * stride
         rest = rest // size
-    fits = flat_view(param).numel() <= torch.iinfo(torch.int32).max
-    return position.to(param.device, torch.int32 if fits else torch.int64)
+    return position.to(param.device, index_dtype(flat_view(param).numel()))
+
+
+@torch.no_grad()
+def read_selected(params: Sequence[Tensor], indices: Sequence[Tensor]) -> list[Tensor]:
+    """The values of parameters at positions in their memory, bit for bit.
+
+    Args:
+        params: plain tensors on any devices, or the parts of sharded ones that this process holds.
+        indices: for each, int32 or int64 [k] on its device, see :func:`memory_indices`.
+
+    Returns:
+        For each, [k] of its dtype on its device.
+    """
+    values = [
+        torch.empty(index.shape, dtype=param.dtype, device=param.device)
+        for param, index in zip(params, indices, strict=True)
+    ]
+    for here in by_device(values):
+        flags = torch.zeros(len(here), dtype=torch.bool, device=values[here[0]].device)
+        ops.gather_([values[t] for t in here], [memory(params[t]) for t in here], [indices[t] for t in here], flags)
+    return values
+
+
+@torch.no_grad()
+def write_selected(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """The inverse of :func:`read_selected`: what was read is written back, bit for bit.
+
+    Args:
+        params: as there; of a DTensor, the part that this process holds is written.
+        indices: as there.
+        values: for each parameter [k] of its dtype, on its device.
+    """
+    pieces = [local(param) for param in params]
+    for here in by_device(pieces):
+        ops.restore_([memory(pieces[t]) for t in here], [indices[t] for t in here], [values[t] for t in here])
+        # A custom op does not tell autograd that it wrote: a graph that saved the old weights would go on.
+        torch.autograd.graph.increment_version([params[t] for t in here])
 
 
 def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:

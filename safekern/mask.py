@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from safekern import files, names
 from safekern.errors import FileFormatError, InvalidArgumentError, MaskMismatchError, UnknownNameError
 from safekern.files import StrPath
+from safekern.indices import checked, contains, decode, encode, union
 from safekern.tables import Column, Table, printable
 
 Shape = Sequence[int]
@@ -86,7 +87,7 @@ class Mask(Mapping[str, Tensor]):
         missing = [name for name in indices if name not in sizes]
         if missing:
             raise InvalidArgumentError(f"No shape is given for {_enumerate(missing)}; add it to shapes.")
-        stored = {name: _check_indices(name, values, sizes[name]) for name, values in indices.items()}
+        stored = {name: checked(name, values, sizes[name]) for name, values in indices.items()}
         stored = {name: values for name, values in stored.items() if values.numel()}
         masked = {name: sizes[name] for name in stored}
         known = sum(map(_numel, sizes.values()))
@@ -311,7 +312,7 @@ class Mask(Mapping[str, Tensor]):
         for masked, given in self.resolve(named).items():
             param, indices = named[given], self._indices[masked]
             name = first[param]
-            found[name] = (param, _union(found[name][1], indices) if name in found else indices)
+            found[name] = (param, union(found[name][1], indices) if name in found else indices)
         return found
 
     def __and__(self, other: "Mask") -> "Mask":
@@ -319,7 +320,7 @@ class Mask(Mapping[str, Tensor]):
             return NotImplemented
         self._check_shapes(other)
         common = {
-            name: indices[_contains(other._indices[name], indices)]
+            name: indices[contains(other._indices[name], indices)]
             for name, indices in self._indices.items()
             if name in other
         }
@@ -332,7 +333,7 @@ class Mask(Mapping[str, Tensor]):
         both = dict(self._indices)
         for name, indices in other._indices.items():
             mine = self._indices.get(name)
-            both[name] = indices if mine is None else _union(mine, indices)
+            both[name] = indices if mine is None else union(mine, indices)
         return self._combined(other, "|", both)
 
     def __sub__(self, other: "Mask") -> "Mask":
@@ -340,7 +341,7 @@ class Mask(Mapping[str, Tensor]):
             return NotImplemented
         self._check_shapes(other)
         rest = {
-            name: indices[~_contains(other._indices[name], indices)] if name in other else indices
+            name: indices[~contains(other._indices[name], indices)] if name in other else indices
             for name, indices in self._indices.items()
         }
         return self._combined(other, "-", rest)
@@ -375,7 +376,7 @@ class Mask(Mapping[str, Tensor]):
         """
         self._check_shapes(other)
         common = sum(
-            int(_contains(other._indices[name], indices).sum())
+            int(contains(other._indices[name], indices).sum())
             for name, indices in self._indices.items()
             if name in other
         )
@@ -513,7 +514,7 @@ class Mask(Mapping[str, Tensor]):
         if isinstance(self._indices, _Packed):
             codes = self._indices.codes
         else:
-            codes = {name: _encode(indices) for name, indices in self._indices.items()}
+            codes = {name: encode(indices) for name, indices in self._indices.items()}
         shapes = {name: list(shape) for name, shape in self._shapes.items()}
         return codes, {"model_numel": self._model_numel, "shapes": shapes, "meta": self._meta}
 
@@ -697,38 +698,6 @@ def _shape_of(value: torch.Size | Tensor) -> torch.Size:
     return value.shape if isinstance(value, Tensor) else torch.Size(value)
 
 
-def _index_dtype(shape: torch.Size) -> torch.dtype:
-    return torch.int32 if _numel(shape) < 2**31 else torch.int64
-
-
-def _check_indices(name: str, values: Any, shape: torch.Size) -> Tensor:
-    """Sorted indices of the stored dtype that share no memory with what was given."""
-    try:
-        # Copied first, because torch warns of read-only arrays and refuses reversed ones.
-        copied = np.array(values) if isinstance(values, np.ndarray) else values
-        given = torch.as_tensor(copied, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InvalidArgumentError(f"{name!r}: the indices are not integers ({error}).") from error
-    if given.dim() != 1:
-        raise InvalidArgumentError(f"{name!r}: flat indices are needed (1-D), got shape {_text(given.shape)}.")
-    if not given.numel():
-        return torch.empty(0, dtype=_index_dtype(shape), device="cpu")
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        hint = "; for bool tensors there is Mask.from_bool" if given.dtype == torch.bool else ""
-        raise InvalidArgumentError(f"{name!r}: integer indices are needed, got {given.dtype}{hint}.")
-    indices = given.to(torch.int64)
-    low, high = (int(bound) for bound in torch.aminmax(indices))
-    if low < 0 or high >= _numel(shape):
-        wrong = low if low < 0 else high
-        raise InvalidArgumentError(f"{name!r}: index {wrong:,} is outside the shape {_text(shape)}.")
-    if not (indices[1:] > indices[:-1]).all():
-        indices = indices.sort().values
-        repeated = indices[1:][indices[1:] == indices[:-1]]
-        if repeated.numel():
-            raise InvalidArgumentError(f"{name!r}: index {int(repeated[0]):,} is given more than once.")
-    return indices.to(_index_dtype(shape), copy=True)
-
-
 class _Packed(Mapping[str, Tensor]):
     """Sorted indices by parameter, kept as the codes of a file and decoded when asked for.
 
@@ -742,62 +711,13 @@ class _Packed(Mapping[str, Tensor]):
         self.numel = sum(self[name].numel() for name in codes)
 
     def __getitem__(self, name: str) -> Tensor:
-        return _decode(name, self.codes[name], self._shapes[name])
+        return decode(name, self.codes[name], self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.codes)
 
     def __len__(self) -> int:
         return len(self.codes)
-
-
-def _contains(sorted_values: Tensor, values: Tensor) -> Tensor:
-    position = torch.searchsorted(sorted_values, values).clamp_(max=sorted_values.numel() - 1)
-    return sorted_values[position] == values
-
-
-def _union(left: Tensor, right: Tensor) -> Tensor:
-    return torch.cat([left, right[~_contains(left, right)]]).sort().values
-
-
-def _encode(indices: Tensor) -> Tensor:
-    """Turns sorted indices into the gaps between them, in codes of 8 or 16 bits, whichever take less space.
-
-    The largest code moves on without an index; every other code moves on and ends at one.
-    """
-    gaps = np.diff(indices.numpy(), prepend=indices.numpy().dtype.type(-1))
-    largest = int(gaps.max())
-
-    def size(dtype: type[np.unsignedinteger[Any]]) -> int:
-        skip = np.iinfo(dtype).max
-        skips = int((gaps // skip).sum(dtype=np.int64)) if largest >= skip else 0
-        return np.dtype(dtype).itemsize * (gaps.size + skips)
-
-    dtype: type[np.unsignedinteger[Any]] = np.uint8 if size(np.uint8) <= size(np.uint16) else np.uint16
-    skip = np.iinfo(dtype).max
-    if largest < skip:
-        return torch.from_numpy(gaps.astype(dtype))
-    skips, rest = np.divmod(gaps, skip)
-    ends = np.cumsum(skips + 1, dtype=np.int64)
-    codes = np.full(int(ends[-1]), skip, dtype=dtype)
-    codes[ends - 1] = rest
-    return torch.from_numpy(codes)
-
-
-def _decode(name: str, codes: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of :func:`_encode`, for codes of any origin."""
-    if codes.dtype not in (torch.uint8, torch.uint16) or codes.dim() != 1 or not codes.numel():
-        raise InvalidArgumentError(f"{name!r}: its codes are not a list of 8-bit or 16-bit numbers.")
-    gaps = codes.numpy()
-    # Also shows that the sums below fit the dtype of the indices.
-    if int(gaps.sum(dtype=np.int64)) > _numel(shape):
-        raise InvalidArgumentError(f"{name!r}: an index is outside the shape {_text(shape)}.")
-    ends = gaps != np.iinfo(gaps.dtype).max
-    positions = np.cumsum(gaps, dtype=np.int32 if _index_dtype(shape) == torch.int32 else np.int64)
-    indices = positions[ends] - 1
-    if not ends[-1] or indices[0] < 0 or not (indices[1:] > indices[:-1]).all():
-        raise InvalidArgumentError(f"{name!r}: its indices are not in order.")
-    return torch.from_numpy(indices)
 
 
 def _per_expert(name: str, indices: Tensor, shape: torch.Size) -> list[tuple[int, int, int]]:

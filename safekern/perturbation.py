@@ -14,7 +14,7 @@ from safekern.claims import claimed
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, NonFiniteError, ProtectionError
 from safekern.faults import put_back
-from safekern.layout import by_device
+from safekern.layout import by_device, read_selected, write_selected
 from safekern.mask import Mask
 
 
@@ -69,8 +69,9 @@ def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) ->
 def _noise_on(selected: "list[_Selected]", noise: float, seed: int) -> Iterator[None]:
     groups = [[selected[t] for t in group] for group in by_device([entry.param for entry in selected])]
     scales = [_scales(group, noise) for group in groups]
-    for group in groups:
-        _save(group)
+    saved = read_selected([entry.param for entry in selected], [entry.indices for entry in selected])
+    for entry, values in zip(selected, saved, strict=True):
+        entry.values = values
     try:
         for group, scale in zip(groups, scales, strict=True):
             ops.perturb_(
@@ -130,29 +131,15 @@ def _scales(group: list[_Selected], noise: float) -> list[float]:
     return scales
 
 
-def _save(group: list[_Selected]) -> None:
-    for entry in group:
-        entry.values = torch.empty(entry.indices.shape, dtype=entry.param.dtype, device=entry.param.device)
-    ops.gather_(
-        [entry.values for entry in group],
-        [entry.param.detach() for entry in group],
-        [entry.indices for entry in group],
-        torch.zeros(len(group), dtype=torch.bool, device=group[0].param.device),
-    )
-
-
 def _restore(selected: list[_Selected]) -> None:
     lost = [entry for entry in selected if not _is_restorable(entry)]
     rest = [entry for entry in selected if _is_restorable(entry)]
-    for group in by_device([entry.param for entry in rest]):
-        params = [rest[t].param for t in group]
-        ops.restore_(
-            [param.detach() for param in params],
-            # The block may have moved the model to another device.
-            [rest[t].indices.to(rest[t].param.device) for t in group],
-            [rest[t].values.to(rest[t].param.device) for t in group],
-        )
-        torch.autograd.graph.increment_version(params)
+    write_selected(
+        [entry.param for entry in rest],
+        # The block may have moved the model to another device.
+        [entry.indices.to(entry.param.device) for entry in rest],
+        [entry.values.to(entry.param.device) for entry in rest],
+    )
     if lost:
         raise ProtectionError(
             f"{', '.join(entry.name for entry in lost)}: changed dtype, shape or layout inside perturb(), so the "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from safekern import ops
+from safekern.indices import index_dtype
 from safekern.layout import by_device
 from safekern.ops.select import KEY_BITS, keys_of
 from safekern.sharding import Processes, Shard, local
@@ -98,7 +99,7 @@ def _joined(picks: Sequence[tuple[int, Tensor]]) -> Tensor:
     if len(picks) == 1:
         return picks[0][1]
     starts = [0, *itertools.accumulate(size for size, _ in picks)]
-    dtype = torch.int32 if starts[-1] <= torch.iinfo(torch.int32).max else torch.int64
+    dtype = index_dtype(starts[-1])
     return torch.cat([pick.to(dtype) + start for start, (_, pick) in zip(starts, picks, strict=False)])
 
 
@@ -140,8 +141,7 @@ def select(gradients: Sequence[Tensor], sigma: Sequence[Tensor], k: int, largest
         elif t == last_tensor:
             kept |= (key == cutoff) & (position <= last)
         everywhere = processes.joined(position[kept].cpu()).sort().values
-        small = gradient.numel() <= torch.iinfo(torch.int32).max
-        selected.append(everywhere.to(torch.int32 if small else torch.int64))
+        selected.append(everywhere.to(index_dtype(gradient.numel())))
     return selected
 
 

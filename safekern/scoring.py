@@ -23,6 +23,7 @@ from safekern.deviation import SigmaPer, deviations
 from safekern.eligibility import eligible_parameters
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
 from safekern.faults import out_of_memory_explained, put_back
+from safekern.indices import index_dtype
 from safekern.scores import RunningTop, Scores, TopScores, count_of
 from safekern.sharding import Processes, failing_together, is_sharded, like, local
 
@@ -271,14 +272,13 @@ def _parts(params: Mapping[str, nn.Parameter], memory: float, k: int, offload: b
         )
     largest = max(accumulators, key=accumulators.__getitem__)
     # A gradient and an index each, and while they are merged an index more and the selection's 8 bytes.
-    index = 4 if accumulators[largest] <= 4 * torch.iinfo(torch.int32).max else 8
-    room = memory - k * (12 + 2 * index)
+    candidates = k * (12 + 2 * index_dtype(params[largest].numel()).itemsize)
+    room = memory - candidates
     if accumulators[largest] > room:
-        needed = k * (12 + 2 * index) + accumulators[largest]
         raise InvalidArgumentError(
             f"memory={memory:,.0f} bytes is too little: {largest} needs {accumulators[largest]:,} for its accumulator, "
-            f"and {k:,} candidates need {k * (12 + 2 * index):,}. Give at least {needed:,} bytes, lower keep=, or "
-            "accumulate in CPU memory with offload=True"
+            f"and {k:,} candidates need {candidates:,}. Give at least {accumulators[largest] + candidates:,} bytes, "
+            "lower keep=, or accumulate in CPU memory with offload=True"
         )
     parts: list[list[str]] = [[]]
     left = room

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from safekern.errors import InvalidArgumentError, ScoringError
+from safekern.indices import index_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -174,7 +175,7 @@ class Shard:
         return self._moved(indices, self.local_shape, self.shape, self.offset)
 
     def _moved(self, indices: Tensor, source: Sequence[int], target: Sequence[int], shift: Sequence[int]) -> Tensor:
-        dtype = torch.int32 if math.prod(target) <= torch.iinfo(torch.int32).max else torch.int64
+        dtype = index_dtype(math.prod(target))
         if self.whole:
             return indices.to(dtype)
         rest = indices.long()

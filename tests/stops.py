@@ -1,18 +1,21 @@
-"""Stops safekern's own code at a chosen place, as Ctrl-C and kill -9 do at a random one."""
+"""Stops safekern's own code, or another package's, at a chosen place, as Ctrl-C and kill -9 do at a random one."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import safekern
 
-_FOLDER = str(Path(safekern.__file__).parent)
 
-
-def calls(run: Callable[[], Any], at: int | None = None, act: Callable[[], Any] | None = None) -> int:
-    """Runs a function, and ``act`` after the ``at``-th call that safekern's code makes to code of others.
+def calls(
+    run: Callable[[], Any],
+    at: int | None = None,
+    act: Callable[[], Any] | None = None,
+    packages: Sequence[ModuleType] = (safekern,),
+) -> int:
+    """Runs a function, and ``act`` after the ``at``-th call that the packages' code makes to code of others.
 
     Python lets a signal through when such a call returns: nearly all time is spent in them, so that this is where
     Ctrl-C strikes.
@@ -21,9 +24,10 @@ def calls(run: Callable[[], Any], at: int | None = None, act: Callable[[], Any] 
         How many such calls there were.
     """
     count = 0
+    folders = tuple(str(Path(package.__file__ or "").parent) for package in packages)
 
     def is_ours(frame: FrameType | None) -> bool:
-        return frame is not None and frame.f_code.co_filename.startswith(_FOLDER)
+        return frame is not None and frame.f_code.co_filename.startswith(folders)
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         nonlocal count

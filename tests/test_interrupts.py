@@ -1,6 +1,7 @@
 """Ctrl-C at any moment: the model, its hooks and modes are as before, a file is the old one or the new one."""
 
 import contextlib
+import copy
 import shutil
 
 import pytest
@@ -9,10 +10,13 @@ from small_net import Net, assert_same, loss_of, random_mask, weights
 from stops import calls, interrupt, spread
 from test_delta import contents, llama_mask, tuned
 from test_delta import save as save_folder
+from test_integrations import tiny_gpt2, with_adapter
 from test_objectives import byte_tokenizer, tiny_llama
 from test_scoring import assert_untouched, model_loss, snapshot, token_batches, used_model
 
+import safekern
 from safekern import (
+    Mask,
     SETAdamW,
     SPAAdamW,
     apply_delta,
@@ -41,10 +45,10 @@ def places(run, most):
     return spread(calls(run), most)
 
 
-def interrupted(run, place):
+def interrupted(run, place, packages=(safekern,)):
     # Python itself drops what is raised while it collects an object that is no longer used.
     with contextlib.suppress(KeyboardInterrupt):
-        calls(run, place, interrupt)
+        calls(run, place, interrupt, packages)
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "abs"}, {"memory": 3000}], ids=str)
@@ -161,6 +165,37 @@ def test_protect(most):
             selected = mask.bool(name) if name in mask else torch.zeros(now.shape, dtype=torch.bool)
             assert torch.equal(now[selected], before[name][selected])
         assert (dict(optimizer._optimizer_step_pre_hooks), dict(optimizer._optimizer_step_post_hooks)) == hooks
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (tiny_llama, {"targets": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}),
+        (tiny_gpt2, {"targets": ["c_attn", "wte"], "use_dora": True}),
+    ],
+)
+def test_merging_an_adapter(make, options, most):
+    packages = (safekern, pytest.importorskip("peft"))
+    torch.manual_seed(0)
+    base = make()
+    mask = Mask.from_bool({name: torch.rand(p.shape) < 0.1 for name, p in base.named_parameters() if p.ndim == 2})
+    adapted = with_adapter(base, **options).eval()
+    first, model = copy.deepcopy(adapted), copy.deepcopy(adapted)
+    before, output = snapshot(model), model(torch.arange(12).view(2, 6)).logits
+    merged = []
+    # Also in the code of PEFT, where nearly all of the time is spent.
+    total = calls(lambda: merged.append(safekern.merge_lora(first, mask)), packages=packages)
+    for place in spread(total, most):
+        interrupted(lambda model=model: merged.append(safekern.merge_lora(model, mask)), place, packages)
+        if len(merged) > 1:
+            # Python dropped what was raised while it collected an object.
+            assert_same(weights(merged.pop()), weights(merged[0]))
+            model = copy.deepcopy(adapted)
+            before = snapshot(model)
+        assert_untouched(model, before)
+        assert torch.equal(model(torch.arange(12).view(2, 6)).logits, output)
+    assert_same(weights(safekern.merge_lora(model, mask)), weights(merged[0]))
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from safekern.indices import index_dtype
 from safekern.ops.cases import DENORMAL, Case, Inputs
 from safekern.ops.registry import define
 
@@ -50,8 +51,7 @@ def reference(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> 
         ties -= tied.numel()
         chosen = key > cutoff
         chosen[tied] = True
-        dtype = torch.int32 if grad.numel() <= torch.iinfo(torch.int32).max else torch.int64
-        outputs.append(torch.nonzero(chosen).view(-1).to(dtype))
+        outputs.append(torch.nonzero(chosen).view(-1).to(index_dtype(grad.numel())))
     return outputs
 
 
@@ -80,10 +80,8 @@ def _find_cutoff(keys: Callable[[int], Tensor], count: int, k: int) -> tuple[int
 
 def fake(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> list[Tensor]:
     context = torch.library.get_ctx()
-    dtypes = [torch.int32 if grad.numel() <= torch.iinfo(torch.int32).max else torch.int64 for grad in grads]
     return [
-        torch.empty(context.new_dynamic_size(), dtype=dtype, device=grad.device)
-        for grad, dtype in zip(grads, dtypes, strict=True)
+        torch.empty(context.new_dynamic_size(), dtype=index_dtype(grad.numel()), device=grad.device) for grad in grads
     ]
 
 

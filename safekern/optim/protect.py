@@ -14,7 +14,7 @@ from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.faults import put_back
-from safekern.layout import by_device, memory, overlaps_itself
+from safekern.layout import by_device, memory, overlaps_itself, read_selected, write_selected
 from safekern.mask import Mask
 from safekern.optim.masked import NamedParameters, Places, cut, held, named_groups
 from safekern.sharding import local
@@ -152,17 +152,7 @@ class Protection:
     def refresh(self) -> None:
         """Protects the values that the model has now, after other weights were loaded on purpose."""
         self._locate()
-        fresh = [
-            torch.empty(saved.indices.shape, dtype=saved.piece.dtype, device=saved.piece.device)
-            for saved in self._saved
-        ]
-        for together in by_device(fresh):
-            ops.gather_(
-                [fresh[t] for t in together],
-                [memory(self._saved[t].piece) for t in together],
-                [self._saved[t].indices for t in together],
-                torch.zeros(len(together), dtype=torch.bool, device=fresh[together[0]].device),
-            )
+        fresh = read_selected([saved.piece for saved in self._saved], [saved.indices for saved in self._saved])
         if self._swaps_weights():
             for saved, values in zip(self._saved, fresh, strict=True):
                 if not bool((values.isfinite() & ~((values == 0) & values.signbit())).all()):
@@ -351,16 +341,11 @@ class Protection:
                     f"{tensor.dtype}: call handle.refresh() after changing the model's dtype; an optimizer that keeps "
                     "weights of its own in another one cannot be protected"
                 )
-        pieces = [local(tensor) for tensor, _ in targets]
-        for together in by_device(pieces):
-            batch = [targets[t] for t in together]
-            ops.restore_(
-                [memory(pieces[t]) for t in together],
-                [self._indices_in(tensor, saved) for tensor, saved in batch],
-                [saved.values for _, saved in batch],
-            )
-            # A custom op does not tell autograd that it wrote.
-            torch.autograd.graph.increment_version([tensor for tensor, _ in batch])
+        write_selected(
+            [tensor for tensor, _ in targets],
+            [self._indices_in(tensor, saved) for tensor, saved in targets],
+            [saved.values for _, saved in targets],
+        )
 
     def _indices_in(self, tensor: Tensor, saved: _Saved) -> Tensor:
         """Where the protected weights of a parameter lie in the memory of a tensor like it."""
