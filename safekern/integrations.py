@@ -162,7 +162,7 @@ def _undo_of_merging(peft_model: nn.Module) -> Callable[[], None]:
     }
     # A module keeps its parts in dictionaries and lists, and PEFT what it has merged. It may change the config too.
     configs = [vars(config) for module in modules if hasattr(config := getattr(module, "config", None), "__dict__")]
-    noted = [vars(module) for module in modules] + configs
+    noted: list[dict[str, Any] | list[Any]] = [*(vars(module) for module in modules), *configs]
     noted += [held for module in modules for held in vars(module).values() if isinstance(held, dict | list)]
     contents = [held.copy() for held in noted]
 
@@ -170,7 +170,10 @@ def _undo_of_merging(peft_model: nn.Module) -> Callable[[], None]:
     def undo() -> None:
         for held, content in zip(noted, contents, strict=True):
             held.clear()
-            held.extend(content) if isinstance(held, list) else held.update(content)
+            if isinstance(held, list):
+                held.extend(content)
+            else:
+                held.update(content)
         for tensor, value in values.items():
             tensor.copy_(value)
 

@@ -138,14 +138,20 @@ def test_a_step_keeps_what_it_must_not_move(kind, most):
         loss_of(model, 0).backward()
         optimizer.step()
 
+    def counted():
+        return {name: int(optimizer.state[param]["step"]) for name, param in model.named_parameters()}
+
     run()
     before = weights(model)
     for place in places(run, most):
+        start, count = weights(model), counted()
         interrupted(run, place)
         for name, now in weights(model).items():
             selected = mask.bool(name) if name in mask else torch.zeros(now.shape, dtype=torch.bool)
             kept = ~selected if kind is SETAdamW else selected
             assert torch.equal(now[kept], before[name][kept])
+            # Or a state that is saved then would not go on from where the weights are.
+            assert torch.equal(now, start[name]) or counted()[name] == count[name] + 1
 
 
 def test_protect(most):

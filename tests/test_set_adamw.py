@@ -824,3 +824,18 @@ def test_accelerate_prepares_model_and_optimizer():
     train(models[0], plain, range(3))
     train(model, prepared, range(3))
     assert_same(snapshot(models[1], prepared), snapshot(models[0], plain))
+
+
+def test_a_step_that_the_op_refuses_is_not_counted(monkeypatch):
+    model = Net()
+    optimizer = SETAdamW(model.named_parameters(), random_mask(model))
+    train(model, optimizer, range(1))
+    before = snapshot(model, optimizer)
+
+    def refuse(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("safekern.ops.set_adamw_", refuse)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(model, optimizer, range(1, 2))
+    assert_same(snapshot(model, optimizer), before)

@@ -4,6 +4,7 @@ import copy
 import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -286,7 +287,7 @@ def cut(values: Tensor, before: Places, after: Places, count: int) -> Tensor | N
     return at(values, after).clone() if before == slice(0, count) else None
 
 
-def next_step(
+def step_arguments(
     group: Mapping[str, Any], states: Sequence[Mapping[str, Tensor]]
 ) -> tuple[list[float], list[float], float, float, float, float]:
     """What the ops take of the hyperparameters of a group for the next step of parameters with these states.
@@ -309,11 +310,26 @@ def next_step(
     )
 
 
-def wrote(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> None:
-    """What remains to be done of a step after an op updated the parameters."""
-    # A custom op does not tell autograd that it wrote: without this, a graph that saved the old weights would go on.
-    torch.autograd.graph.increment_version(params)
-    torch._foreach_add_([state["step"] for state in states], _ONE, alpha=1.0)
+@contextmanager
+def step_counted(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]) -> Iterator[None]:
+    """Counts the step in which a block calls the ops that update these parameters.
+
+    Before it, since Ctrl-C strikes where the time goes, which is in those ops and in waiting for the device: the states
+    that it leaves say what was done. Any other exception in the block has to mean that nothing was, and is not counted.
+    """
+    steps = [state["step"] for state in states]
+    torch._foreach_add_(steps, _ONE, alpha=1.0)
+    updated = True
+    try:
+        yield
+    except Exception:
+        updated = False
+        torch._foreach_add_(steps, _ONE, alpha=-1.0)
+        raise
+    finally:
+        if updated:
+            # A custom op does not tell autograd that it wrote: a graph that saved the old weights would go on.
+            torch.autograd.graph.increment_version(params)
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:

@@ -3,17 +3,16 @@
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
 from safekern.errors import InvalidArgumentError, StepError
-from safekern.layout import by_device, gather_selected
+from safekern.layout import gather_selected
 from safekern.sharding import local
 
 aten = torch.ops.aten
@@ -140,39 +139,26 @@ def _unsupported(operation: object) -> InvalidArgumentError:
     )
 
 
-def average(params: Sequence[Tensor], positions: Sequence[Tensor], *, complete: bool) -> None:
-    """Makes gradients that processes selected from their own batches the mean over all of them.
-
-    One all-reduce per device. A gradient that some process lacks counts as zero there; what all lack, they lack after.
+def is_selected(name: str, grad: Tensor, positions: Tensor | None) -> bool:
+    """Whether a gradient was reduced to the selected entries.
 
     Args:
-        params: the same in every process; their gradients are ``SelectedGrad`` or None.
-        positions: of each parameter's selected weights.
-        complete: refuse gradients that some process does not have.
+        name: of its parameter.
+        grad: dense, or reduced by this optimizer or another one; it may be sharded.
+        positions: of the parameter's selected weights; None if none is.
+
+    Raises:
+        StepError: it was reduced to the entries that another optimizer selects, which are of no use here.
     """
-    for together in by_device(params):
-        sizes = [positions[t].numel() for t in together]
-        flat = torch.zeros(sum(sizes) + len(together), dtype=torch.float32, device=params[together[0]].device)
-        *means, holders = flat.split([*sizes, len(together)])
-        for i, t in enumerate(together):
-            grad = params[t].grad
-            if isinstance(grad, SelectedGrad):
-                means[i].copy_(grad.selected)
-                holders[i] = 1
-        dist.all_reduce(flat)
-        size = dist.get_world_size()
-        flat[: sum(sizes)].div_(size)
-        for t, mean, count in zip(together, means, holders.tolist(), strict=True):
-            grad = params[t].grad
-            if complete and 0 < count < size:
-                raise StepError(
-                    "a parameter received a gradient in some processes only, so that these would not agree on how to "
-                    "clip or unscale it: use the optimizer's clip_grad_norm_"
-                )
-            if isinstance(grad, SelectedGrad):
-                grad.selected = mean
-            elif count:
-                params[t].grad = SelectedGrad(params[t], positions[t], mean)
+    piece = local(grad)
+    if not isinstance(piece, SelectedGrad):
+        return False
+    if piece.positions is not positions:
+        raise StepError(
+            f"the gradient of parameter {name} was already reduced to the entries that another optimizer selects: "
+            "give a parameter to one optimizer with in_backward=True, and no other"
+        )
+    return True
 
 
 class GradientHooks:

@@ -2,68 +2,35 @@
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
-from safekern.layout import by_device, flat_view, gather_selected, memory, memory_like, overlaps_itself
+from safekern.layout import flat_view, gather_selected, memory, overlaps_itself
 from safekern.mask import Mask
+from safekern.optim.gradients import Selection, Target, check_reduced, gather, nonfinite_names
 from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
-    Places,
     at,
     check_strided,
     cut,
     held,
     named_groups,
-    next_step,
     settled_gradient,
-    wrote,
+    step_arguments,
+    step_counted,
 )
-from safekern.optim.selected_grad import GradientHooks, SelectedGrad, average
+from safekern.optim.replicas import average, is_replicated
+from safekern.optim.selected_grad import GradientHooks, SelectedGrad, is_selected
 from safekern.sharding import Processes, Shard, is_sharded, like, local
 
 _COMPACT = ("exp_avg", "exp_avg_sq", "master")
-
-
-@dataclass(frozen=True, slots=True)
-class _Selection:
-    """The selected weights of a parameter that this process holds.
-
-    Attributes:
-        places: which of the mask's they are, in its order.
-        indices: where they lie in the memory of this process's part.
-        owner: whether this process speaks for them, where several hold the same.
-        dtype: of the parameter.
-    """
-
-    places: Places
-    indices: Tensor
-    owner: bool
-    dtype: torch.dtype
-
-
-@dataclass(slots=True)
-class _Target:
-    """A masked parameter that received a gradient: this process's parts of both."""
-
-    name: str
-    group: dict[str, Any]
-    param: Tensor
-    piece: Tensor
-    grad: Tensor
-    selection: _Selection
-    state: dict[str, Tensor]
-    # The fp32 gradient at the selected weights.
-    selected: Tensor
 
 
 class SETAdamW(MaskedOptimizer):
@@ -129,7 +96,7 @@ class SETAdamW(MaskedOptimizer):
         in_backward: bool = False,
     ) -> None:
         self._master_weights = master_weights
-        self._selections: dict[str, _Selection] = {}
+        self._selections: dict[str, Selection] = {}
         self._hooks: GradientHooks | None = None
         # Whether clipping has averaged the gradients of processes with batches of their own, for step() to come.
         self._averaged = False
@@ -178,7 +145,7 @@ class SETAdamW(MaskedOptimizer):
         if self._hooks is not None:
             self._hooks.place(name, param)
 
-    def _select(self, name: str, param: Tensor) -> _Selection:
+    def _select(self, name: str, param: Tensor) -> Selection:
         masked, piece = self._masked[name], local(param)
         check_plain(name, param, sharded=True)
         if param.shape != self._mask.shapes[masked]:
@@ -186,9 +153,9 @@ class SETAdamW(MaskedOptimizer):
         if overlaps_itself(piece):
             raise InvalidArgumentError(f"parameter {name} has overlapping memory: make it contiguous first")
         places, indices = held(param, self._mask.compact(masked))
-        return _Selection(places, indices, Shard.of(param).owner, piece.dtype)
+        return Selection(places, indices, Shard.of(param).owner, piece.dtype)
 
-    def _moved_state(self, name: str, param: Tensor, new: _Selection, swapped: bool) -> dict[str, Tensor]:
+    def _moved_state(self, name: str, param: Tensor, new: Selection, swapped: bool) -> dict[str, Tensor]:
         """The state of a parameter, cut down to the weights that this process still holds, and where they are now."""
         state, old = self._states.get(name), self._selections.get(name)
         if state is None or old is None or (swapped and not state["step"]):
@@ -210,7 +177,7 @@ class SETAdamW(MaskedOptimizer):
             moved[field] = value.to(param.device)
         return moved
 
-    def _initial_state(self, piece: Tensor, selection: _Selection) -> dict[str, Tensor]:
+    def _initial_state(self, piece: Tensor, selection: Selection) -> dict[str, Tensor]:
         state = {"step": torch.tensor(0.0, device="cpu")}
         state["exp_avg"] = torch.zeros(selection.indices.numel(), dtype=torch.float32, device=piece.device)
         state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
@@ -226,7 +193,7 @@ class SETAdamW(MaskedOptimizer):
         if grad is None:
             return
         self._bind_one(name, param)
-        if self._is_mine(name, grad):
+        if self._is_selected(name, grad):
             return
         if grad.requires_grad:
             raise StepError("in_backward=True frees the gradients that backward(create_graph=True) is to keep")
@@ -242,44 +209,28 @@ class SETAdamW(MaskedOptimizer):
             # Gradients of other placements are partial sums: step() adds them up, as a hook must not communicate.
             param.grad = None
             piece, indices = local(param), self._selections[name].indices
-            read = weakref.WeakMethod(self._average_to_read) if self._averages(param) else None
+            read = weakref.WeakMethod(self._average_to_read) if is_replicated(param) else None
             selected = SelectedGrad(piece, indices, gather_selected(local(grad), piece, indices), read)
             param.grad = like(grad, selected)
 
     def _others(self, param: Tensor) -> "list[tuple[SETAdamW, str]]":
         return [] if self._hooks is None else self._hooks.others(param)
 
-    def _is_mine(self, name: str, grad: Tensor) -> bool:
-        """Whether it holds the entries that this optimizer selects; another optimizer's are of no use here."""
-        piece = local(grad)
-        if not isinstance(piece, SelectedGrad):
-            return False
-        if name not in self._selections or piece.positions is not self._selections[name].indices:
-            raise StepError(
-                f"the gradient of parameter {name} was already reduced to the entries that another optimizer selects: "
-                "give a parameter to one optimizer with in_backward=True, and no other"
-            )
-        return True
-
-    def _averages(self, param: Tensor) -> bool:
-        """Whether this process has a gradient of its own, from its own batches, of a parameter that all hold whole."""
-        return self._hooks is not None and _several() and not is_sharded(param)
+    def _is_selected(self, name: str, grad: Tensor) -> bool:
+        selection = self._selections.get(name)
+        return is_selected(name, grad, None if selection is None else selection.indices)
 
     def _average(self, *, complete: bool = False) -> None:
-        if self._averaged or self._hooks is None or not _several():
+        if self._averaged or self._hooks is None:
             return
-        mine = [(name, param) for _, name, param in self._named() if name in self._masked and self._averages(param)]
-        if not mine:
-            return
-        for name, param in mine:
-            if param.grad is not None and not self._is_mine(name, param.grad):
-                raise StepError(
-                    f"parameter {name} has a dense gradient, where in_backward=True keeps its selected entries only: "
-                    "DistributedDataParallel writes one back. Call safekern.integrations.leave_to_set(model, mask) "
-                    "before wrapping the model, or do not wrap it: the optimizer averages over the processes"
-                )
-        average([param for _, param in mine], [self._selections[name].indices for name, _ in mine], complete=complete)
-        self._averaged = True
+        mine = {
+            name: (param, self._selections[name].indices)
+            for _, name, param in self._named()
+            if name in self._masked and is_replicated(param)
+        }
+        if mine:
+            average(mine, complete=complete)
+            self._averaged = True
 
     def _average_to_read(self) -> None:
         """Before torch's own clipping or a scaler looks at gradients that other processes have other values of."""
@@ -287,7 +238,7 @@ class SETAdamW(MaskedOptimizer):
             raise StepError("gradients of several processes cannot be read in a hook of backward: read them after it")
         self._average(complete=True)
 
-    def _targets(self) -> list[_Target]:
+    def _targets(self) -> list[Target]:
         named = self._bind()
         self._average()
         targets = []
@@ -297,20 +248,20 @@ class SETAdamW(MaskedOptimizer):
                 continue
             if type(grad) is not SelectedGrad:
                 grad = settled_gradient(param)
-            if isinstance(grad, SelectedGrad) and self._is_mine(name, grad):
+            if isinstance(grad, SelectedGrad) and self._is_selected(name, grad):
                 selected = grad.selected
             else:
                 check_strided(name, grad)
                 selected = grad
             selection, state = self._selections[name], self._states[name]
-            targets.append(_Target(name, group, param, local(param), grad, selection, state, selected))
+            targets.append(Target(name, group, param, local(param), grad, selection, state, selected))
         return targets
 
     def _processes(self) -> Processes:
         """Those that hold parts of the masked parameters."""
         return Processes.of([param for _, name, param in self._named() if name in self._masked])
 
-    def _agree(self, targets: list[_Target], bad: list[str]) -> None:
+    def _agree(self, targets: list[Target], bad: list[str]) -> None:
         """Refuses a step in every process that takes part in it, or in none."""
         count, names = len(targets), list(self._masked)
         processes = self._processes()
@@ -352,20 +303,20 @@ class SETAdamW(MaskedOptimizer):
                 loss = closure()
         targets = self._targets()
         self._averaged = False
-        checks = [*_gather(targets), *_check_reduced(targets)]
+        flags = [*gather(targets), *check_reduced(targets)]
         # Where no other device or process has a say, the device itself skips the update, and never waits for the host.
-        alone = len(checks) == 1 and self._processes().size == 1
+        alone = len(flags) == 1 and self._processes().size == 1
         if not alone:
-            self._agree(targets, _nonfinite(targets, checks))
-        updates: dict[tuple[int, torch.device], list[_Target]] = {}
+            self._agree(targets, nonfinite_names(targets, flags))
+        together: dict[tuple[int, torch.device], list[Target]] = {}
         for target in targets:
-            updates.setdefault((id(target.group), target.piece.device), []).append(target)
-        for together in updates.values():
-            _update(together, checks[0].flag if alone else None)
-        if alone:
-            self._agree(targets, _nonfinite(targets, checks))
-        for together in updates.values():
-            wrote([target.param for target in together], [target.state for target in together])
+            together.setdefault((id(target.group), target.piece.device), []).append(target)
+        updates = [_arguments(some) for some in together.values()]
+        with step_counted([target.param for target in targets], [target.state for target in targets]):
+            for arguments in updates:
+                ops.set_adamw_(*arguments, flags[0].on_device if alone else None)
+            if alone:
+                self._agree(targets, nonfinite_names(targets, flags))
         return loss
 
     @_disable_dynamo
@@ -387,7 +338,7 @@ class SETAdamW(MaskedOptimizer):
         if not max_norm >= 0:
             raise InvalidArgumentError(f"max_norm must be at least 0, got {max_norm}")
         targets = self._targets()
-        _gather(targets)
+        gather(targets)
         processes = self._processes()
         alone = processes.size == 1
         mine = [target.selected for target in targets if alone or target.selection.owner]
@@ -402,7 +353,7 @@ class SETAdamW(MaskedOptimizer):
         for target in targets:
             grad = target.selected
             grad.mul_(scale.to(grad.device))
-            if isinstance(target.grad, SelectedGrad):
+            if not target.is_dense:
                 continue
             if target.grad.stride() == target.piece.stride():
                 flat_view(target.grad).index_copy_(0, target.selection.indices.long(), grad.to(target.grad.dtype))
@@ -486,77 +437,16 @@ def _no_gradient() -> StepError:
     )
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-class _Check:
-    """A flag (one bool) that a device is still computing, on its way to the host."""
-
-    def __init__(self, flag: Tensor) -> None:
-        self.flag = flag
-        self._copy = flag
-        self._copied: torch.Event | None = None
-        if flag.device.type != "cpu":
-            self._copy = flag.to("cpu", non_blocking=True)
-            self._copied = torch.accelerator.current_stream(flag.device).record_event()
-
-    def read(self) -> bool:
-        """Waits for the flag, but not for what the device does after it."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        return bool(self._copy)
-
-
-def _gather(targets: list[_Target]) -> list[_Check]:
-    """Fills in what is selected of dense gradients; per device, whether NaN or infinity is among it."""
-    dense = [target for target in targets if target.selected is target.grad]
-    checks = []
-    for members in by_device([target.piece for target in dense]):
-        together = [dense[t] for t in members]
-        device = together[0].piece.device
-        indices = [target.selection.indices for target in together]
-        sizes = [index.numel() for index in indices]
-        selected = torch.empty(sum(sizes), dtype=torch.float32, device=device).split(sizes)
-        flags = torch.zeros(len(together), dtype=torch.bool, device=device)
-        ops.gather_(selected, [memory_like(target.grad, target.piece) for target in together], indices, flags)
-        checks.append(_Check(flags.any()))
-        for target, values in zip(together, selected, strict=True):
-            target.selected = values
-    return checks
-
-
-def _check_reduced(targets: list[_Target]) -> list[_Check]:
-    """Per device, whether NaN or infinity is among what backward selected."""
-    reduced = [target.selected for target in targets if isinstance(target.grad, SelectedGrad)]
-    checks = []
-    for members in by_device(reduced):
-        together = [reduced[t] for t in members]
-        found, one = (torch.full((1,), value, device=together[0].device) for value in (0.0, 1.0))
-        # Multiplies by one, which changes nothing.
-        torch._amp_foreach_non_finite_check_and_unscale_(together, found, one)
-        checks.append(_Check(found.bool()))
-    return checks
-
-
-def _nonfinite(targets: list[_Target], checks: list[_Check]) -> list[str]:
-    """The parameters whose selected gradients hold NaN or infinity, which some have if a check says so."""
-    if not any(check.read() for check in checks):
-        return []
-    return [target.name for target in targets if not target.selected.isfinite().all()]
-
-
-def _update(targets: list[_Target], nonfinite: Tensor | None) -> None:
-    """One step of targets that share a group and a device, unless a flag there is set."""
+def _arguments(targets: list[Target]) -> tuple[Any, ...]:
+    """What ``set_adamw_`` takes for targets that share a group and a device."""
     group, states = targets[0].group, [target.state for target in targets]
     none = torch.empty(0, device=targets[0].piece.device)
-    ops.set_adamw_(
+    return (
         [memory(target.piece) for target in targets],
         [target.selected for target in targets],
         [target.selection.indices for target in targets],
         [state["exp_avg"] for state in states],
         [state["exp_avg_sq"] for state in states],
         [state.get("master", none) for state in states],
-        *next_step(group, states),
-        nonfinite,
+        *step_arguments(group, states),
     )

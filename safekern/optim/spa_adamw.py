@@ -18,9 +18,9 @@ from safekern.optim.masked import (
     check_strided,
     held,
     named_groups,
-    next_step,
     settled_gradient,
-    wrote,
+    step_arguments,
+    step_counted,
 )
 from safekern.sharding import local, part
 
@@ -238,14 +238,15 @@ class SPAAdamW(MaskedOptimizer):
 
 def _update(group: dict[str, Any], targets: list[_Target]) -> None:
     states = [target.state for target in targets]
-    ops.spa_adamw_(
+    arguments = (
         [memory(target.piece) for target in targets],
         [memory_like(target.grad, target.piece) for target in targets],
         [target.protected for target in targets],
         *([memory(local(state[moment])) for state in states] for moment in _MOMENTS),
-        *next_step(group, states),
+        *step_arguments(group, states),
     )
-    wrote([target.param for target in targets], states)
+    with step_counted([target.param for target in targets], states):
+        ops.spa_adamw_(*arguments)
 
 
 def _lie_like(param: Tensor, moments: Sequence[Tensor]) -> bool:
