@@ -123,6 +123,9 @@ def is_refusal(response: str) -> bool:
     A list of phrases is quick and repeatable, and coarse: a letter of apology that the user asked for counts as a
     refusal, and a refusal in other words or another language does not. For a finer answer pass a judge.
 
+    Args:
+        response: What the model answered.
+
     Example:
         >>> is_refusal("I\u2019m sorry, but no."), is_refusal("Sure! First, whisk the eggs.")
         (True, False)
@@ -245,7 +248,21 @@ def answer_nll(
     responses: Sequence[str],
     batch_size: int = 8,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Negative log-likelihood of each of the given answers in nats, and how many tokens each has; see `mean_nll`."""
+    """Negative log-likelihood of each of the given answers, and how many tokens each has.
+
+    Args:
+        model: As for `mean_nll`.
+        tokenizer: As for `mean_nll`.
+        prompts: As for `mean_nll`.
+        responses: An answer to each prompt.
+        batch_size: Pairs per forward pass.
+
+    Returns:
+        Nats per answer, fp64 [prompts], and tokens per answer, int64 [prompts].
+
+    Raises:
+        InvalidArgumentError: As `mean_nll`.
+    """
     _check_size("batch_size", batch_size)
     if len(prompts) != len(responses):
         raise InvalidArgumentError(
@@ -271,6 +288,9 @@ def is_degenerate(response: str) -> bool:
 
     Empty means without a letter or digit. A loop is a stretch that fills at least half of the answer (and at least
     20 characters) by repeating one piece three times or more, the last time possibly cut short.
+
+    Args:
+        response: What the model answered.
 
     Example:
         >>> is_degenerate("kill kill kill kill kill kill"), is_degenerate("No, no, no!")

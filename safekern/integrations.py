@@ -30,6 +30,9 @@ def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Calla
     Args:
         optimizer_class: `SETAdamW`, `SPAAdamW`, or anything else that takes ``model.named_parameters()`` first.
 
+    Returns:
+        What a Trainer takes for the class in ``optimizer_cls_and_kwargs``.
+
     Example:
         >>> factory = safekern.integrations.for_trainer(safekern.SETAdamW)                          # doctest: +SKIP
         >>> options = {"mask": mask, "lr": 1e-4}                                                    # doctest: +SKIP

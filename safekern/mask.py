@@ -74,6 +74,9 @@ class Mask(Mapping[str, Tensor]):
             model_numel: How many weights the whole model has; by default those of all ``shapes`` together.
             meta: Where the mask comes from, as JSON can hold it.
 
+        Returns:
+            A mask that shares no memory with what was given.
+
         Raises:
             InvalidArgumentError: If indices are not integers, repeat or lie outside the shape, if a shape is missing
                 or ``model_numel`` is too small.
@@ -108,6 +111,9 @@ class Mask(Mapping[str, Tensor]):
             masks: For each parameter a bool tensor of its shape, on any device, True where selected. Together they
                 count as the whole model for :attr:`density`.
             meta: Where the mask comes from, as JSON can hold it.
+
+        Returns:
+            A mask that shares no memory with what was given.
 
         Raises:
             InvalidArgumentError: If a tensor is not boolean.
@@ -144,7 +150,21 @@ class Mask(Mapping[str, Tensor]):
     @overload
     def get(self, name: str, /, default: Tensor | _Default) -> Tensor | _Default: ...
     def get(self, name: str, /, default: Any = None) -> Any:
-        """The indices of one parameter, or ``default`` where none is selected."""
+        """The indices of one parameter, or ``default`` where none is selected.
+
+        Args:
+            name: A parameter's name.
+            default: What to return instead.
+
+        Returns:
+            As ``mask[name]``: sorted int64 of shape [selected], on the CPU.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> mask = Mask.from_indices({"w": [1]}, {"w": (1, 2)})
+            >>> mask.get("w"), mask.get("bias")
+            (tensor([1]), None)
+        """
         return self[name] if name in self._shapes else default
 
     def compact(self, name: str) -> Tensor:
@@ -491,6 +511,9 @@ class Mask(Mapping[str, Tensor]):
         Args:
             path: The file.
 
+        Returns:
+            The mask that was saved, its :attr:`meta` too.
+
         Raises:
             FileAccessError: If the file is missing or cannot be read.
             FileFormatError: If it is damaged, newer than this version of safekern, or not a mask.
@@ -510,7 +533,18 @@ class Mask(Mapping[str, Tensor]):
             raise FileFormatError(f"{path}: not a valid mask: {error} Copy or create it again.") from error
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a file holds of the mask: 1-D codes for each parameter, and a description as JSON can hold it."""
+        """What a file holds of the mask, for formats of one's own; :meth:`save` writes a file.
+
+        Returns:
+            For each parameter 1-D codes, uint8 or uint16; and a description as JSON can hold it.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> mask = Mask.from_indices({"w": [1, 3]}, {"w": (2, 2)})
+            >>> codes, description = mask.pack()
+            >>> codes["w"], Mask.unpack(codes, description) == mask
+            (tensor([2, 2], dtype=torch.uint8), True)
+        """
         if isinstance(self._indices, _Packed):
             codes = self._indices.codes
         else:
@@ -524,6 +558,13 @@ class Mask(Mapping[str, Tensor]):
 
         The mask keeps the codes, about 1.1 bytes per selected weight at 1%, and unpacks a parameter's when asked for
         them: each of many processes can hold it, and unpack what it has to do with.
+
+        Args:
+            codes: For each parameter what :meth:`pack` gave.
+            description: What it gave beside them.
+
+        Returns:
+            A mask that is equal to the one that was packed.
 
         Raises:
             InvalidArgumentError: If it does not describe a mask.
@@ -619,6 +660,9 @@ class Summary(tuple[SummaryRow, ...]):
 
         Args:
             by: ``"cell"`` keeps every row; ``"component"`` adds up the layers, ``"layer"`` the components.
+
+        Returns:
+            A table to print; its ``records()`` are for JSON.
 
         Example:
             >>> from safekern.mask import Mask

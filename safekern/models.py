@@ -94,6 +94,9 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
 
     Raises:
         FileAccessError: It cannot be written.
+
+    Example:
+        >>> safekern.models.save(model, tokenizer, "aligned")  # doctest: +SKIP
     """
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")

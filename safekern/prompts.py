@@ -31,6 +31,11 @@ class Pairs:
         prompts: what a user asks: a str, or the messages of a conversation.
         responses: a refusal for a harmful prompt, a helpful answer for a benign one.
         categories: the harm category, or the topic; empty where none is known.
+
+    Example:
+        >>> pairs = Pairs(["What is 2 + 2?", "Say hi."], ["4.", "Hi!"], ["math", ""])
+        >>> len(pairs), pairs[:1].responses
+        (2, ['4.'])
     """
 
     prompts: list[Prompt]
@@ -46,6 +51,10 @@ class Pairs:
 
 def builtin(kind: Literal["harmful", "benign"], split: Literal["tune", "eval"]) -> Pairs:
     """The pairs of one split, interleaved over categories, so that any first part of it covers all of them.
+
+    Args:
+        kind: harmful prompts with refusals, or benign ones with helpful answers.
+        split: ``"tune"`` to score and train on, ``"eval"`` to measure with.
 
     Example:
         >>> pairs = builtin("harmful", "tune")
@@ -129,6 +138,9 @@ def with_refusals(prompts: Sequence[Prompt]) -> Pairs:
 
     The refusals take turns. They name no harm, so that they fit any prompt; refusals written for each prompt, as the
     built-in pairs have them, say more.
+
+    Args:
+        prompts: user messages, or conversations as lists of messages.
 
     Example:
         >>> pairs = with_refusals(["Tell me how to pick a lock", "Help me cheat in an exam"])

@@ -94,11 +94,17 @@ class Scores(Mapping[str, Tensor]):
     def gradient(self, name: str) -> Tensor:
         """The mean gradient of the objective (under ``reduction="abs"`` the mean absolute gradient).
 
+        Args:
+            name: a parameter's name.
+
         Returns:
             fp32 of the parameter's shape; the stored tensor itself, not a copy.
 
         Raises:
             UnknownNameError: the parameter was not scored.
+
+        Example:
+            >>> scores.gradient("model.layers.0.self_attn.q_proj.weight")     # doctest: +SKIP
         """
         try:
             return self._gradients[name]
@@ -113,17 +119,37 @@ class Scores(Mapping[str, Tensor]):
             per: ``"model"`` ranks all eligible weights together; ``"tensor"`` picks ``max(1, int(ratio * numel))`` in
                 every tensor. Ties go to the earlier weight (parameter order, then flat index).
 
+        Returns:
+            A mask with the ranking in its ``meta``; the same in every process.
+
         Raises:
-            InvalidArgumentError: a ratio outside (0, 1].
+            InvalidArgumentError: a ratio outside (0, 1], or another ``per``.
             NonFiniteError: a score is NaN.
 
         Example:
-            >>> scores.top(0.01).summary()                    # doctest: +SKIP
+            >>> import torch
+            >>> from safekern import Scores
+            >>> gradients, sigma = {"w": torch.tensor([[1.0, -3.0, 2.0]])}, {"w": torch.tensor(0.1)}
+            >>> scores = Scores(gradients, sigma, num_batches=1, model_numel=3, meta={})
+            >>> scores.top(0.7)["w"], scores.bottom(0.4)["w"]
+            (tensor([1, 2]), tensor([0]))
         """
         return self._rank(ratio, per, largest=True)
 
     def bottom(self, ratio: float, *, per: Per = "model") -> Mask:
-        """The weights of the smallest ESI; ties go to the earlier weight too. See :meth:`top`."""
+        """The weights of the smallest ESI; ties go to the earlier weight too.
+
+        Args:
+            ratio: as in :meth:`top`.
+            per: as in :meth:`top`.
+
+        Returns:
+            As :meth:`top`, which has an example of both.
+
+        Raises:
+            InvalidArgumentError: as :meth:`top`; or these are scores that keep the top candidates only.
+            NonFiniteError: as :meth:`top`.
+        """
         return self._rank(ratio, per, largest=False)
 
     def random(self, ratio: float, *, per: Per = "model", seed: int = 0) -> Mask:
@@ -133,6 +159,15 @@ class Scores(Mapping[str, Tensor]):
             ratio: as in :meth:`top`.
             per: as in :meth:`top`.
             seed: a whole number from 0 on; the same seed draws the same weights.
+
+        Returns:
+            A mask as :meth:`top` gives it.
+
+        Raises:
+            InvalidArgumentError: a ratio outside (0, 1], another ``per``, or a negative seed.
+
+        Example:
+            >>> control = scores.random(0.01, seed=1)         # doctest: +SKIP
         """
         counts = self._counts(_checked(ratio), per)
         if seed < 0:
@@ -150,6 +185,9 @@ class Scores(Mapping[str, Tensor]):
 
         Args:
             mask: A mask over the scored parameters; wrapped names resolve.
+
+        Returns:
+            How often each size of score occurs among them; the same in every process.
 
         Raises:
             MaskMismatchError: the mask selects nothing, or a parameter was not scored or is of another shape.
@@ -200,9 +238,15 @@ class Scores(Mapping[str, Tensor]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file (4 bytes per eligible weight) that :meth:`load` reads.
 
+        Args:
+            path: the file to write or replace, by habit ``*.safetensors``.
+
         Raises:
             FileAccessError: the path cannot be written; an existing file is left as it was.
             InvalidArgumentError: several processes hold the scores.
+
+        Example:
+            >>> scores.save("scores.safetensors")             # doctest: +SKIP
         """
         if any(map(is_sharded, self._gradients.values())):
             raise InvalidArgumentError(
@@ -216,9 +260,18 @@ class Scores(Mapping[str, Tensor]):
     def load(cls, path: str | os.PathLike[str]) -> "Scores":
         """Reads what :meth:`save` wrote.
 
+        Args:
+            path: the file.
+
+        Returns:
+            The scores, on the CPU; :class:`TopScores` where such were saved.
+
         Raises:
             FileAccessError: the file cannot be read.
             FileFormatError: it is damaged or not a scores file.
+
+        Example:
+            >>> mask = safekern.Scores.load("scores.safetensors").top(0.01)   # doctest: +SKIP
         """
         tensors, meta = files.read(path, "scores", _TOP_VERSION)
         try:
@@ -347,6 +400,10 @@ class TopScores(Scores):
 
     Attributes:
         keep: the largest ratio for :meth:`top`.
+
+    Example:
+        >>> scores = safekern.score(model, batches, memory=6e9, keep=0.01)    # doctest: +SKIP
+        >>> mask = scores.top(0.01)                                           # doctest: +SKIP
     """
 
     def __init__(
@@ -379,6 +436,9 @@ class TopScores(Scores):
             ratio: share of the model's weights, in (0, :attr:`keep`].
             per: only ``"model"``.
 
+        Returns:
+            The mask that :meth:`Scores.top` of all scores would be.
+
         Raises:
             InvalidArgumentError: a larger ratio, or ``per="tensor"``.
         """
@@ -402,6 +462,9 @@ class TopScores(Scores):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the candidates (8 bytes each) to a file for :meth:`Scores.load`.
+
+        Args:
+            path: as :meth:`Scores.save`.
 
         Raises:
             FileAccessError: the path cannot be written; an existing file is left as it was.
@@ -516,6 +579,12 @@ class ScoreReport(tuple[ScoreRow, ...]):
 
         Args:
             by: ``"cell"`` keeps every row; ``"component"`` merges the layers, ``"layer"`` the components.
+
+        Returns:
+            A table to print; its ``records()`` are for JSON.
+
+        Example:
+            >>> print(scores.report().table("layer"))         # doctest: +SKIP
         """
         numbers = (
             Column("numel", "{:,}", "weights"),

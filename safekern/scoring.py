@@ -85,6 +85,10 @@ def score(
             ``"expert"`` takes it over each expert's slice instead, as if every expert had tensors of its own. No
             difference for any other tensor.
 
+    Returns:
+        The scores: by parameter, fp32 of its shape, on its device (with ``offload`` on the CPU), sharded as it is; or
+        :class:`~safekern.scores.TopScores`, where ``memory`` took several sweeps.
+
     Raises:
         InvalidArgumentError: an empty loader, nothing to score, a parameter that cannot be scored, a one-shot iterator
             where several sweeps are needed, a ``memory`` too small for the largest parameter and the candidates.

@@ -37,6 +37,14 @@ REFUSAL_WEIGHT = 0.16
 def in_order(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int) -> list[Batch]:
     """Every pair once, in batches: what `safekern.score` needs.
 
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        pairs: prompts with their responses.
+        batch_size: pairs per batch; the last batch may have fewer.
+
+    Returns:
+        Batches as `safekern.objectives.encode` makes them, on the CPU.
+
     Raises:
         InvalidArgumentError: a batch size below 1, or no pairs.
 
@@ -65,6 +73,10 @@ def shuffled(
 
     Raises:
         InvalidArgumentError: a batch size below 1, or no pairs.
+
+    Example:
+        >>> for batch in itertools.islice(shuffled(tokenizer, pairs, 4, seed=0), 100):  # doctest: +SKIP
+        ...     safekern.objectives.refusal(model, batch).backward()
     """
     _check(pairs, batch_size)
     order = itertools.islice(_endless_order(len(pairs), torch.Generator().manual_seed(seed)), skip * batch_size, None)
@@ -94,8 +106,15 @@ def balanced(
         seed: order of the pairs.
         skip: iterations to leave out at the beginning.
 
+    Returns:
+        For refusals and for helpful answers, their weight in the loss and their endless batches.
+
     Raises:
         InvalidArgumentError: an odd batch size or one below 2, a weight outside [0, 1], or no pairs of a kind.
+
+    Example:
+        >>> harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")                # doctest: +SKIP
+        >>> losses = tune(model, opt, balanced(tokenizer, harmful, benign), 100)                   # doctest: +SKIP
     """
     check_balance(batch_size, refusal_weight)
     for pairs in (harmful, benign):
@@ -107,8 +126,17 @@ def balanced(
 def check_balance(batch_size: int, refusal_weight: float) -> None:
     """Raises what `balanced` would raise, to be called before long work starts.
 
+    Args:
+        batch_size: pairs per iteration.
+        refusal_weight: how much of the loss the refusals are.
+
     Raises:
         InvalidArgumentError: an odd batch size or one below 2, or a weight outside [0, 1].
+
+    Example:
+        >>> check_balance(batch_size=5, refusal_weight=0.2)
+        Traceback (most recent call last):
+        safekern.errors.InvalidArgumentError: batch_size is 5, but must be even: half of each batch is of each kind
     """
     if batch_size < 2 or batch_size % 2:
         raise InvalidArgumentError(f"batch_size is {batch_size}, but must be even: half of each batch is of each kind")

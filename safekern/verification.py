@@ -169,6 +169,9 @@ def verify(
         batch_size: Prompts answered together.
         report: Called with every row as soon as it is known.
 
+    Returns:
+        The model as it is, and then for each noise each selection; printing it gives a table.
+
     Raises:
         InvalidArgumentError: No noise level, one that is negative or not finite, a negative seed, no prompts, or scores
             that keep only the top candidates.
@@ -221,6 +224,10 @@ def verify(
 
 def random_like(mask: Mask, seed: int) -> Mask:
     """As many weights as a mask selects, drawn evenly from all weights of its parameters: the control.
+
+    Args:
+        mask: The mask.
+        seed: The same seed draws the same weights.
 
     Example:
         >>> mask = Mask.from_indices({"w": [0, 1]}, {"w": (3, 4)})

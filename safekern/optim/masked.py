@@ -152,7 +152,11 @@ class MaskedOptimizer(Optimizer):
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of all parameters given to the optimizer."""
+        """Clears the gradients of all parameters given to the optimizer.
+
+        Args:
+            set_to_none: free them, instead of filling them with zeros.
+        """
         self._bind()
         super().zero_grad(set_to_none)
 

@@ -110,7 +110,16 @@ class _Saved:
 
 
 class Protection:
-    """The handle that :func:`protect` returns."""
+    """The handle that :func:`protect` returns.
+
+    Example:
+        >>> handle = safekern.protect(opt, mask, model.named_parameters())                    # doctest: +SKIP
+        >>> model.load_state_dict(other)                                                      # doctest: +SKIP
+        >>> handle.refresh()                                                                  # doctest: +SKIP
+        >>> train(model, opt)                                                                 # doctest: +SKIP
+        >>> handle.verify()                                                                   # doctest: +SKIP
+        >>> handle.remove()                                                                   # doctest: +SKIP
+    """
 
     def __init__(self, optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters) -> None:
         self._optimizer = _with_hooks(optimizer)
@@ -150,7 +159,12 @@ class Protection:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Protects the values that the model has now, after other weights were loaded on purpose."""
+        """Protects the values that the model has now, after other weights were loaded on purpose.
+
+        Raises:
+            InvalidArgumentError: a value that the swaps of a schedule-free optimizer would change, see :func:`protect`.
+            ProtectionError: the optimizer no longer holds a parameter, or one was sharded anew.
+        """
         self._locate()
         fresh = read_selected([saved.piece for saved in self._saved], [saved.indices for saved in self._saved])
         if self._swaps_weights():
@@ -168,7 +182,11 @@ class Protection:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Writes the saved values back: after an exception inside a step, which kept the step from doing so."""
+        """Writes the saved values back: after an exception inside a step, which kept the step from doing so.
+
+        Raises:
+            ProtectionError: a parameter is in another dtype than its saved values, or was sharded anew.
+        """
         self._locate()
         self._write(self._saved)
         self._stepping = False

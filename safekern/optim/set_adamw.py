@@ -124,7 +124,11 @@ class SETAdamW(MaskedOptimizer):
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of all parameters given to the optimizer."""
+        """Clears the gradients of all parameters given to the optimizer.
+
+        Args:
+            set_to_none: free them, instead of filling them with zeros.
+        """
         self._averaged = False
         super().zero_grad(set_to_none)
 
@@ -293,6 +297,9 @@ class SETAdamW(MaskedOptimizer):
         Args:
             closure: recomputes the loss and the gradients.
 
+        Returns:
+            What the closure returned, if there is one.
+
         Raises:
             StepError: no selected weight received a gradient, in any process.
             NonFiniteError: a selected gradient is NaN or infinite, in any process. Nothing was changed in any.
@@ -328,12 +335,20 @@ class SETAdamW(MaskedOptimizer):
         sharded parameters, or several processes and ``in_backward``, all processes call it together, and the norm is
         that over all of them.
 
+        Args:
+            max_norm: at least 0; infinity only measures.
+
         Returns:
             The norm before clipping, a 0-d fp32 tensor.
 
         Raises:
             InvalidArgumentError: ``max_norm`` is negative or NaN.
             StepError: no selected weight received a gradient.
+
+        Example:
+            >>> loss.backward()                                                   # doctest: +SKIP
+            >>> norm = opt.clip_grad_norm_(1.0)                                   # doctest: +SKIP
+            >>> opt.step()                                                        # doctest: +SKIP
         """
         if not max_norm >= 0:
             raise InvalidArgumentError(f"max_norm must be at least 0, got {max_norm}")
@@ -393,6 +408,9 @@ class SETAdamW(MaskedOptimizer):
         Parameters are matched by name, in any order, and each process takes the part of the state that it needs,
         however many there are now and were then. The next step equals that of the uninterrupted run bit for bit: fp32
         state stays fp32 where torch's own loading would cast it to the parameter's dtype.
+
+        Args:
+            state_dict: what ``state_dict()`` returned, also after a trip through ``torch.distributed.checkpoint``.
 
         Raises:
             InvalidArgumentError: not the state of an optimizer.

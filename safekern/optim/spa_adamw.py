@@ -180,6 +180,9 @@ class SPAAdamW(MaskedOptimizer):
         Args:
             closure: recomputes the loss and the gradients.
 
+        Returns:
+            What the closure returned, if there is one.
+
         Raises:
             StepError: no parameter received a gradient.
         """
@@ -214,6 +217,9 @@ class SPAAdamW(MaskedOptimizer):
         Parameters are matched by name, whatever their order. The next step equals that of the uninterrupted run bit for
         bit: moments keep their dtype, where torch's own loading would cast them to the parameter's. Whole moments are
         cut down to the part of a sharded parameter that this process holds.
+
+        Args:
+            state_dict: what ``state_dict()`` returned, also after a trip through ``torch.distributed.checkpoint``.
 
         Raises:
             MaskMismatchError: the state belongs to another mask or to other parameters. Nothing was changed.
