@@ -22,7 +22,7 @@ from safekern.distribution import Distribution
 from safekern.errors import FileAccessError
 from safekern.mask import Mask, Summary
 from safekern.overlap import COLUMNS, Comparison, row
-from safekern.scores import ScoreReport, Scores
+from safekern.scores import ScoreReport, Scores, ratio_of
 from safekern.tables import Column, Table, printable
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ class Ranking:
             NonFiniteError: A score is NaN or infinite.
         """
         selected = scores.selected(mask)
-        # A ratio that comes to exactly as many weights, whichever way it is rounded.
-        ratio = min(1.0, (mask.numel + 0.5) / scores.model_numel)
+        ratio = ratio_of(mask.numel, scores.model_numel)
         return cls(scores.report(), selected, Comparison(scores.top(ratio), mask), scores.num_batches)
 
 

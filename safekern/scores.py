@@ -513,6 +513,11 @@ def count_of(ratio: float, model_numel: int, numel: int) -> int:
     return min(max(1, int(ratio * model_numel)), numel)
 
 
+def ratio_of(count: int, model_numel: int) -> float:
+    """The ratio by which :func:`count_of` comes to exactly so many weights, however it is rounded."""
+    return min(1.0, (count + 0.5) / model_numel)
+
+
 @dataclass
 class _Cell:
     """The scores of one component of one layer; ``variance`` is summed over its weights."""

@@ -16,7 +16,7 @@ from safekern.evaluation import Judge, answer_nll, attack_success_rate, is_degen
 from safekern.mask import Mask
 from safekern.perturbation import perturb
 from safekern.prompts import Pairs
-from safekern.scores import Scores, draw_across
+from safekern.scores import Scores, draw_across, ratio_of
 from safekern.tables import Column, Table
 
 if TYPE_CHECKING:
@@ -276,8 +276,7 @@ def _bottom(scores: Scores, mask: Mask) -> Mask:
             f"the scores are of a model of {scores.model_numel:,} weights, the mask of one of {mask.model_numel:,}: "
             "use the scores that the mask was ranked from"
         )
-    # Half a weight more, since a ratio is rounded down.
-    return scores.bottom(min(1.0, (mask.numel + 0.5) / mask.model_numel))
+    return scores.bottom(ratio_of(mask.numel, mask.model_numel))
 
 
 def _percent(estimate: Estimate) -> str:

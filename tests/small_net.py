@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from exact import bits
 from torch import Tensor, nn
 
 from safekern import Mask
@@ -54,13 +55,8 @@ def give_gradients(model, step):
         param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
 
 
-def bits(tensor: Tensor) -> Tensor:
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().view(integer).clone()
-
-
 def weights(model):
-    return {name: bits(param) for name, param in model.named_parameters()}
+    return {name: bits(param).clone() for name, param in model.named_parameters()}
 
 
 def snapshot(model, optimizer):

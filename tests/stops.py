@@ -1,10 +1,13 @@
-"""Stops safekern's own code, or another package's, at a chosen place, as Ctrl-C and kill -9 do at a random one."""
+"""Stops code at a chosen place, safekern's, another package's or backward, as Ctrl-C and kill -9 do at a random one."""
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
+
+import torch
+from torch import Tensor
 
 import safekern
 
@@ -57,3 +60,29 @@ def spread(total: int, most: int | None) -> list[int]:
 def interrupt() -> None:
     """What Python does at Ctrl-C."""
     raise KeyboardInterrupt
+
+
+def raising(error: BaseException) -> Callable[[], Any]:
+    """A function that raises."""
+
+    def act() -> None:
+        raise error
+
+    return act
+
+
+class _AtBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, act):
+        ctx.act = act
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.act()
+        return grad, None
+
+
+def at_backward(tensor: Tensor, act: Callable[[], Any]) -> Tensor:
+    """The tensor, and ``act`` when backward comes to it."""
+    return _AtBackward.apply(tensor, act)

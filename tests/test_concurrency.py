@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from small_net import Net, assert_same, loss_of, random_mask, train, weights
+from stops import at_backward
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -149,22 +150,13 @@ def test_another_backward_pass_does_not_count(start):
 
 
 def test_a_backward_pass_inside_backward_is_part_of_it():
-    class Twice(torch.autograd.Function):
-        """Its backward runs one of its own, as reentrant checkpointing does."""
-
-        @staticmethod
-        def forward(ctx, hidden, net):
-            ctx.net = net
-            return hidden.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            with torch.enable_grad():
-                loss_of(ctx.net, 7).backward()
-            return grad, None
-
     def objective(net, batch):
-        return Twice.apply(loss_of(net, batch), net)
+        def another():
+            with torch.enable_grad():
+                loss_of(net, 7).backward()
+
+        # As reentrant checkpointing does.
+        return at_backward(loss_of(net, batch), another)
 
     net = Net()
     got = score(net, [1, 1], objective)

@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 import transformers
+from exact import same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli_workflow import PAIRS, byte_tokenizer, write_rows
 from test_families import build
-from test_scoring import Weights, assert_same_scores, linear, same_bits
+from test_scoring import Weights, assert_same_scores, linear
 from torch import nn
 
 import safekern

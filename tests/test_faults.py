@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stops import at_backward, raising
 from test_delta import contents, llama_mask, tuned
 from test_fuzzed_files import KINDS, at_most, mask_of_base, use, write
 from test_objectives import byte_tokenizer, tiny_llama
@@ -253,38 +254,28 @@ class TestLoaderWorkers:
         assert_untouched(model, before)
 
 
-class Hungry(torch.autograd.Function):
-    """Wants more memory in backward than any machine has, or raises what it is told."""
-
-    @staticmethod
-    def forward(ctx, tensor, error):
-        ctx.error = error
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.error is not None:
-            raise ctx.error
-        return grad + torch.empty(2**55, dtype=torch.uint8).sum(), None
+def hungry():
+    """Wants more memory than any machine has."""
+    torch.empty(2**55, dtype=torch.uint8)
 
 
 ERRORS = {
-    "allocator": None,
     "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "pinned": RuntimeError("CUDA error: out of memory"),
     "kernel": RuntimeError("std::bad_alloc"),
     "python": MemoryError(),
 }
+FAULTS = {"allocator": hungry, **{kind: raising(error) for kind, error in ERRORS.items()}}
 
 
 class TestOutOfMemory:
-    @pytest.mark.parametrize("kind", ERRORS)
+    @pytest.mark.parametrize("kind", FAULTS)
     def test_in_backward_of_score(self, kind):
         model = used_model()
         before = snapshot(model)
 
         def objective(model, batch):
-            return Hungry.apply(model_loss(model, batch), ERRORS[kind])
+            return at_backward(model_loss(model, batch), FAULTS[kind])
 
         with pytest.raises(OutOfMemoryError) as caught:
             score(model, token_batches(), objective)
@@ -302,7 +293,7 @@ class TestOutOfMemory:
         model = nn.Sequential(nn.Linear(1000, 500, bias=False), nn.Linear(500, 10, bias=False)).bfloat16()
 
         def objective(model, batch):
-            return Hungry.apply(model(batch.bfloat16()).sum(), None)
+            return at_backward(model(batch.bfloat16()).sum(), hungry)
 
         message = (
             "1.01 MB for the model, 2.02 MB for the accumulators of 2 parameters, 1.00 MB for the largest gradient"
@@ -327,7 +318,7 @@ class TestOutOfMemory:
 
     def test_other_errors_are_what_they_are(self):
         def objective(model, batch):
-            return Hungry.apply(model_loss(model, batch), RuntimeError("shapes do not fit"))
+            return at_backward(model_loss(model, batch), raising(RuntimeError("shapes do not fit")))
 
         with pytest.raises(RuntimeError, match="shapes do not fit") as caught:
             score(used_model(), token_batches(), objective)
@@ -339,7 +330,7 @@ class TestOutOfMemory:
         optimizer = SETAdamW(model.named_parameters(), mask, in_backward=True)
         before = snapshot(model)["contents"]
         monkeypatch.setattr(
-            "safekern.training.refusal", lambda model, batch: Hungry.apply(model(**batch).loss, ERRORS["GPU"])
+            "safekern.training.refusal", lambda model, batch: at_backward(model(**batch).loss, FAULTS["GPU"])
         )
         pairs = type("Pairs", (), {"prompts": ["Bad?"], "responses": ["No."], "__len__": lambda self: 1})()
         parts = balanced(tokenizer, pairs, pairs, batch_size=2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from exact import bits
 from test_objectives import byte_tokenizer, tiny_llama
 
 import safekern
@@ -28,10 +29,6 @@ def random_mask(model, share=0.05, seed=0):
         if "proj" in name
     }
     return Mask.from_bool(masks)
-
-
-def bits(tensor):
-    return tensor.detach().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 def weights(model):

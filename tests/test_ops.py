@@ -12,6 +12,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
+from exact import bits, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -53,14 +54,8 @@ def kernel(name, backend):
     return getattr(ops, name)
 
 
-def bits(tensor: Tensor) -> Tensor:
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.contiguous().view(integer)
-
-
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
-    assert a.shape == b.shape and a.dtype == b.dtype
-    assert torch.equal(bits(a), bits(b))
+    assert same_bits(a, b)
 
 
 def between_sentinels(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -1015,10 +1010,17 @@ def test_every_op_is_checked():
 
 
 def with_capability(name):
-    environment = {**os.environ, "SAFEKERN_CPU_CAPABILITY": name, "SAFEKERN_BACKEND": "cpu", "OMP_NUM_THREADS": "1"}
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "tests.test_ops"]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    here = Path(__file__)
+    path = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {
+        "SAFEKERN_CPU_CAPABILITY": name,
+        "SAFEKERN_BACKEND": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path,
+    }
+    command = [sys.executable, "-m", here.stem]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here.parent.parent)
 
 
 def test_results_do_not_depend_on_the_instruction_set():

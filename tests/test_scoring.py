@@ -11,6 +11,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
+from exact import bits, same_bits
+from stops import at_backward, raising
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,15 +85,6 @@ def linear(model, batch):
 
 def every(name, param):
     return True
-
-
-def bits(tensor: Tensor) -> Tensor:
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().view(integer)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits(a), bits(b))
 
 
 def assert_same_scores(mine, want):
@@ -577,17 +570,9 @@ def assert_untouched(model, before):
     assert all(torch.equal(mine, old) for mine, old in zip(after["contents"], before["contents"], strict=True))
 
 
-class Raising(torch.autograd.Function):
-    """Passes a tensor on, and raises in backward."""
-
-    @staticmethod
-    def forward(ctx, tensor, error):
-        ctx.error = error
-        return tensor.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise ctx.error
+def broken(model, error):
+    """A loss whose backward raises."""
+    return at_backward(model.first.weight, raising(error)).sum() + model.second.weight.sum()
 
 
 def failing_at(index, batches, error):
@@ -650,16 +635,12 @@ SCENARIOS = {
         functools.partial(marked, 2), lambda model, batch: model(**batch).loss, IndexError, "index out of range"
     ),
     "backward raises": scenario(
-        objective=lambda model, batch: (
-            Raising.apply(model.first.weight, ArithmeticError("backward")).sum() + model.second.weight.sum()
-        ),
+        objective=lambda model, batch: broken(model, ArithmeticError("backward")),
         error=ArithmeticError,
         message="backward",
     ),
     "backward is interrupted": scenario(
-        objective=lambda model, batch: (
-            Raising.apply(model.first.weight, KeyboardInterrupt()).sum() + model.second.weight.sum()
-        ),
+        objective=lambda model, batch: broken(model, KeyboardInterrupt()),
         error=KeyboardInterrupt,
     ),
     "loader raises": scenario(lambda: failing_at(2, token_batches(), OSError("disk")), error=OSError, message="disk"),

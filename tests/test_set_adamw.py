@@ -490,7 +490,7 @@ def test_groups_can_be_added_for_parameters_outside_the_mask():
     optimizer = SETAdamW(model.named_parameters(), random_mask(model), lr=0.5)
     optimizer.add_param_group({"params": [("extra.weight", extra.weight)], "lr": 0.1})
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
-    before = bits(extra.weight)
+    before = bits(extra.weight).clone()
     extra.weight.grad = torch.ones_like(extra.weight)
     loss_of(model, 0).backward()
     optimizer.step()
