@@ -376,7 +376,8 @@ def test_no_process_of_a_script_hangs_when_one_fails(failing: int) -> None:
     finally:
         for process in started:
             process.kill()
-    assert all(process.returncode == 1 for process in started), written
+    # Not always 1: on its way out torch may abort a process whose group is gone.
+    assert all(process.returncode for process in started), written
     assert "ValueError: of this process alone" in written[failing]
     # The store went with process 0, unless that was still busy going.
     told = "process 1 failed: ValueError" if failing == 1 else r"another process ended|process 0 failed: ValueError"
