@@ -57,15 +57,19 @@ SAFEKERN_INLINE Moments moments(const Param* param, int64_t numel) {
 template <class Param>
 Moments chunk_moments(const Param* param, int64_t numel) {
   Moments result;
-  if constexpr (std::is_same_v<Param, Half>) {
-    float values[kChunk];
-    vectorised([&]() SAFEKERN_INLINE_LAMBDA {
-      convert(param, values, numel);
-      result = moments(values, numel);
-    });
-  } else {
-    vectorised([&]() SAFEKERN_INLINE_LAMBDA { result = moments(param, numel); });
+  if constexpr (sizeof(Param) == 2) {
+    // Compilers vectorise the way from bf16 to fp64 for AVX-512 only, where it saves an eighth; that of fp16 never.
+    const bool at_once = std::is_same_v<Param, BFloat16> && cpu_capability() == Capability::kAvx512;
+    if (!at_once) {
+      float values[kChunk];
+      vectorised([&]() SAFEKERN_INLINE_LAMBDA {
+        convert(param, values, numel);
+        result = moments(values, numel);
+      });
+      return result;
+    }
   }
+  vectorised([&]() SAFEKERN_INLINE_LAMBDA { result = moments(param, numel); });
   return result;
 }
 
