@@ -436,6 +436,18 @@ def adamw(
     return value * double(decay).to(value.dtype) - step, exp_avg, exp_avg_sq
 
 
+# What `adamw_bits` gives and a kernel takes, in this order.
+HYPERPARAMETERS = (
+    "decay",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "eps",
+    "step_size",
+    "bias_correction2_sqrt",
+)
+
+
 def adamw_bits(
     decay: float, beta1: float, beta2: float, eps: float, step_size: float, bias_correction2_sqrt: float
 ) -> list[int]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safekern.ops.triton.common import (
     FLOATS,
+    HYPERPARAMETERS,
     SCATTER_BLOCK,
     SELECTED_ROWS,
     WORDS,
@@ -106,18 +107,7 @@ def set_adamw_(
             )
 
 
-_HYPERPARAMETERS = (
-    "decay",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "eps",
-    "step_size",
-    "bias_correction2_sqrt",
-)
-
-
-@triton.jit(do_not_specialize=["tensors", "skip", *_HYPERPARAMETERS])
+@triton.jit(do_not_specialize=["tensors", "skip", *HYPERPARAMETERS])
 def set_adamw_kernel(
     table,
     tensors: tl.int32,
@@ -186,7 +176,7 @@ def set_adamw_kernel(
 SPECS = [
     Spec(
         set_adamw_kernel,
-        {"table": "*i64", "tensors": "i32", **dict.fromkeys(_HYPERPARAMETERS, "i64"), "skip": "*u8"},
+        {"table": "*i64", "tensors": "i32", **dict.fromkeys(HYPERPARAMETERS, "i64"), "skip": "*u8"},
         {
             "PARAM": param,
             "WORD": WORDS[param.primitive_bitwidth // 8],

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from safekern.ops.triton.common import (
     FLOATS,
+    HYPERPARAMETERS,
     INDICES,
     WARP_SIZE,
     Spec,
@@ -150,19 +151,7 @@ def search_kernel(
     tl.store(spared + block, first_at_least(index, count, begin), mask=exists)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "tensors",
-        "blocks",
-        "decay",
-        "one_minus_beta1",
-        "beta2",
-        "one_minus_beta2",
-        "eps",
-        "step_size",
-        "bias_correction2_sqrt",
-    ]
-)
+@triton.jit(do_not_specialize=["tensors", "blocks", *HYPERPARAMETERS])
 def spa_adamw_kernel(
     table,
     tensors: tl.int32,
@@ -254,22 +243,13 @@ def spa_adamw_kernel(
 _SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 _TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 _PLACES = {"table": "*i64", "tensors": "i32", "spared": "*i64", "blocks": "i64"}
-_HYPERPARAMETERS = (
-    "decay",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "eps",
-    "step_size",
-    "bias_correction2_sqrt",
-)
 SPECS = [
     Spec(search_kernel, _PLACES, {"INDEX": index, "BLOCK": BLOCK, "SEARCHES": SEARCHES}, threads=THREADS)
     for index in INDICES.values()
 ] + [
     Spec(
         spa_adamw_kernel,
-        {**_PLACES, **dict.fromkeys(_HYPERPARAMETERS, "i64")},
+        {**_PLACES, **dict.fromkeys(HYPERPARAMETERS, "i64")},
         {
             "PARAM": _TYPES[param],
             "GRAD": _TYPES[grad],
