@@ -183,5 +183,6 @@ def test_processes_share_the_runs(replicate, capfd):
 
 
 def test_a_process_that_fails_is_reported(replicate, capfd):
+    # A process without a run of its own would have nothing to fail at, hence more runs than processes.
     with pytest.raises(safekern.SafekernError, match="2 of 2 processes failed"):
-        replicate("set", "--only", "untouched", "--jobs", "2", "--device", "nowhere")
+        replicate("set", "--only", "untouched|esi.*balanced-seed0", "--jobs", "2", "--device", "nowhere")
