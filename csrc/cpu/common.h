@@ -6,6 +6,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
@@ -96,12 +98,16 @@ inline void check_indices(const Tensors& indices, const Tensors& tensors) {
     with_index_type(indices[t].scalar_type(), [&, t = t, begin = begin, end = end](auto* type) {
       using Index = std::remove_pointer_t<decltype(type)>;
       const Index* index = indices[t].const_data_ptr<Index>();
-      Index low = 0, high = -1;
+      const Index last =
+          static_cast<Index>(std::min<int64_t>(tensors[t].numel() - 1, std::numeric_limits<Index>::max()));
+      // The sign bit of either term is set where an index is outside: three instructions of any vector unit, where
+      // minima and maxima of 32-bit integers need SSE4.1. Without a sign the difference may wrap.
+      using Unsigned = std::make_unsigned_t<Index>;
+      Unsigned outside = 0;
       for (int64_t j = begin; j < end; j++) {
-        low = std::min(low, index[j]);
-        high = std::max(high, index[j]);
+        outside |= static_cast<Unsigned>(index[j]) | (static_cast<Unsigned>(last) - static_cast<Unsigned>(index[j]));
       }
-      inside[c] = low >= 0 && high < tensors[t].numel();
+      inside[c] = static_cast<Index>(outside) >= 0;
     });
   };
   each_chunk(chunks, check, 1 << 17);
