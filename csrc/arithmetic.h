@@ -16,6 +16,14 @@
 
 namespace safekern {
 
+// The type in which values of a floating type are computed with.
+template <class T>
+using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The unsigned integer of the size of a floating type, where only bits count.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+
 SAFEKERN_HOST_DEVICE inline uint32_t float_bits(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -26,9 +34,7 @@ SAFEKERN_HOST_DEVICE inline bool is_finite_bits(uint32_t bits) { return (bits & 
 
 template <class T>
 SAFEKERN_HOST_DEVICE bool same_bits(T a, T b) {
-  using Narrow = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
-  using Word = std::conditional_t<sizeof(T) == 8, uint64_t, Narrow>;
-  Word a_bits, b_bits;
+  Bits<T> a_bits, b_bits;
   std::memcpy(&a_bits, &a, sizeof a);
   std::memcpy(&b_bits, &b, sizeof b);
   return a_bits == b_bits;
@@ -42,32 +48,48 @@ SAFEKERN_HOST_DEVICE inline uint32_t esi_key(float grad, float sigma) {
 
 constexpr uint32_t kInfinityKey = 0x7f800000u;
 
+// Where a line of a sample that has one per stride is taken: at a hashed place of its stride, since weights repeat with
+// the period of a matrix row.
+SAFEKERN_HOST_DEVICE inline int64_t sample_place(int64_t line, double stride) {
+  uint32_t hash = static_cast<uint32_t>(line) * 0x9e3779b1u;
+  hash = (hash ^ hash >> 15) * 0x85ebca77u;
+  return static_cast<int64_t>(stride * (static_cast<double>(line) + (hash >> 8) * 0x1p-24));
+}
+
 // Reverses the order of the 31-bit keys, so that "smallest first" is "largest first" of the flipped keys.
 constexpr uint32_t kFlipKey = 0x7fffffffu;
 
 // One AdamW step (decoupled weight decay, https://arxiv.org/abs/1711.05101), in the order of operations of
-// torch.optim.AdamW's single-tensor path. Value is the type of the weight, Real that of the gradient and the moments;
+// torch.optim.AdamW's single-tensor path. Value is the type of the weight, Moment that of the gradient and the moments;
 // the hyperparameters come in fp64 and are rounded to these types once.
-template <class Value, class Real = Value>
+template <class Value, class Moment = Value>
 struct AdamW {
   Value decay;  // 1 - lr * weight_decay
-  Real one_minus_beta1, beta2, one_minus_beta2, eps;
-  Real step_size;              // lr / (1 - beta1^step)
-  Real bias_correction2_sqrt;  // sqrt(1 - beta2^step)
+  Moment one_minus_beta1, beta2, one_minus_beta2, eps;
+  Moment step_size;              // lr / (1 - beta1^step)
+  Moment bias_correction2_sqrt;  // sqrt(1 - beta2^step)
 
   AdamW(double beta1, double beta2, double eps, double decay, double step_size, double bias_correction2_sqrt)
       : decay(static_cast<Value>(decay)),
-        one_minus_beta1(static_cast<Real>(1.0 - beta1)),
-        beta2(static_cast<Real>(beta2)),
-        one_minus_beta2(static_cast<Real>(1.0 - beta2)),
-        eps(static_cast<Real>(eps)),
-        step_size(static_cast<Real>(step_size)),
-        bias_correction2_sqrt(static_cast<Real>(bias_correction2_sqrt)) {}
+        one_minus_beta1(static_cast<Moment>(1.0 - beta1)),
+        beta2(static_cast<Moment>(beta2)),
+        one_minus_beta2(static_cast<Moment>(1.0 - beta2)),
+        eps(static_cast<Moment>(eps)),
+        step_size(static_cast<Moment>(step_size)),
+        bias_correction2_sqrt(static_cast<Moment>(bias_correction2_sqrt)) {}
 
-  SAFEKERN_HOST_DEVICE Value update(Value value, Real grad, Real& exp_avg, Real& exp_avg_sq) const {
+  // The same with what differs between parameters: how many steps they have had.
+  SAFEKERN_HOST_DEVICE AdamW at(Moment step_size, Moment bias_correction2_sqrt) const {
+    AdamW result = *this;
+    result.step_size = step_size;
+    result.bias_correction2_sqrt = bias_correction2_sqrt;
+    return result;
+  }
+
+  SAFEKERN_HOST_DEVICE Value update(Value value, Moment grad, Moment& exp_avg, Moment& exp_avg_sq) const {
     exp_avg += (grad - exp_avg) * one_minus_beta1;
     exp_avg_sq = exp_avg_sq * beta2 + (grad * one_minus_beta2) * grad;
-    const Real denom = std::sqrt(exp_avg_sq) / bias_correction2_sqrt + eps;
+    const Moment denom = std::sqrt(exp_avg_sq) / bias_correction2_sqrt + eps;
     return value * decay - (exp_avg * step_size) / denom;
   }
 };

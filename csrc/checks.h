@@ -13,6 +13,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "arithmetic.h"
+
 namespace safekern {
 
 using torch::headeronly::BFloat16;
@@ -56,14 +58,13 @@ void with_index_type(ScalarType dtype, F&& f) {
   f(static_cast<int64_t*>(nullptr));
 }
 
-// The same for an unsigned integer of the size of a floating dtype, where only bits count.
+// The dtype of positions in a tensor of so many elements.
+inline ScalarType index_dtype(int64_t numel) { return numel <= INT32_MAX ? ScalarType::Int : ScalarType::Long; }
+
+// As with_float_type, for the integer that holds the bits.
 template <class F>
 void with_word_type(ScalarType dtype, F&& f) {
-  with_float_type(dtype, [&](auto* type) {
-    using Param = std::remove_pointer_t<decltype(type)>;
-    using Wide = std::conditional_t<sizeof(Param) == 4, uint32_t, uint64_t>;
-    f(static_cast<std::conditional_t<sizeof(Param) == 2, uint16_t, Wide>*>(nullptr));
-  });
+  with_float_type(dtype, [&](auto* type) { f(static_cast<Bits<std::remove_pointer_t<decltype(type)>>*>(nullptr)); });
 }
 
 inline void check_contiguous(const Tensor& tensor, const char* what) {
@@ -141,38 +142,47 @@ inline void check_gather(const Tensors& outs, const Tensors& srcs, const Tensors
   }
 }
 
-// Of restore_ and count_changed.
-inline void check_saved(const Tensors& params, const Tensors& indices, const Tensors& values) {
+// Parameters and positions in each of them, which most ops begin with.
+inline void check_selected(const Tensors& params, const Tensors& indices) {
   check_count(indices.size(), params.size(), "index tensors");
-  check_count(values.size(), params.size(), "value tensors");
   for (size_t t = 0; t < params.size(); t++) {
     check_float(params[t], "a parameter");
     check_index(indices[t]);
+  }
+}
+
+// Of restore_ and count_changed.
+inline void check_saved(const Tensors& params, const Tensors& indices, const Tensors& values) {
+  check_selected(params, indices);
+  check_count(values.size(), params.size(), "value tensors");
+  for (size_t t = 0; t < params.size(); t++) {
     check_contiguous(values[t], "a value tensor");
     check_dtype(values[t], params[t].scalar_type(), "a value tensor");
     check_numel(values[t], indices[t].numel(), "a value tensor");
   }
 }
 
-inline void check_steps(const std::vector<double>& step_sizes, const std::vector<double>& bias_correction2_sqrts,
-                        size_t count) {
+// What set_adamw_ and spa_adamw_ have in common.
+inline void check_adamw(const Tensors& params, const Tensors& grads, const Tensors& indices, const Tensors& exp_avgs,
+                        const Tensors& exp_avg_sqs, const std::vector<double>& step_sizes,
+                        const std::vector<double>& bias_correction2_sqrts) {
+  const size_t count = params.size();
+  check_selected(params, indices);
+  check_count(grads.size(), count, "gradients");
+  check_count(exp_avgs.size(), count, "first moments");
+  check_count(exp_avg_sqs.size(), count, "second moments");
   STD_TORCH_CHECK(step_sizes.size() == count && bias_correction2_sqrts.size() == count, "safekern: expected ", count,
                   " step sizes and bias corrections");
 }
 
 inline void check_set_adamw(const Tensors& params, const Tensors& grads, const Tensors& indices,
                             const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const Tensors& masters,
+                            const std::vector<double>& step_sizes, const std::vector<double>& bias_correction2_sqrts,
                             const std::optional<Tensor>& nonfinite) {
-  const size_t count = params.size();
+  check_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, step_sizes, bias_correction2_sqrts);
+  check_count(masters.size(), params.size(), "master tensors");
   if (nonfinite) check_flags(*nonfinite, 1);
-  check_count(grads.size(), count, "gradients");
-  check_count(indices.size(), count, "index tensors");
-  check_count(exp_avgs.size(), count, "first moments");
-  check_count(exp_avg_sqs.size(), count, "second moments");
-  check_count(masters.size(), count, "master tensors");
-  for (size_t t = 0; t < count; t++) {
-    check_float(params[t], "a parameter");
-    check_index(indices[t]);
+  for (size_t t = 0; t < params.size(); t++) {
     for (const Tensor* state : {&grads[t], &exp_avgs[t], &exp_avg_sqs[t], &masters[t]}) {
       if (state == &masters[t] && state->numel() == 0) continue;
       check_contiguous(*state, "a selected gradient or state tensor");
@@ -183,16 +193,11 @@ inline void check_set_adamw(const Tensors& params, const Tensors& grads, const T
 }
 
 inline void check_spa_adamw(const Tensors& params, const Tensors& grads, const Tensors& indices,
-                            const Tensors& exp_avgs, const Tensors& exp_avg_sqs) {
-  const size_t count = params.size();
-  check_count(grads.size(), count, "gradients");
-  check_count(indices.size(), count, "index tensors");
-  check_count(exp_avgs.size(), count, "first moments");
-  check_count(exp_avg_sqs.size(), count, "second moments");
-  for (size_t t = 0; t < count; t++) {
+                            const Tensors& exp_avgs, const Tensors& exp_avg_sqs, const std::vector<double>& step_sizes,
+                            const std::vector<double>& bias_correction2_sqrts) {
+  check_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, step_sizes, bias_correction2_sqrts);
+  for (size_t t = 0; t < params.size(); t++) {
     const ScalarType dtype = params[t].scalar_type();
-    check_float(params[t], "a parameter");
-    check_index(indices[t]);
     for (const Tensor* other : {&grads[t], &exp_avgs[t], &exp_avg_sqs[t]}) {
       check_contiguous(*other, "a gradient or moment");
       check_numel(*other, params[t].numel(), "a gradient or moment");
@@ -206,13 +211,9 @@ inline void check_spa_adamw(const Tensors& params, const Tensors& grads, const T
 
 inline void check_perturb(const Tensors& params, const Tensors& indices, const std::vector<double>& scales,
                           const std::vector<int64_t>& streams) {
-  check_count(indices.size(), params.size(), "index tensors");
+  check_selected(params, indices);
   STD_TORCH_CHECK(scales.size() == params.size() && streams.size() == params.size(), "safekern: expected ",
                   params.size(), " scales and streams");
-  for (size_t t = 0; t < params.size(); t++) {
-    check_float(params[t], "a parameter");
-    check_index(indices[t]);
-  }
 }
 
 }  // namespace safekern

@@ -11,7 +11,7 @@ constexpr int64_t kChunk = 1 << 13;
 
 template <class T>
 SAFEKERN_INLINE bool all_finite(const T* values, int64_t numel) {
-  using Word = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Word = Bits<T>;
   const Word exponent = bit_copy<Word>(std::numeric_limits<T>::infinity());
   Word nonfinite = 0;
   for (int64_t j = 0; j < numel; j++) nonfinite |= (bit_copy<Word>(values[j]) & exponent) == exponent;

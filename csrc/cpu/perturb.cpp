@@ -14,7 +14,7 @@ struct Noise {
 
 template <class Param, class Index>
 void perturb(Param* param, const Index* index, int64_t begin, int64_t end, int64_t count, const Noise& noise) {
-  using Value = std::conditional_t<std::is_same_v<Param, double>, double, float>;
+  using Value = Real<Param>;
   float added[kTile];
   each_tile(param, index, begin, end, count, [&](int64_t tile, int64_t stop) {
     const int64_t size = stop - tile;

@@ -122,8 +122,7 @@ Tensors emit(const Problem& problem, const Source& source, Cutoff cutoff) {
 
   Tensors outputs;
   for (size_t t = 0; t < counts.size(); t++) {
-    const bool fits = problem.grads[t].numel() <= INT32_MAX;
-    outputs.push_back(torch::stable::empty({counts[t]}, fits ? ScalarType::Int : ScalarType::Long));
+    outputs.push_back(torch::stable::empty({counts[t]}, index_dtype(problem.grads[t].numel())));
   }
   parallel_each(blocks, [&](int64_t b) {
     const Chunk& block = problem.blocks[b];
@@ -157,11 +156,7 @@ std::vector<SampledLine> sample_lines(const Problem& problem, int64_t count) {
   const double stride = static_cast<double>(problem.numel) / static_cast<double>(count);
   int64_t tensor = 0, first = 0, numel = problem.grads[0].numel();  // first: the elements before this tensor
   for (int64_t line = 0; line < count; line++) {
-    // Jittered within its stride, since weights repeat with the period of a matrix row.
-    uint32_t hash = static_cast<uint32_t>(line) * 0x9e3779b1u;
-    hash = (hash ^ hash >> 15) * 0x85ebca77u;
-    const double jitter = static_cast<double>(hash >> 8) / (1 << 24);
-    const auto position = static_cast<int64_t>(stride * (static_cast<double>(line) + jitter));
+    const int64_t position = sample_place(line, stride);
     while (position >= first + numel) {
       first += numel;
       numel = problem.grads[++tensor].numel();

@@ -12,12 +12,10 @@ constexpr int64_t kChunk = 1 << 13;
 template <class Param, class Value>
 SAFEKERN_INLINE void take_fresh_masters(const float* __restrict master, const Param* __restrict current,
                                         Value* __restrict values, int64_t numel) {
-  using Word =
-      std::conditional_t<sizeof(Param) == 2, uint16_t, std::conditional_t<sizeof(Param) == 4, uint32_t, uint64_t>>;
   Param rounded[kTile];
   convert(master, rounded, numel);
   for (int64_t j = 0; j < numel; j++) {
-    const bool fresh = bit_copy<Word>(rounded[j]) == bit_copy<Word>(current[j]);
+    const bool fresh = bit_copy<Bits<Param>>(rounded[j]) == bit_copy<Bits<Param>>(current[j]);
     values[j] = fresh ? static_cast<Value>(master[j]) : values[j];
   }
 }
@@ -37,7 +35,7 @@ struct Selected {
   float *exp_avg, *exp_avg_sq, *master;
   int64_t count;
 
-  using Value = std::conditional_t<std::is_same_v<Param, double>, double, float>;
+  using Value = Real<Param>;
 
   // Bytes moved: the cache lines of the selected weights twice (of a bf16 tensor, a random 1% touches 27% of all
   // lines), and per selected weight 24 to 32 of index, gradient and state.
@@ -62,8 +60,8 @@ struct Selected {
 void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors masters,
                 std::vector<double> step_sizes, std::vector<double> bias_correction2_sqrts, double beta1, double beta2,
                 double eps, double decay, std::optional<Tensor> nonfinite) {
-  check_set_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, masters, nonfinite);
-  check_steps(step_sizes, bias_correction2_sqrts, params.size());
+  check_set_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, masters, step_sizes, bias_correction2_sqrts,
+                  nonfinite);
   check_indices(indices, params);
   if (nonfinite && *nonfinite->const_data_ptr<bool>()) return;
   const std::vector<Chunk> chunks = cut(indices, kChunk);

@@ -9,9 +9,6 @@ constexpr int64_t kChunk = 1 << 18;
 // Small enough for a block's copy and its four streams to stay in the L1 cache.
 constexpr int64_t kBlock = 512;
 
-template <class Param>
-using Real = std::conditional_t<std::is_same_v<Param, double>, double, float>;
-
 // Bytes per element: the gradient once, the parameter and both moments twice, so 28 in fp32 and 14 in bf16. In
 // the cache both are bound by the unit that divides and takes roots: three times per element.
 template <class Param, class Grad, class Moment>
@@ -144,8 +141,7 @@ void check_ascending(const Tensors& indices, const Tensors& params) {
 void spa_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs, Tensors exp_avg_sqs,
                 std::vector<double> step_sizes, std::vector<double> bias_correction2_sqrts, double beta1, double beta2,
                 double eps, double decay) {
-  check_spa_adamw(params, grads, indices, exp_avgs, exp_avg_sqs);
-  check_steps(step_sizes, bias_correction2_sqrts, params.size());
+  check_spa_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, step_sizes, bias_correction2_sqrts);
   check_ascending(indices, params);
   const std::vector<Chunk> chunks = cut(params, kChunk);
   each_chunk(chunks, [&](int64_t c) {

@@ -43,8 +43,7 @@ void accumulate_(Tensors accs, Tensors grads, Tensor nonfinite, bool absolute) {
   check_accumulate(accs, grads, nonfinite);
   if (accs.empty()) return;
   const Device device(nonfinite);
-  const Tensors flags{nonfinite};
-  device.check({&accs, &grads, &flags});
+  device.check({&accs, &grads});
   bool* flag = nonfinite.mutable_data_ptr<bool>();
   for (const auto& [dtype, tensors] : group_by(accs.size(), [&](size_t t) { return grads[t].scalar_type(); })) {
     with_float_type(dtype, [&, &tensors = tensors](auto* type) {

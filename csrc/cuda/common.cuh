@@ -26,6 +26,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace safekern {
 
 constexpr int kThreads = 256;
+constexpr unsigned kWarp = 0xffffffff;  // all lanes of a warp
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,6 +81,18 @@ auto group_by(size_t count, const Kind& kind) {
   std::map<decltype(kind(size_t{0})), std::vector<size_t>> groups;
   for (size_t t = 0; t < count; t++) groups[kind(t)].push_back(t);
   return groups;
+}
+
+// Calls f(tensors, Param*, Index*) for every pair of dtypes of a parameter and its indices, with the positions of its
+// tensors; the pointers are null and carry the types.
+template <class F>
+void for_each_kind(const Tensors& params, const Tensors& indices, const F& f) {
+  const auto kind = [&](size_t t) { return std::pair(params[t].scalar_type(), indices[t].scalar_type()); };
+  for (const auto& [dtypes, tensors] : group_by(params.size(), kind)) {
+    with_float_type(dtypes.first, [&, &dtypes = dtypes, &tensors = tensors](auto* param_type) {
+      with_index_type(dtypes.second, [&](auto* index_type) { f(tensors, param_type, index_type); });
+    });
+  }
 }
 
 // Kernel parameters may take 32,764 bytes since CUDA 12.1 and sm_70. The table of tensors travels there, not through a
@@ -251,10 +264,6 @@ template <int V, class Entry>
 __device__ Group<V> sparse_group(const Table<Entry>& table, int t) {
   return {table.entries[t].groups, static_cast<int64_t>(blockIdx.x - table.first_block[t]) * kThreads + threadIdx.x};
 }
-
-// The type in which values of a dtype are computed with.
-template <class T>
-using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // A mask's indices are checked when it is made, and cannot be checked again here without waiting for the device. A
 // wrong one is skipped: it never reaches memory outside its tensor.

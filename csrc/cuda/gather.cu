@@ -54,8 +54,7 @@ void gather_(Tensors outs, Tensors srcs, Tensors indices, Tensor nonfinite) {
   check_gather(outs, srcs, indices, nonfinite);
   if (outs.empty()) return;
   const Device device(nonfinite);
-  const Tensors flags{nonfinite};
-  device.check({&outs, &srcs, &indices, &flags});
+  device.check({&outs, &srcs, &indices});
   bool* flag = nonfinite.mutable_data_ptr<bool>();
   const auto kind = [&](size_t t) {
     return std::tuple(outs[t].scalar_type(), srcs[t].scalar_type(), indices[t].scalar_type());

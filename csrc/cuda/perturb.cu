@@ -45,26 +45,20 @@ void perturb_(Tensors params, Tensors indices, std::vector<double> scales, std::
   if (params.empty()) return;
   const Device device(params[0]);
   device.check({&params, &indices});
-  const auto kind = [&](size_t t) { return std::pair(params[t].scalar_type(), indices[t].scalar_type()); };
-  for (const auto& [types, tensors] : group_by(params.size(), kind)) {
-    const auto [param_dtype, index_dtype] = types;
-    with_index_type(index_dtype, [&, &tensors = tensors, param_dtype = param_dtype](auto* index_type) {
-      with_float_type(param_dtype, [&](auto* param_type) {
-        using Index = std::remove_pointer_t<decltype(index_type)>;
-        using Param = std::remove_pointer_t<decltype(param_type)>;
-        std::vector<Entry<Param, Index>> entries;
-        for (const size_t t : tensors) {
-          const Index* index = indices[t].const_data_ptr<Index>();
-          entries.push_back({params[t].mutable_data_ptr<Param>(), index, params[t].numel(),
-                             static_cast<uint64_t>(streams[t]), static_cast<float>(scales[t]),
-                             align<V>(indices[t].numel(), index)});
-        }
-        for_each_table(entries, sparse_blocks<V, Entry<Param, Index>>, [&](const auto& table) {
-          perturb<<<table.blocks(), kThreads, 0, device.stream()>>>(table, static_cast<uint64_t>(seed));
-        });
-      });
+  for_each_kind(params, indices, [&](const std::vector<size_t>& tensors, auto* param_type, auto* index_type) {
+    using Param = std::remove_pointer_t<decltype(param_type)>;
+    using Index = std::remove_pointer_t<decltype(index_type)>;
+    std::vector<Entry<Param, Index>> entries;
+    for (const size_t t : tensors) {
+      const Index* index = indices[t].const_data_ptr<Index>();
+      entries.push_back({params[t].mutable_data_ptr<Param>(), index, params[t].numel(),
+                         static_cast<uint64_t>(streams[t]), static_cast<float>(scales[t]),
+                         align<V>(indices[t].numel(), index)});
+    }
+    for_each_table(entries, sparse_blocks<V, Entry<Param, Index>>, [&](const auto& table) {
+      perturb<<<table.blocks(), kThreads, 0, device.stream()>>>(table, static_cast<uint64_t>(seed));
     });
-  }
+  });
 }
 
 }  // namespace

@@ -20,7 +20,6 @@ constexpr int kSlab = 1 << 13;  // elements that are filtered together; a positi
 constexpr int V = 4;
 constexpr int kRows = kSlab / (kThreads * V);
 constexpr int kWarps = kThreads / 32;
-constexpr unsigned kWarp = 0xffffffff;
 
 // A 31-bit key in three digits: the histogram of one fits in shared memory on every GPU.
 constexpr int kBins = 1 << 11;
@@ -174,18 +173,14 @@ struct KeptElements {
   }
 };
 
-// The keys of `lines` runs of kSampleLine elements, each at a hashed place of its stride: weights repeat with the
-// period of a matrix row.
+// The keys of `lines` runs of kSampleLine elements.
 __global__ void __launch_bounds__(kThreads)
     sample(const __grid_constant__ Table<Entry> table, const float* sigmas, uint32_t flip, int64_t slabs, int64_t lines,
            uint32_t* __restrict__ keys) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t line = thread / kSampleLine;
   if (line >= lines) return;
-  uint32_t hash = static_cast<uint32_t>(line) * 0x9e3779b1u;
-  hash = (hash ^ hash >> 15) * 0x85ebca77u;
-  const double stride = static_cast<double>(slabs) * kSlab / static_cast<double>(lines);
-  const auto place = static_cast<int64_t>(stride * (static_cast<double>(line) + (hash >> 8) * 0x1p-24));
+  const int64_t place = sample_place(line, static_cast<double>(slabs) * kSlab / static_cast<double>(lines));
   const int64_t block = min(place / kSlab, slabs - 1) - table.entries[0].first_slab;
   if (block < 0 || block >= table.blocks()) return;
   const int t = table.find(static_cast<int32_t>(block));
@@ -689,8 +684,7 @@ class Selection {
   Tensors write(const Source& source) {
     Tensors outputs;
     for (size_t t = 0; t < entries_.size(); t++) {
-      const bool fits = entries_[t].numel <= INT32_MAX;
-      outputs.push_back(empty(small_, sizes_[t], fits ? ScalarType::Int : ScalarType::Long));
+      outputs.push_back(empty(small_, sizes_[t], index_dtype(entries_[t].numel)));
       entries_[t].out = outputs.back().mutable_data_ptr();
     }
     for_each_table(entries_, slabs_of, [&](const auto& table) {

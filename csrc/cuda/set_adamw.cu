@@ -29,9 +29,7 @@ __global__ void __launch_bounds__(kThreads) set_adamw(const __grid_constant__ Ta
   const int t = table.find(blockIdx.x);
   const Entry<Param, Index>& entry = table.entries[t];
   const Group<V> group = sparse_group<V>(table, t);
-  AdamW<Value, float> adamw = common;
-  adamw.step_size = entry.step_size;
-  adamw.bias_correction2_sqrt = entry.bias_correction2_sqrt;
+  const AdamW<Value, float> adamw = common.at(entry.step_size, entry.bias_correction2_sqrt);
 
   Index index[V];
   float grad[V], exp_avg[V], exp_avg_sq[V], master[V];
@@ -65,41 +63,35 @@ __global__ void __launch_bounds__(kThreads) set_adamw(const __grid_constant__ Ta
 void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors masters,
                 std::vector<double> step_sizes, std::vector<double> bias_correction2_sqrts, double beta1, double beta2,
                 double eps, double decay, std::optional<Tensor> nonfinite) {
-  check_set_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, masters, nonfinite);
-  check_steps(step_sizes, bias_correction2_sqrts, params.size());
+  check_set_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, masters, step_sizes, bias_correction2_sqrts,
+                  nonfinite);
   if (params.empty()) return;
   const Device device(params[0]);
   const Tensors flags = nonfinite ? Tensors{*nonfinite} : Tensors{};
   device.check({&params, &grads, &indices, &exp_avgs, &exp_avg_sqs, &masters, &flags});
   const bool* flag = nonfinite ? nonfinite->const_data_ptr<bool>() : nullptr;
-  const auto kind = [&](size_t t) { return std::pair(params[t].scalar_type(), indices[t].scalar_type()); };
-  for (const auto& [types, tensors] : group_by(params.size(), kind)) {
-    const auto [param_dtype, index_dtype] = types;
-    with_index_type(index_dtype, [&, &tensors = tensors, param_dtype = param_dtype](auto* index_type) {
-      with_float_type(param_dtype, [&](auto* param_type) {
-        using Index = std::remove_pointer_t<decltype(index_type)>;
-        using Param = std::remove_pointer_t<decltype(param_type)>;
-        std::vector<Entry<Param, Index>> entries;
-        for (const size_t t : tensors) {
-          const AdamW<float> rounded(beta1, beta2, eps, decay, step_sizes[t], bias_correction2_sqrts[t]);
-          const Index* index = indices[t].const_data_ptr<Index>();
-          const float* grad = grads[t].const_data_ptr<float>();
-          float* exp_avg = exp_avgs[t].mutable_data_ptr<float>();
-          float* exp_avg_sq = exp_avg_sqs[t].mutable_data_ptr<float>();
-          float* master = masters[t].numel() ? masters[t].mutable_data_ptr<float>() : nullptr;
-          // A null pointer is aligned like the others when these are; without a master any shift must do.
-          const float* master_or_grad = master ? master : grad;
-          entries.push_back({params[t].mutable_data_ptr<Param>(), index, grad, exp_avg, exp_avg_sq, master,
-                             params[t].numel(), rounded.step_size, rounded.bias_correction2_sqrt,
-                             align<V>(indices[t].numel(), index, grad, exp_avg, exp_avg_sq, master_or_grad)});
-        }
-        const AdamW<Real<Param>, float> common(beta1, beta2, eps, decay, 0, 1);
-        for_each_table(entries, sparse_blocks<V, Entry<Param, Index>>, [&](const auto& table) {
-          set_adamw<<<table.blocks(), kThreads, 0, device.stream()>>>(table, common, flag);
-        });
-      });
+  for_each_kind(params, indices, [&](const std::vector<size_t>& tensors, auto* param_type, auto* index_type) {
+    using Param = std::remove_pointer_t<decltype(param_type)>;
+    using Index = std::remove_pointer_t<decltype(index_type)>;
+    std::vector<Entry<Param, Index>> entries;
+    for (const size_t t : tensors) {
+      const Index* index = indices[t].const_data_ptr<Index>();
+      const float* grad = grads[t].const_data_ptr<float>();
+      float* exp_avg = exp_avgs[t].mutable_data_ptr<float>();
+      float* exp_avg_sq = exp_avg_sqs[t].mutable_data_ptr<float>();
+      float* master = masters[t].numel() ? masters[t].mutable_data_ptr<float>() : nullptr;
+      // A null pointer is aligned like the others when these are; without a master any shift must do.
+      const float* master_or_grad = master ? master : grad;
+      entries.push_back({params[t].mutable_data_ptr<Param>(), index, grad, exp_avg, exp_avg_sq, master,
+                         params[t].numel(), static_cast<float>(step_sizes[t]),
+                         static_cast<float>(bias_correction2_sqrts[t]),
+                         align<V>(indices[t].numel(), index, grad, exp_avg, exp_avg_sq, master_or_grad)});
+    }
+    const AdamW<Real<Param>, float> common(beta1, beta2, eps, decay, 0, 1);
+    for_each_table(entries, sparse_blocks<V, Entry<Param, Index>>, [&](const auto& table) {
+      set_adamw<<<table.blocks(), kThreads, 0, device.stream()>>>(table, common, flag);
     });
-  }
+  });
 }
 
 }  // namespace

@@ -15,7 +15,6 @@ constexpr int kOwn = 16;    // consecutive elements that a thread fetches at a t
 constexpr int kTile = kLanes * kOwn;
 constexpr int kMomentThreads = 128;
 constexpr int kChunksPerBlock = kMomentThreads / kLanes;
-constexpr unsigned kWarp = 0xffffffff;
 
 template <class Param>
 struct Entry {

@@ -57,9 +57,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
   __syncthreads();
 
-  AdamW<Value> adamw = common;
-  adamw.step_size = entry.step_size;
-  adamw.bias_correction2_sqrt = entry.bias_correction2_sqrt;
+  const AdamW<Value> adamw = common.at(entry.step_size, entry.bias_correction2_sqrt);
   for (int g = threadIdx.x; g < kChunk / V; g += kThreads) {
     const Group<V> group(entry.groups, chunk * (kChunk / V) + g);
     if (group.begin >= group.numel) break;
@@ -96,13 +94,12 @@ struct Lists {
     constexpr int V = kVector<Param, Grad, Moment>;
     std::vector<Entry<Param, Grad, Moment, Index>> entries;
     for (const size_t t : tensors) {
-      const AdamW<Real<Param>> rounded(beta1, beta2, eps, decay, step_sizes[t], bias_correction2_sqrts[t]);
       Param* param = params[t].mutable_data_ptr<Param>();
       const Grad* grad = grads[t].const_data_ptr<Grad>();
       Moment* exp_avg = exp_avgs[t].mutable_data_ptr<Moment>();
       Moment* exp_avg_sq = exp_avg_sqs[t].mutable_data_ptr<Moment>();
       entries.push_back({param, grad, exp_avg, exp_avg_sq, indices[t].const_data_ptr<Index>(), indices[t].numel(),
-                         rounded.step_size, rounded.bias_correction2_sqrt,
+                         static_cast<Real<Param>>(step_sizes[t]), static_cast<Real<Param>>(bias_correction2_sqrts[t]),
                          align<V>(params[t].numel(), param, grad, exp_avg, exp_avg_sq)});
     }
     const AdamW<Real<Param>> common(beta1, beta2, eps, decay, 0, 1);
@@ -115,8 +112,7 @@ struct Lists {
 void spa_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs, Tensors exp_avg_sqs,
                 std::vector<double> step_sizes, std::vector<double> bias_correction2_sqrts, double beta1, double beta2,
                 double eps, double decay) {
-  check_spa_adamw(params, grads, indices, exp_avgs, exp_avg_sqs);
-  check_steps(step_sizes, bias_correction2_sqrts, params.size());
+  check_spa_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, step_sizes, bias_correction2_sqrts);
   if (params.empty()) return;
   const Device device(params[0]);
   device.check({&params, &grads, &indices, &exp_avgs, &exp_avg_sqs});

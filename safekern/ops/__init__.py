@@ -1,6 +1,7 @@
-"""The compiled operations, one module each: schema, plain-torch reference, fake.
+"""The compiled operations, one module each: schema, plain-torch reference, fake, cases.
 
-All of them take lists of tensors, so that one call serves a whole model, and none of them syncs with the host.
+All of them take lists of tensors, so that one call serves a whole model. On a GPU only `select` waits for the device,
+for the sizes of its results.
 """
 
 from safekern.ops.accumulate import accumulate_

@@ -6,7 +6,8 @@ faster kernels for all ops on one kind of device, and registers them with torch'
 they call ``torch.ops.safekern.<op>``.
 
 To add an op, write its module here, ``csrc/cpu/<op>.cpp``, ``csrc/cuda/<op>.cu`` and ``safekern/ops/triton/<op>.py``;
-nothing lists them. To add a backend, add a line to `_BACKENDS` with a function that registers its kernels.
+nothing lists them. (The compiled `restore_` and `count_changed`, which take the same arguments, share a file.) To add a
+backend, add a line to `_BACKENDS` with a function that registers its kernels.
 """
 
 import importlib

@@ -8,6 +8,7 @@ from torch import Tensor, float32, uint8
 
 from safekern.ops.triton.common import (
     BLOCK,
+    FLOATS,
     LAUNCH,
     Spec,
     check_count,
@@ -20,6 +21,7 @@ from safekern.ops.triton.common import (
     load_run,
     on,
     run_of,
+    size_of,
     store_run,
 )
 
@@ -32,9 +34,8 @@ def accumulate_(accs: Sequence[Tensor], grads: Sequence[Tensor], nonfinite: Tens
     for acc, grad in zip(accs, grads, strict=True):
         check_dtype(acc, float32, "an accumulator")
         check_tensor(acc, device, "an accumulator")
-        check_tensor(grad, device, "a gradient")
+        check_float(grad, device, "a gradient")
         check_numel(grad, acc.numel(), "a gradient")
-        check_float(grad)
     flags = nonfinite.view(uint8)
     with on(device):
         for t, (acc, grad) in enumerate(zip(accs, grads, strict=True)):
@@ -61,11 +62,11 @@ def accumulate_kernel(acc, grad, flags, t: tl.int64, numel: tl.int64, ABSOLUTE: 
 SPECS = [
     Spec(
         accumulate_kernel,
-        {"acc": "*fp32", "grad": grad, "flags": "*u8", "t": "i64", "numel": "i64"},
+        {"acc": "*fp32", "grad": f"*{grad}", "flags": "*u8", "t": "i64", "numel": "i64"},
         {"ABSOLUTE": absolute, "BLOCK": BLOCK},
-        loads=BLOCK * (4 + size),
-        stores=BLOCK * 4,
+        loads=BLOCK * size_of(tl.float32, grad),
+        stores=BLOCK * size_of(tl.float32),
     )
-    for grad, size in (("*bf16", 2), ("*fp16", 2), ("*fp32", 4), ("*fp64", 8))
+    for grad in FLOATS.values()
     for absolute in (False, True)
 ]

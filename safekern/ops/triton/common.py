@@ -5,7 +5,7 @@ import struct
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -40,7 +40,15 @@ INDICES = {torch.int32: tl.int32, torch.int64: tl.int64}
 # Where only bits count, floats are moved as integers of their size.
 WORDS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 
-_DTYPE_NAMES = {torch.bfloat16: "BFloat16", torch.float16: "Half", torch.float32: "Float", torch.float64: "Double"}
+_DTYPE_NAMES = {
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Half",
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.bool: "Bool",
+}
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,13 @@ class Spec:
     threads: int = THREADS
 
 
-# Arguments
+def size_of(*types: tl.dtype) -> int:
+    """The bytes that an element of each of these types takes, in all."""
+    bits: int = sum(each.primitive_bitwidth for each in types)
+    return bits // 8
+
+
+# Arguments, as csrc/checks.h checks them
 
 
 def check_count(items: Sequence[object], count: int, what: str) -> None:
@@ -90,39 +104,66 @@ def check_numel(tensor: Tensor, numel: int, what: str) -> None:
         raise RuntimeError(f"safekern: {what} must have {numel} elements, got {tensor.numel()}")
 
 
-def check_float(tensor: Tensor) -> None:
+def check_float(tensor: Tensor, device: torch.device, what: str) -> None:
+    check_tensor(tensor, device, what)
     if tensor.dtype not in FLOATS:
         raise RuntimeError(
             f"safekern: expected a bfloat16, float16, float32 or float64 tensor, got {dtype_name(tensor.dtype)}"
         )
 
 
-def check_indices(indices: Tensor, device: torch.device) -> None:
-    # That they lie inside their tensor cannot be seen without waiting for the device: kernels mask off those that
-    # do not.
-    check_tensor(indices, device, "indices")
-    if indices.dtype not in INDICES:
-        raise RuntimeError(f"safekern: indices must be int32 or int64, got {dtype_name(indices.dtype)}")
+def check_index(index: Tensor, device: torch.device) -> None:
+    # That the indices lie inside their tensor cannot be seen without waiting for the device: kernels mask off those
+    # that do not.
+    check_tensor(index, device, "an index tensor")
+    if index.dtype not in INDICES:
+        raise RuntimeError(f"safekern: indices must be int32 or int64, got {dtype_name(index.dtype)}")
 
 
 def check_flags(nonfinite: Tensor, count: int, device: torch.device) -> None:
     check_tensor(nonfinite, device, "nonfinite")
-    if nonfinite.dtype != torch.bool:
-        raise RuntimeError(f"safekern: nonfinite must be Bool, got {dtype_name(nonfinite.dtype)}")
+    check_dtype(nonfinite, torch.bool, "nonfinite")
     check_numel(nonfinite, count, "nonfinite")
 
 
-def check_values(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """The arguments of `restore_` and `count_changed`."""
+def check_selected(params: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    """Parameters and positions in each of them, which most ops begin with."""
     check_count(indices, len(params), "index tensors")
+    if not params:
+        return
+    device = params[0].device
+    for param, index in zip(params, indices, strict=True):
+        check_float(param, device, "a parameter")
+        check_index(index, device)
+
+
+def check_saved(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """The arguments of `restore_` and `count_changed`."""
+    check_selected(params, indices)
     check_count(values, len(params), "value tensors")
     for param, index, value in zip(params, indices, values, strict=True):
-        check_tensor(param, params[0].device, "a parameter")
-        check_tensor(value, params[0].device, "a value tensor")
-        check_float(param)
+        check_tensor(value, param.device, "a value tensor")
         check_dtype(value, param.dtype, "a value tensor")
-        check_indices(index, params[0].device)
         check_numel(value, index.numel(), "a value tensor")
+
+
+def check_adamw(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step_sizes: Sequence[float],
+    bias_correction2_sqrts: Sequence[float],
+) -> None:
+    """What `set_adamw_` and `spa_adamw_` have in common."""
+    count = len(params)
+    check_selected(params, indices)
+    check_count(grads, count, "gradients")
+    check_count(exp_avgs, count, "first moments")
+    check_count(exp_avg_sqs, count, "second moments")
+    if not len(step_sizes) == len(bias_correction2_sqrts) == count:
+        raise RuntimeError(f"safekern: expected {count} step sizes and bias corrections")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -139,15 +180,18 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 def aligned(*tensors: Tensor) -> bool:
     """Whether 16-byte accesses are possible from the start of all these tensors."""
-    return all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    for tensor in tensors:  # noqa: SIM110 - all() would spend longer on its generator than on a step's tensors
+        if tensor.data_ptr() % 16:
+            return False
+    return True
 
 
-def groups(keys: Iterable[Hashable]) -> list[list[int]]:
-    """The positions of equal keys, for one launch each."""
-    positions: dict[Hashable, list[int]] = {}
-    for position, key in enumerate(keys):
-        positions.setdefault(key, []).append(position)
-    return list(positions.values())
+def groups(positions: Iterable[int], keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """The positions with equal keys, for one launch each."""
+    grouped: dict[Key, list[int]] = {}
+    for position, key in zip(positions, keys, strict=True):
+        grouped.setdefault(key, []).append(position)
+    return grouped
 
 
 def first_blocks(numels: Iterable[int], block: int) -> list[int]:
@@ -451,7 +495,10 @@ HYPERPARAMETERS = (
 def adamw_bits(
     decay: float, beta1: float, beta2: float, eps: float, step_size: float, bias_correction2_sqrt: float
 ) -> list[int]:
-    """The hyperparameters of `adamw`."""
+    """The hyperparameters of `adamw`.
+
+    They are arguments of a kernel, not in its table, because they change with the step: the table stays what it was.
+    """
     values = (decay, 1.0 - beta1, beta2, 1.0 - beta2, eps, step_size, bias_correction2_sqrt)
     return [double_bits(value) for value in values]
 

@@ -9,20 +9,22 @@ from torch import Tensor
 
 from safekern.ops.triton.common import (
     BLOCK,
+    INDICES,
     SELECTED_ROWS,
     WORDS,
     Spec,
-    check_values,
+    check_saved,
     load_run,
     pointer,
     selected,
+    size_of,
 )
 from safekern.ops.triton.restore import launch
 
 
 def count_changed(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
     """See :func:`safekern.ops.count_changed.reference`. An index outside its parameter counts as changed."""
-    check_values(params, indices, values)
+    check_saved(params, indices, values)
     counts = torch.zeros(len(params), dtype=torch.int64, device=params[0].device if params else None)
     launch(count_changed_kernel, BLOCK, params, indices, values, counts)
     return counts
@@ -54,8 +56,8 @@ SPECS = [
         count_changed_kernel,
         {"table": "*i64", "tensors": "i32", "counts": "*i64"},
         {"WORD": word, "ALIGNED": True, "INDEX": index, "BLOCK": BLOCK},
-        loads=BLOCK * (word.primitive_bitwidth + index.primitive_bitwidth) // 8,
+        loads=BLOCK * size_of(word, index),
     )
     for word in WORDS.values()
-    for index in (tl.int32, tl.int64)
+    for index in INDICES.values()
 ]

@@ -10,13 +10,14 @@ from torch import Tensor
 from safekern.ops.triton.common import (
     BLOCK,
     FLOATS,
+    INDICES,
     SELECTED_ROWS,
     Spec,
     aligned,
     check_count,
     check_flags,
     check_float,
-    check_indices,
+    check_index,
     check_numel,
     check_tensor,
     groups,
@@ -25,6 +26,7 @@ from safekern.ops.triton.common import (
     on,
     pointer,
     selected,
+    size_of,
     store_run,
 )
 
@@ -37,19 +39,16 @@ def gather_(outs: Sequence[Tensor], srcs: Sequence[Tensor], indices: Sequence[Te
     check_flags(nonfinite, len(outs), device)
     for out, src, index in zip(outs, srcs, indices, strict=True):
         check_tensor(out, device, "an output")
-        check_tensor(src, device, "a source tensor")
-        check_indices(index, device)
+        check_float(src, device, "a source tensor")
+        check_index(index, device)
         check_numel(index, out.numel(), "an index tensor")
-        check_float(src)
         if out.dtype not in (torch.float32, src.dtype):
             raise RuntimeError("safekern: an output of gather_ must be float32 or of its source's dtype")
     flags = nonfinite.view(torch.uint8)
     present = [t for t, out in enumerate(outs) if out.numel()]
     with on(device):
-        for group in groups(
-            (outs[t].dtype, srcs[t].dtype, indices[t].dtype, aligned(outs[t], indices[t])) for t in present
-        ):
-            chosen = [present[position] for position in group]
+        kinds = ((outs[t].dtype, srcs[t].dtype, indices[t].dtype, aligned(outs[t], indices[t])) for t in present)
+        for (out_type, src_type, _, is_aligned), chosen in groups(present, kinds).items():
             launch_selected(
                 gather_kernel,
                 chosen,
@@ -57,9 +56,9 @@ def gather_(outs: Sequence[Tensor], srcs: Sequence[Tensor], indices: Sequence[Te
                 indices,
                 [[outs[t].data_ptr() for t in chosen], chosen],
                 flags,
-                OUT=FLOATS[outs[chosen[0]].dtype],
-                SRC=FLOATS[srcs[chosen[0]].dtype],
-                ALIGNED=aligned(outs[chosen[0]], indices[chosen[0]]),
+                OUT=FLOATS[out_type],
+                SRC=FLOATS[src_type],
+                ALIGNED=is_aligned,
             )
 
 
@@ -94,10 +93,10 @@ SPECS = [
         gather_kernel,
         {"table": "*i64", "tensors": "i32", "flags": "*u8"},
         {"OUT": out, "SRC": src, "ALIGNED": True, "INDEX": index, "BLOCK": BLOCK},
-        loads=BLOCK * index.primitive_bitwidth // 8,
-        stores=BLOCK * out.primitive_bitwidth // 8,
+        loads=BLOCK * size_of(index),
+        stores=BLOCK * size_of(out),
     )
     for src in FLOATS.values()
     for out in sorted({src, tl.float32}, key=str)
-    for index in (tl.int32, tl.int64)
+    for index in INDICES.values()
 ]

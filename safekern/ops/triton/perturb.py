@@ -10,14 +10,12 @@ from torch import Tensor
 from safekern.ops import perturb as reference
 from safekern.ops.triton.common import (
     FLOATS,
+    INDICES,
     SCATTER_BLOCK,
     SELECTED_ROWS,
     Spec,
     aligned,
-    check_count,
-    check_float,
-    check_indices,
-    check_tensor,
+    check_selected,
     groups,
     launch_selected,
     narrow,
@@ -31,19 +29,15 @@ def perturb_(
     params: Sequence[Tensor], indices: Sequence[Tensor], scales: Sequence[float], streams: Sequence[int], seed: int
 ) -> None:
     """See :func:`safekern.ops.perturb.reference`. An index outside its parameter is left out."""
-    check_count(indices, len(params), "index tensors")
+    check_selected(params, indices)
     if not len(scales) == len(streams) == len(params):
         raise RuntimeError(f"safekern: expected {len(params)} scales and streams")
-    for param, index in zip(params, indices, strict=True):
-        check_tensor(param, params[0].device, "a parameter")
-        check_float(param)
-        check_indices(index, params[0].device)
     present = [t for t, index in enumerate(indices) if index.numel()]
     if not present:
         return
     with on(params[0].device):
-        for group in groups((params[t].dtype, indices[t].dtype, aligned(indices[t])) for t in present):
-            chosen = [present[position] for position in group]
+        kinds = ((params[t].dtype, indices[t].dtype, aligned(indices[t])) for t in present)
+        for (dtype, _, is_aligned), chosen in groups(present, kinds).items():
             launch_selected(
                 perturb_kernel,
                 chosen,
@@ -52,8 +46,8 @@ def perturb_(
                 [[_float_bits(scales[t]) for t in chosen], [streams[t] for t in chosen]],
                 seed,
                 block=SCATTER_BLOCK,
-                PARAM=FLOATS[params[chosen[0]].dtype],
-                ALIGNED=aligned(indices[chosen[0]]),
+                PARAM=FLOATS[dtype],
+                ALIGNED=is_aligned,
             )
 
 
@@ -152,5 +146,5 @@ SPECS = [
         {"PARAM": param, "ALIGNED": True, "INDEX": index, "BLOCK": SCATTER_BLOCK},
     )
     for param in FLOATS.values()
-    for index in (tl.int32, tl.int64)
+    for index in INDICES.values()
 ]

@@ -7,12 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from safekern.ops.triton.common import (
+    INDICES,
     SCATTER_BLOCK,
     SELECTED_ROWS,
     WORDS,
     Spec,
     aligned,
-    check_values,
+    check_saved,
     groups,
     launch_selected,
     load_run,
@@ -24,7 +25,7 @@ from safekern.ops.triton.common import (
 
 def restore_(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """See :func:`safekern.ops.restore.reference`. An index outside its parameter is left out."""
-    check_values(params, indices, values)
+    check_saved(params, indices, values)
     launch(restore_kernel, SCATTER_BLOCK, params, indices, values)
 
 
@@ -36,15 +37,13 @@ def launch(
     values: Sequence[Tensor],
     *args: Tensor,
 ) -> None:
-    """Launches a kernel that meets saved bits with selected weights."""
+    """Launches `restore_kernel`, or that of `count_changed`, whose table has the values and the tensors' positions."""
     present = [t for t, index in enumerate(indices) if index.numel()]
     if not present:
         return
     with on(params[0].device):
-        for group in groups(
-            (params[t].element_size(), indices[t].dtype, aligned(indices[t], values[t])) for t in present
-        ):
-            chosen = [present[position] for position in group]
+        kinds = ((params[t].element_size(), indices[t].dtype, aligned(indices[t], values[t])) for t in present)
+        for (size, _, is_aligned), chosen in groups(present, kinds).items():
             launch_selected(
                 kernel,
                 chosen,
@@ -53,8 +52,8 @@ def launch(
                 [[values[t].data_ptr() for t in chosen], chosen],
                 *args,
                 block=block,
-                WORD=WORDS[params[chosen[0]].element_size()],
-                ALIGNED=aligned(indices[chosen[0]], values[chosen[0]]),
+                WORD=WORDS[size],
+                ALIGNED=is_aligned,
             )
 
 
@@ -85,5 +84,5 @@ SPECS = [
         {"WORD": word, "ALIGNED": True, "INDEX": index, "BLOCK": SCATTER_BLOCK},
     )
     for word in WORDS.values()
-    for index in (tl.int32, tl.int64)
+    for index in INDICES.values()
 ]

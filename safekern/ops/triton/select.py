@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from safekern.indices import index_dtype
 from safekern.ops.triton.common import (
     LAUNCH,
     THREADS,
@@ -39,6 +40,8 @@ BLOCK, TILE = 8192, 1024
 KEPT_TILE, KEPT_THREADS = 64, 32
 # How many runs of how many elements the sample takes, and how many times as large the whole must be to be sampled.
 SAMPLE_RUNS, SAMPLE_RUN, SAMPLED_FROM = 1 << 16, 16, 4
+# Runs per program that takes the sample.
+SAMPLE_EACH = 64
 # How many more candidates than 5/4 k there is room for.
 SLACK = 8 * BLOCK
 # Programs that share the work when a histogram is made: more of them would add to the same counters more often.
@@ -139,8 +142,7 @@ def _guess_cutoff(problem: _Problem, numel: int) -> Tensor | None:
     if rank >= size:
         return None
     keys = torch.empty(size, dtype=torch.int32, device=problem.sigma.device)
-    programs = triton.cdiv(SAMPLE_RUNS, 64)
-    sample_kernel[(programs,)](
+    sample_kernel[(triton.cdiv(SAMPLE_RUNS, SAMPLE_EACH),)](
         problem.entries,
         len(problem.present),
         problem.sigma,
@@ -149,7 +151,7 @@ def _guess_cutoff(problem: _Problem, numel: int) -> Tensor | None:
         FLIP=problem.flip,
         RUN=SAMPLE_RUN,
         RUNS=SAMPLE_RUNS,
-        EACH=64,
+        EACH=SAMPLE_EACH,
         **LAUNCH,
     )
     return keys.sort(descending=True).values[rank : rank + 1]
@@ -266,7 +268,7 @@ def _emit(problem: _Problem, candidates: _Candidates | None) -> list[Tensor] | N
 
 
 def _fits(grad: Tensor) -> bool:
-    return grad.numel() <= torch.iinfo(torch.int32).max
+    return index_dtype(grad.numel()) == torch.int32
 
 
 @triton.jit
@@ -602,12 +604,12 @@ def emit_kernel(
 
 
 _SOURCE = {"table": "*i64", "tensors": "i32", "sigma": "*fp32"}
-_CANDIDATES = {"keys": "*i32", "positions": "*i16", "starts": "*i64", "counts": "*i32", "state": "*i64"}
+_CANDIDATES = {"keys": "*i32", "positions": "*i16", "starts": "*i64", "counts": "*i32"}
 SPECS = [
     Spec(
         sample_kernel,
         {**_SOURCE, "keys": "*i32", "numel": "i64"},
-        {"FLIP": 0, "RUN": SAMPLE_RUN, "RUNS": SAMPLE_RUNS, "EACH": 64},
+        {"FLIP": 0, "RUN": SAMPLE_RUN, "RUNS": SAMPLE_RUNS, "EACH": SAMPLE_EACH},
     ),
     *(
         Spec(
@@ -615,7 +617,7 @@ SPECS = [
             {
                 **_SOURCE,
                 "guess": "*i32",
-                **{name: kind for name, kind in _CANDIDATES.items() if name != "state"},
+                **_CANDIDATES,
                 "total": "*i64",
                 "nan": "*i64",
                 "capacity": "i64",
@@ -655,7 +657,7 @@ SPECS = [
     *(
         Spec(
             kernel,
-            {**_SOURCE, **_CANDIDATES, **signature},
+            {**_SOURCE, **_CANDIDATES, "state": "*i64", **signature},
             {
                 "CANDIDATES": candidates,
                 "FLIP": _KEY_MASK,

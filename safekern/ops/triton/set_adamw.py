@@ -10,6 +10,7 @@ from torch import Tensor
 from safekern.ops.triton.common import (
     FLOATS,
     HYPERPARAMETERS,
+    INDICES,
     SCATTER_BLOCK,
     SELECTED_ROWS,
     WORDS,
@@ -17,11 +18,10 @@ from safekern.ops.triton.common import (
     adamw,
     adamw_bits,
     aligned,
+    check_adamw,
     check_count,
     check_dtype,
     check_flags,
-    check_float,
-    check_indices,
     check_numel,
     check_tensor,
     groups,
@@ -31,6 +31,7 @@ from safekern.ops.triton.common import (
     on,
     pointer,
     selected,
+    size_of,
     store_run,
 )
 
@@ -51,52 +52,42 @@ def set_adamw_(
     nonfinite: Tensor | None = None,
 ) -> None:
     """See :func:`safekern.ops.set_adamw.reference`. An index outside its parameter is left out."""
-    count = len(params)
-    check_count(grads, count, "gradients")
-    check_count(indices, count, "index tensors")
-    check_count(exp_avgs, count, "first moments")
-    check_count(exp_avg_sqs, count, "second moments")
-    check_count(masters, count, "master tensors")
-    if not len(step_sizes) == len(bias_correction2_sqrts) == count:
-        raise RuntimeError(f"safekern: expected {count} step sizes and bias corrections")
-    for t, param in enumerate(params):
-        check_tensor(param, params[0].device, "a parameter")
-        check_float(param)
-        check_indices(indices[t], params[0].device)
-        for state in (grads[t], exp_avgs[t], exp_avg_sqs[t], masters[t]):
-            if state is not masters[t] or state.numel():
-                check_tensor(state, params[0].device, "a selected gradient or state tensor")
-                check_dtype(state, torch.float32, "a selected gradient or state tensor")
-                check_numel(state, indices[t].numel(), "a selected gradient or state tensor")
-    if nonfinite is not None:
-        check_flags(nonfinite, 1, params[0].device if params else nonfinite.device)
-    present = [t for t, index in enumerate(indices) if index.numel()]
-    if not present:
+    check_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, step_sizes, bias_correction2_sqrts)
+    check_count(masters, len(params), "master tensors")
+    if not params:
         return
-    streams = [grads, indices, exp_avgs, exp_avg_sqs, masters]
-    # What depends on the step is an argument, not in the table: the table then stays what it was.
-    keys = [
+    device = params[0].device
+    if nonfinite is not None:
+        check_flags(nonfinite, 1, device)
+    for index, master, *streams in zip(indices, masters, grads, exp_avgs, exp_avg_sqs, strict=True):
+        count = index.numel()
+        # An empty master is none.
+        for stream in (*streams, master) if master.numel() else streams:
+            check_tensor(stream, device, "a selected gradient or state tensor")
+            check_dtype(stream, torch.float32, "a selected gradient or state tensor")
+            check_numel(stream, count, "a selected gradient or state tensor")
+    present = [t for t, index in enumerate(indices) if index.numel()]
+    kinds = (
         (
             params[t].dtype,
             indices[t].dtype,
             masters[t].numel() > 0,
-            aligned(*(stream[t] for stream in streams)),
+            aligned(indices[t], grads[t], exp_avgs[t], exp_avg_sqs[t], masters[t]),
             step_sizes[t],
             bias_correction2_sqrts[t],
         )
         for t in present
-    ]
-    with on(params[0].device):
+    )
+    with on(device):
         skip = None if nonfinite is None else nonfinite.view(torch.uint8)
-        for group in groups(keys):
-            dtype, _, has_master, is_aligned, step_size, bias_correction2_sqrt = keys[group[0]]
-            chosen = [present[position] for position in group]
+        for kind, chosen in groups(present, kinds).items():
+            dtype, _, has_master, is_aligned, step_size, bias_correction2_sqrt = kind
             launch_selected(
                 set_adamw_kernel,
                 chosen,
                 params,
                 indices,
-                [[state[t].data_ptr() for t in chosen] for state in (grads, exp_avgs, exp_avg_sqs, masters)],
+                [[stream[t].data_ptr() for t in chosen] for stream in (grads, exp_avgs, exp_avg_sqs, masters)],
                 *adamw_bits(decay, beta1, beta2, eps, step_size, bias_correction2_sqrt),
                 skip,
                 block=SCATTER_BLOCK,
@@ -179,7 +170,7 @@ SPECS = [
         {"table": "*i64", "tensors": "i32", **dict.fromkeys(HYPERPARAMETERS, "i64"), "skip": "*u8"},
         {
             "PARAM": param,
-            "WORD": WORDS[param.primitive_bitwidth // 8],
+            "WORD": WORDS[size_of(param)],
             "MASTER": master,
             "ALIGNED": True,
             "INDEX": index,
@@ -188,5 +179,5 @@ SPECS = [
     )
     for param in FLOATS.values()
     for master in (False, True)
-    for index in (tl.int32, tl.int64)
+    for index in INDICES.values()
 ]

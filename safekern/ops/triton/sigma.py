@@ -13,13 +13,13 @@ from safekern.ops.triton.common import (
     Spec,
     aligned,
     check_float,
-    check_tensor,
     find,
     first_blocks,
     groups,
     launch_options,
     on,
     pointer,
+    size_of,
     table,
 )
 
@@ -38,8 +38,7 @@ def sigma(params: Sequence[Tensor]) -> Tensor:
         return torch.empty(0)
     device = params[0].device
     for param in params:
-        check_tensor(param, device, "a parameter")
-        check_float(param)
+        check_float(param, device, "a parameter")
     numels = [param.numel() for param in params]
     first_chunks = first_blocks(numels, CHUNK)
     # Per chunk: mean, sum of squared deviations, and the two weights of its update.
@@ -47,8 +46,8 @@ def sigma(params: Sequence[Tensor]) -> Tensor:
     result = torch.empty(len(params), dtype=torch.float32, device=device)
     present = [t for t, numel in enumerate(numels) if numel]
     with on(device):
-        for group in groups((params[t].dtype, aligned(params[t])) for t in present):
-            chosen = [present[position] for position in group]
+        kinds = ((params[t].dtype, aligned(params[t])) for t in present)
+        for (dtype, is_aligned), chosen in groups(present, kinds).items():
             first = first_blocks([numels[t] for t in chosen], CHUNK * CHUNKS)
             entries = table(
                 [
@@ -64,8 +63,8 @@ def sigma(params: Sequence[Tensor]) -> Tensor:
                 len(chosen),
                 partial,
                 first_chunks[-1],
-                TYPE=FLOATS[params[chosen[0]].dtype],
-                ALIGNED=aligned(params[chosen[0]]),
+                TYPE=FLOATS[dtype],
+                ALIGNED=is_aligned,
                 CHUNK=CHUNK,
                 LANES=LANES,
                 PIVOT=PIVOT,
@@ -235,10 +234,10 @@ SPECS = [
         {"table": "*i64", "tensors": "i32", "partial": "*fp64", "all_chunks": "i64"},
         {"TYPE": kind, "ALIGNED": True, "CHUNK": CHUNK, "LANES": LANES, "PIVOT": PIVOT, "CHUNKS": CHUNKS},
         # The first tile and the next one.
-        loads=2 * CHUNKS * 8 * LANES * dtype.itemsize,
+        loads=2 * CHUNKS * 8 * LANES * size_of(kind),
         threads=THREADS,
     )
-    for dtype, kind in FLOATS.items()
+    for kind in FLOATS.values()
 ] + [
     Spec(
         merge_kernel,

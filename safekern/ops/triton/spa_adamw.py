@@ -16,10 +16,8 @@ from safekern.ops.triton.common import (
     adamw,
     adamw_bits,
     aligned,
-    check_count,
+    check_adamw,
     check_dtype,
-    check_float,
-    check_indices,
     check_numel,
     check_tensor,
     dtype_name,
@@ -32,6 +30,7 @@ from safekern.ops.triton.common import (
     narrow,
     on,
     pointer,
+    size_of,
     store_run,
     table,
 )
@@ -56,31 +55,23 @@ def spa_adamw_(
     decay: float,
 ) -> None:
     """See :func:`safekern.ops.spa_adamw.reference`. That the indices ascend is not checked: it would wait for them."""
-    count = len(params)
-    check_count(grads, count, "gradients")
-    check_count(indices, count, "index tensors")
-    check_count(exp_avgs, count, "first moments")
-    check_count(exp_avg_sqs, count, "second moments")
-    if not len(step_sizes) == len(bias_correction2_sqrts) == count:
-        raise RuntimeError(f"safekern: expected {count} step sizes and bias corrections")
-    for t, param in enumerate(params):
-        check_tensor(param, params[0].device, "a parameter")
-        check_float(param)
-        for other in (grads[t], exp_avgs[t], exp_avg_sqs[t]):
-            check_tensor(other, params[0].device, "a gradient or moment")
-            check_numel(other, param.numel(), "a gradient or moment")
-            if other.dtype not in (param.dtype, torch.float32):
+    check_adamw(params, grads, indices, exp_avgs, exp_avg_sqs, step_sizes, bias_correction2_sqrts)
+    if not params:
+        return
+    device = params[0].device
+    for param, grad, exp_avg, exp_avg_sq in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
+        numel, dtype = param.numel(), param.dtype
+        for stream in (grad, exp_avg, exp_avg_sq):
+            check_tensor(stream, device, "a gradient or moment")
+            check_numel(stream, numel, "a gradient or moment")
+            if stream.dtype not in (dtype, torch.float32):
                 raise RuntimeError(
                     "safekern: a gradient or moment must be Float or its parameter's "
-                    f"{dtype_name(param.dtype)}, got {dtype_name(other.dtype)}"
+                    f"{dtype_name(dtype)}, got {dtype_name(stream.dtype)}"
                 )
-        check_dtype(exp_avg_sqs[t], exp_avgs[t].dtype, "a second moment")
-        check_indices(indices[t], params[0].device)
+        check_dtype(exp_avg_sq, exp_avg.dtype, "a second moment")
     present = [t for t, param in enumerate(params) if param.numel()]
-    if not present:
-        return
-    # What depends on the step is an argument, not in the table: the table then stays what it was.
-    keys = [
+    kinds = (
         (
             params[t].dtype,
             grads[t].dtype,
@@ -91,23 +82,18 @@ def spa_adamw_(
             bias_correction2_sqrts[t],
         )
         for t in present
-    ]
-    device = params[0].device
+    )
     with on(device):
-        for group in groups(keys):
-            param_type, grad_type, moment_type, index_type, is_aligned, step_size, bias_correction2_sqrt = keys[
-                group[0]
-            ]
-            chosen = [present[position] for position in group]
+        for kind, chosen in groups(present, kinds).items():
+            param_type, grad_type, moment_type, index_type, is_aligned, step_size, bias_correction2_sqrt = kind
             first = first_blocks((params[t].numel() for t in chosen), BLOCK)
-            streams = (params, grads, exp_avgs, exp_avg_sqs)
             entries = table(
                 [
                     first[:-1],
                     [params[t].numel() for t in chosen],
                     [indices[t].data_ptr() for t in chosen],
                     [indices[t].numel() for t in chosen],
-                    *([stream[t].data_ptr() for t in chosen] for stream in streams),
+                    *([stream[t].data_ptr() for t in chosen] for stream in (params, grads, exp_avgs, exp_avg_sqs)),
                 ],
                 device,
             )
@@ -240,8 +226,6 @@ def spa_adamw_kernel(
     store_run(param, element, new, inside, full)
 
 
-_SIZES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-_TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32, "fp64": tl.float64}
 _PLACES = {"table": "*i64", "tensors": "i32", "spared": "*i64", "blocks": "i64"}
 SPECS = [
     Spec(search_kernel, _PLACES, {"INDEX": index, "BLOCK": BLOCK, "SEARCHES": SEARCHES}, threads=THREADS)
@@ -251,19 +235,19 @@ SPECS = [
         spa_adamw_kernel,
         {**_PLACES, **dict.fromkeys(HYPERPARAMETERS, "i64")},
         {
-            "PARAM": _TYPES[param],
-            "GRAD": _TYPES[grad],
-            "MOMENT": _TYPES[moment],
+            "PARAM": param,
+            "GRAD": grad,
+            "MOMENT": moment,
             "INDEX": index,
             "ALIGNED": True,
             "BLOCK": BLOCK,
         },
-        loads=BLOCK * (_SIZES[param] + _SIZES[grad] + 2 * _SIZES[moment]),
-        stores=BLOCK * (_SIZES[param] + 2 * _SIZES[moment]),
+        loads=BLOCK * size_of(param, grad, moment, moment),
+        stores=BLOCK * size_of(param, moment, moment),
         threads=THREADS,
     )
-    for param in _SIZES
-    for grad in sorted({param, "fp32"})
-    for moment in sorted({param, "fp32"})
+    for param in FLOATS.values()
+    for grad in sorted({param, tl.float32}, key=str)
+    for moment in sorted({param, tl.float32}, key=str)
     for index in INDICES.values()
 ]
