@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import safekern
 from safekern import ops
-from safekern.diagnosis import table
+from safekern.tables import Table
 
 Work = dict[str, Callable[[], object]]
 OURS = "safekern"
@@ -63,7 +63,8 @@ def main() -> int:
         failed |= not complete
         rows += found
     if rows:
-        print(as_table(rows))
+        shown = ["backend", "op", "contender", "ms", "device_ms", "ms_8b", "GB/s", "of_copy", "times_ours"]
+        print(Table.from_records(rows, shown))
         if args.out:
             write(args.out, rows)
     return int(failed)
@@ -356,12 +357,6 @@ def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
     """GB/s of ``copy_``, read and write counted."""
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, device, repeats)["copy"] / 1e6
-
-
-def as_table(rows: list[dict[str, str]]) -> str:
-    """The rows as text."""
-    shown = ["backend", "op", "contender", "ms", "device_ms", "ms_8b", "GB/s", "of_copy", "times_ours"]
-    return table([shown, *([row[key] for key in shown] for row in rows)])
 
 
 def write(path: Path, rows: "Iterator[dict[str, str]] | list[dict[str, str]]") -> None:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import safekern
 from safekern import ops
-from safekern.diagnosis import table
+from safekern.tables import Table
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -76,8 +76,7 @@ def main() -> int:
         _release(torch.device(args.device))
         if args.out:
             write(args.out, rows)
-    shown = ["model", "tokens", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"]
-    print(table([shown, *([row[key] for key in shown] for row in rows)]))
+    print(Table.from_records(rows, ["model", "tokens", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"]))
     return int(any(row["note"].startswith("failed") for row in rows))
 
 
