@@ -22,7 +22,7 @@ from safekern.distribution import Distribution
 from safekern.errors import FileAccessError
 from safekern.mask import Mask, Summary
 from safekern.overlap import COLUMNS, Comparison, row
-from safekern.scores import ScoreReport, Scores, ratio_of
+from safekern.scores import ScoreReport, Scores, count_of, ratio_of
 from safekern.tables import Column, Table, printable
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ class Audit:
             return None
         mask = self.mask
         says = f"The file says that {100 * ratio:.4g}% of the model was selected"
-        wanted = max(1, int(ratio * mask.model_numel))
+        wanted = count_of(ratio, mask.model_numel, mask.model_numel)
         if mask.numel == wanted:
             return Check(True, f"{says}, and it was.")
         # A ranking ends with the eligible weights, which may be fewer.
