@@ -260,7 +260,7 @@ def _draw_map(axes: "Axes", summary: "Summary", key: str, theme: Theme) -> None:
         grid, cmap="viridis", vmin=0, edgecolors="none" if fine else theme.background, linewidth=0.6, rasterized=fine
     )
     ticks = _spaced(layers)
-    axes.set_xticks([i + 0.5 for i in ticks], ["none" if layers[i] is None else layers[i] for i in ticks], fontsize=8)
+    axes.set_xticks([i + 0.5 for i in ticks], [_layer(layers[i]) for i in ticks], fontsize=8)
     ticks = _spaced(rows)
     axes.set_yticks([i + 0.5 for i in ticks], [_label(str(rows[i])) for i in ticks], fontsize=9, parse_math=False)
     axes.tick_params(length=0, colors=theme.text)
@@ -291,6 +291,10 @@ def _spaced(values: Sequence[Any]) -> list[int]:
     """The positions that get a label: not more than are legible, and what is outside the layers in any case."""
     numbered = len(values) - (None in values)
     return [*range(0, numbered, math.ceil(numbered / _MOST_TICKS) or 1), *range(numbered, len(values))]
+
+
+def _layer(number: int | None) -> str:
+    return "none" if number is None else str(number)
 
 
 def _label(text: str) -> str:

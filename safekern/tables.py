@@ -1,4 +1,4 @@
-"""Tables as data: one description of columns and rows serves aligned text, JSON and the HTML report."""
+"""What is shown to people: tables as data, which serve as aligned text, JSON and HTML, and text from foreign files."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,6 +99,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number of things.
+
+    Example:
+        >>> from safekern.tables import counted
+        >>> counted(1, "layer"), counted(1200, "batch", "es")
+        ('1 layer', '1,200 batches')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def _finite(value: Any) -> Any:
