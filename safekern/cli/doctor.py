@@ -7,13 +7,13 @@ import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from safekern import ops
 from safekern._version import __version__
+from safekern.bench.measure import processor
 from safekern.diagnosis import selftest
 from safekern.ops.registry import OPS, has_kernel
 from safekern.tables import Column, Table
@@ -77,7 +77,7 @@ def _devices() -> list[dict[str, str]]:
     devices = [
         {
             "device": "cpu",
-            "name": _processor(),
+            "name": processor(),
             "capability": ops.cpu_capability() or torch.backends.cpu.get_cpu_capability().lower(),
             "memory": _host_memory(),
             "parallelism": f"{torch.get_num_threads()} threads",
@@ -152,15 +152,6 @@ def _text(found: dict[str, Any]) -> str:
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _host_memory() -> str:
