@@ -42,6 +42,14 @@ def ratio(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """What a random generator of PyTorch takes."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2^63 - 1 is needed, got {text}")
+    return value
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model is loaded, and how: what `load_model` reads."""
     group = parser.add_argument_group("model")
