@@ -6,8 +6,8 @@ import socket
 
 import pytest
 import torch
+from language_models import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
-from test_objectives import byte_tokenizer, tiny_llama
 
 from safekern import Mask, Scores, models, training
 from safekern.checkpoint import Patched, fingerprint

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_objectives import byte_tokenizer, tiny_llama
+from language_models import byte_tokenizer, tiny_llama
 
 import safekern
 
