@@ -18,7 +18,6 @@ Times of one weight tensor per launch or of all at once depend on the shapes: he
 import argparse
 import csv
 import gc
-import math
 import os
 import statistics
 import subprocess
@@ -377,7 +376,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _total(indices: list[Tensor]) -> int:
-    return sum(math.prod(index.shape) for index in indices)
+    return sum(index.numel() for index in indices)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Stages:
         generator = torch.Generator().manual_seed(0)
         ids = [torch.randint(model.config.vocab_size, tokens, generator=generator) for _ in range(steps)]
         batches = [{"input_ids": each.to(self.device), "labels": each.to(self.device)} for each in ids]
-        self.stage("forward + backward, warm-up", lambda: bare(model, batches[:1]), per=1)
+        self.stage("forward + backward, warm-up", lambda: bare(model, batches[:1]))
         self.stage("forward + backward", lambda: bare(model, batches), per=steps)
         # Before the scores are there: two sets of accumulators of a large model would not fit.
         self.stage("score, each further batch", lambda: further_batch(model, batches), seconds=lambda each: (each, ""))
