@@ -189,34 +189,30 @@ import csv
 import sys
 from pathlib import Path
 
-from safekern.diagnosis import table
+from safekern.tables import Table
 
 out = Path(sys.argv[1])
 
 
-def rows(name, delimiter=","):
+def records(name, **layout):
     path = out / name
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        return list(csv.reader(file, delimiter=delimiter))
+        return list(csv.DictReader(file, **layout))
 
 
 def show(name, columns):
-    header, *lines = rows(name) or [[]]
-    if lines:
-        places = [header.index(column) for column in columns]
-        print(table([columns, *([line[place] for place in places] for line in lines)]) + "\n")
+    if rows := records(name):
+        print(f"{Table.from_records(rows, columns)}\n")
 
 
 show("kernels.csv", ["backend", "op", "contender", "ms", "device_ms", "ms_8b", "GB/s", "of_copy", "times_ours"])
 for name in ("models.csv", "long_batches.csv"):
     show(name, ["model", "tokens", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"])
-for name in ("kernels.csv", "models.csv"):
-    header, *lines = rows(name) or [[]]
-    if lines:
-        print(f"measured on {dict(zip(header, lines[0]))['device']}")
-        break
-print(table([["stage", "result", "seconds", ""], *rows("stages.tsv", "\t")]))
+for row in [*records("kernels.csv"), *records("models.csv")][:1]:
+    print(f"measured on {row['device']}")
+columns = ["stage", "result", "seconds", "detail"]
+print(Table.from_records(records("stages.tsv", fieldnames=columns, delimiter="\t"), columns))
 PYTHON
 if grep -qP '^[^\t]*\t(failed|timed out|no time)\t' "$stages"; then exit 1; fi

@@ -18,7 +18,6 @@ Times of one weight tensor per launch or of all at once depend on the shapes: he
 import argparse
 import csv
 import gc
-import math
 import os
 import statistics
 import subprocess
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 import safekern
 from safekern import ops
-from safekern.diagnosis import table
+from safekern.tables import Table
 
 Work = dict[str, Callable[[], object]]
 OURS = "safekern"
@@ -63,7 +62,8 @@ def main() -> int:
         failed |= not complete
         rows += found
     if rows:
-        print(as_table(rows))
+        shown = ["backend", "op", "contender", "ms", "device_ms", "ms_8b", "GB/s", "of_copy", "times_ours"]
+        print(Table.from_records(rows, shown))
         if args.out:
             write(args.out, rows)
     return int(failed)
@@ -358,12 +358,6 @@ def copy_bandwidth(device: torch.device, size: int, repeats: int) -> float:
     return 2 * size / interleaved({"copy": lambda: target.copy_(source)}, device, repeats)["copy"] / 1e6
 
 
-def as_table(rows: list[dict[str, str]]) -> str:
-    """The rows as text."""
-    shown = ["backend", "op", "contender", "ms", "device_ms", "ms_8b", "GB/s", "of_copy", "times_ours"]
-    return table([shown, *([row[key] for key in shown] for row in rows)])
-
-
 def write(path: Path, rows: "Iterator[dict[str, str]] | list[dict[str, str]]") -> None:
     """Writes rows as they come, so that those before an interruption are kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -382,7 +376,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _total(indices: list[Tensor]) -> int:
-    return sum(math.prod(index.shape) for index in indices)
+    return sum(index.numel() for index in indices)
 
 
 if __name__ == "__main__":

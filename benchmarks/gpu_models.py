@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import safekern
 from safekern import ops
-from safekern.diagnosis import table
+from safekern.tables import Table
 
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -76,8 +76,7 @@ def main() -> int:
         _release(torch.device(args.device))
         if args.out:
             write(args.out, rows)
-    shown = ["model", "tokens", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"]
-    print(table([shown, *([row[key] for key in shown] for row in rows)]))
+    print(Table.from_records(rows, ["model", "tokens", "backend", "stage", "seconds", "peak_GB", "above_GB", "note"]))
     return int(any(row["note"].startswith("failed") for row in rows))
 
 
@@ -101,7 +100,7 @@ class Stages:
         generator = torch.Generator().manual_seed(0)
         ids = [torch.randint(model.config.vocab_size, tokens, generator=generator) for _ in range(steps)]
         batches = [{"input_ids": each.to(self.device), "labels": each.to(self.device)} for each in ids]
-        self.stage("forward + backward, warm-up", lambda: bare(model, batches[:1]), per=1)
+        self.stage("forward + backward, warm-up", lambda: bare(model, batches[:1]))
         self.stage("forward + backward", lambda: bare(model, batches), per=steps)
         # Before the scores are there: two sets of accumulators of a large model would not fit.
         self.stage("score, each further batch", lambda: further_batch(model, batches), seconds=lambda each: (each, ""))

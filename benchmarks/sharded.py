@@ -9,7 +9,6 @@ share. The first process prints a table, the mean over processes, and writes it 
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -22,8 +21,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import safekern
+from safekern import files
 from safekern.bench.measure import environment, peak_memory
 from safekern.bench.models import llama, token_batches
+from safekern.cli import options
 from safekern.sharding import local
 
 
@@ -38,6 +39,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args()
 
+    if args.out:
+        files.check_writable(args.out)
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
@@ -82,7 +85,7 @@ def main() -> None:
         if args.out:
             settings = {"numel": numel, "processes": dist.get_world_size(), "selected": mask.numel, "ratio": args.ratio}
             settings |= {"batches": args.batches, "tokens": args.tokens}
-            args.out.write_text(json.dumps({**environment(args.device), **settings, "stages": stages}, indent=2) + "\n")
+            options.write_json(args.out, {**environment(args.device), **settings, "stages": stages})
     dist.destroy_process_group()
 
 

@@ -105,7 +105,7 @@ class OnDisk(NamedTuple):
             file.seek(self.entry.offset)
             for start in range(0, self.entry.size, _CHUNK):
                 chunk = np.empty(min(_CHUNK, self.entry.size - start), dtype=np.uint8)
-                if file.readinto(chunk.data) != chunk.size:  # type: ignore[attr-defined]
+                if file.readinto(chunk.data) != chunk.size:
                     raise FileFormatError(f"{self.path}: became shorter while it was read; copy it again.")
                 yield chunk
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from safekern import ops
 from safekern.errors import InvalidArgumentError
 from safekern.ops.cases import INTEGERS, Case
 from safekern.ops.registry import INTERPRETED, OPS, Op, backends, has_kernel
+from safekern.tables import Table
 
 # On either side of every tensor, a number of elements that makes vector loads aligned, and one that does not.
 _PADDINGS = (64, 11)
@@ -82,11 +83,14 @@ class SelfTest:
         return not self.failures and any(check.status == "passed" for check in self.checks)
 
     def __str__(self) -> str:
-        rows = [("op", "device", "backend", "result", "cases", "")]
-        rows += [(c.op, c.device, c.backend, c.status, str(c.cases), c.reason) for c in self.checks]
+        table = Table.from_records(self.to_dicts(), [field.name for field in fields(Check)])
         counts = {status: sum(c.status == status for c in self.checks) for status in ("passed", "failed", "skipped")}
         total = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-        return f"{table(rows)}\n{total}"
+        return f"{table}\n{total}"
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The checks as plain values, for JSON."""
+        return [asdict(check) for check in self.checks]
 
 
 def selftest(*, device: str | torch.device | None = None, quick: bool = False) -> SelfTest:
@@ -126,14 +130,6 @@ def selftest(*, device: str | torch.device | None = None, quick: bool = False) -
                 if backend != served.backend and backend not in served.passed_over:
                     checks += _checks_elsewhere(backend, name, quick=quick)
     return SelfTest(tuple(checks))
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as aligned lines of text."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def _devices(device: str | torch.device | None) -> list[str]:
@@ -222,21 +218,12 @@ def _problem(op: Op, case: Case, device: torch.device, padding: int) -> str | No
     guarded: list[Tensor] = []
     arguments = _copied(case.arguments, device, padding, guarded)
     expected = _copied(case.arguments, torch.device("cpu"), 0, [])
-    if case.refused is not None:
-        try:
-            op.call(*arguments)
-            _synchronize(device)
-        except RuntimeError as error:
-            if case.refused not in str(error):
-                return f"is refused with another message: {_one_line(str(error))}"
-        else:
-            return f"is accepted instead of refused ({case.refused})"
-        wanted: Any = None
-        result: Any = None
-    else:
-        wanted = op.reference(*expected)
-        result = op.call(*arguments)
+    wanted, result = None, None
+    if case.refused is None:
+        wanted, result = op.reference(*expected), op.call(*arguments)
         _synchronize(device)
+    elif problem := _not_refused(op, arguments, case.refused, device):
+        return problem
     pairs = [*_tensors(arguments, "argument"), *_tensors((result,), "result")]
     references = [*_tensors(expected, "argument"), *_tensors((wanted,), "result")]
     befores = [*_tensors(case.arguments, "argument"), *_tensors((wanted,), "result")]
@@ -253,6 +240,16 @@ def _problem(op: Op, case: Case, device: torch.device, padding: int) -> str | No
     if guarded and bool((torch.cat(guarded) != _PADDING).any()):
         return "writes outside a tensor"
     return None
+
+
+def _not_refused(op: Op, arguments: Sequence[Any], refused: str, device: torch.device) -> str | None:
+    """What is wrong where an op should raise an error with a certain text, if anything."""
+    try:
+        op.call(*arguments)
+        _synchronize(device)
+    except RuntimeError as error:
+        return None if refused in str(error) else f"is refused with another message: {_one_line(str(error))}"
+    return f"is accepted instead of refused ({refused})"
 
 
 def _synchronize(device: torch.device) -> None:
@@ -318,8 +315,3 @@ def _spacing(*tensors: Tensor) -> Tensor:
 def _one_line(text: str) -> str:
     lines = text.strip().splitlines() or [""]
     return lines[0][:200]
-
-
-def as_dict(result: SelfTest) -> list[dict[str, Any]]:
-    """The checks as plain values, for JSON."""
-    return [asdict(check) for check in result.checks]

@@ -17,6 +17,7 @@ import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Never, TypeGuard
 
@@ -67,7 +68,7 @@ class Entry(NamedTuple):
 
 
 @contextlib.contextmanager
-def reading(path: StrPath) -> Iterator[BinaryIO]:
+def reading(path: StrPath) -> Iterator[BufferedReader]:
     """Opens a file to be read.
 
     Args:
@@ -303,7 +304,7 @@ def dump_json(meta: Mapping[str, Any]) -> str:
         ) from error
 
 
-def _read(file: BinaryIO, path: StrPath, kind: str, max_version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(file: BufferedReader, path: StrPath, kind: str, max_version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     entries, stored = read_header(file, path)
     keys = [f"safekern.{key}" for key in ("kind", "version", "meta", "checksum")]
     if not all(isinstance(stored.get(key), str) for key in keys):
@@ -348,7 +349,7 @@ def _layout(path: StrPath, header: Mapping[str, Any], start: int, end: int) -> d
     return entries
 
 
-def _load(file: BinaryIO, path: StrPath, name: str, entry: Entry) -> Tensor:
+def _load(file: BufferedReader, path: StrPath, name: str, entry: Entry) -> Tensor:
     if entry.code not in DTYPES:
         _damaged(path, f"{name!r} has the unknown dtype {entry.code!r}")
     try:
@@ -357,7 +358,7 @@ def _load(file: BinaryIO, path: StrPath, name: str, entry: Entry) -> Tensor:
         raise FileAccessError(
             f"{os.fspath(path)}: no memory for a tensor of {entry.size:,} bytes; free some."
         ) from error
-    if file.readinto(raw.numpy().data) != entry.size:  # type: ignore[attr-defined]
+    if file.readinto(raw.numpy().data) != entry.size:
         _damaged(path, "it became shorter while it was read")
     try:
         return raw.view(DTYPES[entry.code]).reshape(entry.shape)

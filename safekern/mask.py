@@ -20,7 +20,7 @@ from safekern import files, names
 from safekern.errors import FileFormatError, InvalidArgumentError, MaskMismatchError, UnknownNameError
 from safekern.files import StrPath
 from safekern.indices import checked, contains, decode, encode, union
-from safekern.tables import Column, Table, printable
+from safekern.tables import Column, Table, counted, printable
 
 Shape = Sequence[int]
 _Default = TypeVar("_Default")
@@ -188,7 +188,7 @@ class Mask(Mapping[str, Tensor]):
             return self._indices[name]
         except KeyError:
             raise UnknownNameError(
-                f"{name!r} is not in this mask, which selects weights in {_count(len(self), 'parameter')}."
+                f"{name!r} is not in this mask, which selects weights in {counted(len(self), 'parameter')}."
                 f"{_suggestion(name, self._indices)} list(mask) gives the names."
             ) from None
 
@@ -277,7 +277,7 @@ class Mask(Mapping[str, Tensor]):
         if not wrong:
             return found
 
-        lines = [f"The mask does not fit: {len(wrong):,} of its {_count(len(self), 'parameter')}."]
+        lines = [f"The mask does not fit: {len(wrong):,} of its {counted(len(self), 'parameter')}."]
         for name in wrong[:_SHOWN]:
             if name in found:
                 alias = "" if found[name] == name else f" (here {found[name]})"
@@ -587,7 +587,7 @@ class Mask(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return (
             f"Mask({self.numel:,} of {self.model_numel:,} weights, {_percent(self.density)}, "
-            f"in {_count(len(self), 'parameter')})"
+            f"in {counted(len(self), 'parameter')})"
         )
 
     def _row(self, layer: int | None, component: str, counts: list[int], expert: int | None = None) -> "SummaryRow":
@@ -789,10 +789,6 @@ def _percent(share: float) -> str:
 
 def _text(shape: Iterable[int]) -> str:
     return str(tuple(shape))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _enumerate(items: Sequence[str]) -> str:

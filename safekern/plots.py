@@ -1,4 +1,7 @@
-"""The pictures of masks and scores. The only module that imports matplotlib, and only once something is drawn."""
+"""The pictures of masks and scores, and what all pictures start from and end in.
+
+matplotlib is optional and takes long to import, so it is imported only once something is drawn.
+"""
 
 import base64
 import io
@@ -52,6 +55,30 @@ DARK = Theme(
 _MARKERS = "osD^vP"
 
 
+def check_available() -> None:
+    """Raises what drawing would raise, to be called before long work starts.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError('Plotting needs matplotlib: pip install "safekern[plot]".') from error
+
+
+def new_figure(theme: Theme = LIGHT) -> "Figure":
+    """An empty figure, which belongs to no window and no global state.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    check_available()
+    from matplotlib.figure import Figure
+
+    return Figure(layout="constrained", facecolor=theme.background)
+
+
 def mask_figure(mask: "Mask", theme: Theme = LIGHT) -> "Figure":
     """The density of each component in each layer, and below it that of each expert where the mask holds experts.
 
@@ -59,7 +86,7 @@ def mask_figure(mask: "Mask", theme: Theme = LIGHT) -> "Figure":
         InvalidArgumentError: The mask selects nothing.
         MissingDependencyError: matplotlib is not installed.
     """
-    figure = _figure(theme)
+    figure = new_figure(theme)
     summary, experts = mask.summary(), mask.expert_summary()
     if not summary:
         raise InvalidArgumentError("The mask selects nothing, so there is nothing to plot.")
@@ -98,7 +125,7 @@ def esi_histogram(every: Distribution, selected: Distribution, cutoff: float, th
         cutoff: The smallest ESI among the selected weights, marked with a line.
         theme: Colours.
     """
-    figure = _figure(theme)
+    figure = new_figure(theme)
     # A share of 0.01% has scores as small as floats get, which would squeeze all others together.
     low, high = math.log10(_smallest_shown(every)), math.log10(every.largest)
     edges = np.logspace(low, max(high, low + 0.1) + 1e-3, 81)
@@ -125,16 +152,17 @@ def overlap(rows: Mapping[str, Sequence[tuple[str, float, float]]], theme: Theme
             masks of the same sizes would have, which is marked with a bar.
         theme: Colours.
     """
-    figure = _figure(theme)
+    figure = new_figure(theme)
     components = sorted({row[0] for values in rows.values() for row in values}, key=names.component_order)
     components = components[:_MOST_ROWS]
     figure.set_size_inches(_CHART_WIDTH, 0.32 * len(components) + 1.5)
     axes = _axes(figure, theme)
     axes.grid(axis="y", color=theme.line, alpha=0.3, linewidth=0.6)
-    spread = 0.5 / max(1, len(rows) - 1) if len(rows) > 1 else 0.0
+    # The masks one above the other, around the middle of the component's line.
+    offsets = np.linspace(-0.25, 0.25, len(rows)) if len(rows) > 1 else np.zeros(1)
     for number, (label, values) in enumerate(rows.items()):
         shown = [row for row in values if row[0] in components]
-        offset = number * spread - (0.25 if len(rows) > 1 else 0.0)
+        offset = offsets[number]
         height = [components.index(row[0]) + offset for row in shown]
         color = theme.series[number % len(theme.series)]
         marker = _MARKERS[number % len(_MARKERS)]
@@ -173,14 +201,6 @@ def data_uri(figure: "Figure") -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def _figure(theme: Theme) -> "Figure":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('Plotting needs matplotlib: pip install "safekern[plot]".') from error
-    return Figure(layout="constrained", facecolor=theme.background)
-
-
 def _axes(figure: "Figure", theme: Theme) -> "Axes":
     axes = figure.add_subplot(facecolor=theme.background)
     axes.tick_params(colors=theme.text, which="both", labelsize=9)
@@ -205,7 +225,7 @@ def _legend(figure: "Figure", axes: "Axes", theme: Theme) -> None:
 
 
 def _map(summary: "Summary", key: str, theme: Theme) -> "Figure":
-    figure = _figure(theme)
+    figure = new_figure(theme)
     figure.set_size_inches(*_map_size(summary, key))
     _draw_map(figure.add_subplot(), summary, key, theme)
     return figure
@@ -232,33 +252,17 @@ def _map_rows(summary: "Summary", key: str) -> list[Any]:
 def _draw_map(axes: "Axes", summary: "Summary", key: str, theme: Theme) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    rows = {value: position for position, value in enumerate(_map_rows(summary, key))}
-    numbers = sorted({row.layer for row in summary if row.layer is not None})
-    has_rest = any(row.layer is None for row in summary)
-    columns: dict[int | None, int] = {number: position for position, number in enumerate(numbers)}
-    if has_rest:
-        columns[None] = len(numbers)
-    grid: NDArray[np.float64] = np.full((len(rows), len(columns)), np.nan)
-    for row in summary:
-        if row.selected and getattr(row, key) in rows:
-            grid[rows[getattr(row, key)], columns[row.layer]] = 100 * row.density
-
+    rows, layers = _map_rows(summary, key), sorted({row.layer for row in summary}, key=names.ORDERS["layer"])
+    grid = _percentages(summary, key, rows, layers)
     axes.set_facecolor(theme.empty)
     fine = len(rows) > _MOST_ROWS or grid.size > _MOST_PATHS
     mesh = axes.pcolormesh(
         grid, cmap="viridis", vmin=0, edgecolors="none" if fine else theme.background, linewidth=0.6, rasterized=fine
     )
-    ticks = list(range(0, len(numbers), math.ceil(len(numbers) / _MOST_TICKS) or 1))
-    labels = [str(numbers[tick]) for tick in ticks]
-    if has_rest:
-        ticks.append(len(numbers))
-        labels.append("none")
-    axes.set_xticks([tick + 0.5 for tick in ticks], labels, fontsize=8)
-    step = math.ceil(len(rows) / _MOST_TICKS)
-    shown = list(rows)[::step]
-    axes.set_yticks(
-        [rows[value] + 0.5 for value in shown], [_label(str(value)) for value in shown], fontsize=9, parse_math=False
-    )
+    ticks = _spaced(layers)
+    axes.set_xticks([i + 0.5 for i in ticks], [_layer(layers[i]) for i in ticks], fontsize=8)
+    ticks = _spaced(rows)
+    axes.set_yticks([i + 0.5 for i in ticks], [_label(str(rows[i])) for i in ticks], fontsize=9, parse_math=False)
     axes.tick_params(length=0, colors=theme.text)
     axes.spines[:].set_visible(False)
     axes.invert_yaxis()
@@ -271,6 +275,26 @@ def _draw_map(axes: "Axes", summary: "Summary", key: str, theme: Theme) -> None:
     bar.set_label("selected share of the cell", fontsize=9, color=theme.text)
     bar.ax.tick_params(colors=theme.text)
     bar.outline.set_visible(False)
+
+
+def _percentages(summary: "Summary", key: str, rows: list[Any], layers: list[int | None]) -> NDArray[np.float64]:
+    """The density of every cell of a heat map, NaN where nothing is selected."""
+    grid: NDArray[np.float64] = np.full((len(rows), len(layers)), np.nan)
+    down, across = ({value: position for position, value in enumerate(values)} for values in (rows, layers))
+    for row in summary:
+        if row.selected and getattr(row, key) in down:
+            grid[down[getattr(row, key)], across[row.layer]] = 100 * row.density
+    return grid
+
+
+def _spaced(values: Sequence[Any]) -> list[int]:
+    """The positions that get a label: not more than are legible, and what is outside the layers in any case."""
+    numbered = len(values) - (None in values)
+    return [*range(0, numbered, math.ceil(numbered / _MOST_TICKS) or 1), *range(numbered, len(values))]
+
+
+def _layer(number: int | None) -> str:
+    return "none" if number is None else str(number)
 
 
 def _label(text: str) -> str:

@@ -1,7 +1,7 @@
-"""Tables as data: one description of columns and rows serves aligned text, JSON and the HTML report."""
+"""What is shown to people: tables as data, which serve as aligned text, JSON and HTML, and text from foreign files."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,18 @@ class Table:
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Any]]
+
+    @classmethod
+    def from_records(cls, records: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> "Table":
+        """The values under some keys of dictionaries, a column for each key: what :meth:`records` gives, or a CSV file.
+
+        Example:
+            >>> from safekern.tables import Table
+            >>> print(Table.from_records([{"name": "w", "shape": "2 x 3", "numel": 6}], ["name", "numel"]))
+            name  numel
+            w         6
+        """
+        return cls([Column(key) for key in keys], [[record[key] for key in keys] for record in records])
 
     def cells(self) -> list[list[str]]:
         """Every value as it is shown, free of control characters."""
@@ -87,6 +99,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number of things.
+
+    Example:
+        >>> from safekern.tables import counted
+        >>> counted(1, "layer"), counted(1200, "batch", "es")
+        ('1 layer', '1,200 batches')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
 
 
 def _finite(value: Any) -> Any:

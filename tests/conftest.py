@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_models import load_once
+from language_models import smollm2_once
 
 from safekern.errors import MissingDependencyError
 
@@ -46,7 +46,7 @@ def threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm2_in_fp32():
     try:
-        model, tokenizer, *_ = load_once()
+        model, tokenizer, *_ = smollm2_once()
     except MissingDependencyError as error:
         pytest.skip(str(error))
     # In fp32 the rows of a batch agree with each row alone.
@@ -54,9 +54,7 @@ def smollm2_in_fp32():
 
 
 @pytest.fixture
-def smollm2(smollm2_in_fp32):
+def smollm2(smollm2_in_fp32, threads):
     # Threads that wait for each other on a shared machine make small steps twenty times slower.
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield smollm2_in_fp32
-    torch.set_num_threads(threads)
+    return smollm2_in_fp32

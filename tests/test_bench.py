@@ -14,7 +14,7 @@ from torch import nn
 
 import safekern
 from safekern import Mask, ops
-from safekern.bench import baselines, cases, measure, memory, results
+from safekern.bench import baselines, cases, figures, measure, memory, results
 from safekern.bench.cases import OPS, Setting
 from safekern.bench.results import Row
 from safekern.cli import bench, main
@@ -129,7 +129,7 @@ def test_the_dense_mask_way_gives_the_same_step(op):
     cases._check_step(
         op,
         lambda named, mask: baselines.DenseMaskAdamW(
-            [p for _, p in named], cases._dense_masks(mask, dict(named), frozen=op == "spa")
+            [p for _, p in named], baselines.dense_masks(mask, dict(named), frozen=op == "spa")
         ),
         TINY,
         frozen=op == "spa",
@@ -307,9 +307,9 @@ def test_slopes_are_the_exponents():
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     rows = [row(), row(contender="std", speedup=1.0), row(threads=2), row(op="set", ratio=0.01)]
-    paths = results.plot_ops(rows, tmp_path)
+    paths = figures.plot_ops(rows, tmp_path)
     assert [path.name for path in paths] == ["sigma.png", "set.png"]
-    results.plot_scaling([row(elements=n) for n in (10, 100)], "elements", tmp_path / "scaling.png")
+    figures.plot_scaling([row(elements=n) for n in (10, 100)], "elements", tmp_path / "scaling.png")
     for path in [*paths, tmp_path / "scaling.png"]:
         assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -363,13 +363,23 @@ def test_the_command_knows_the_ops():
     ("arguments", "message"),
     [
         (["--ops", "sigma", "matmul"], "no op matmul: there are accumulate"),
+        (["--scaling", "--ops", "score"], "--scaling is for accumulate"),
         (["--out", "absent/results.csv"], "absent"),
+        (["--plot", f"{__file__}/plots"], "cannot be created"),
         (["--compare", "absent.csv", "absent.csv"], "absent.csv cannot be read"),
     ],
 )
 def test_wrong_options_are_explained(arguments, message, capsys):
+    pytest.importorskip("matplotlib")
     assert main(["bench", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "value"), [("--ratios", "2"), ("--threads", "0"), ("--repeats", "0")])
+def test_numbers_that_cannot_be_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", option, value])
+    assert f"argument {option}" in capsys.readouterr().err
 
 
 def test_the_command_restarts_itself_with_the_allocator_told(tmp_path):
@@ -389,6 +399,7 @@ def test_the_command_restarts_itself_with_the_allocator_told(tmp_path):
 
 
 def test_scaling(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(measure, "keeps_memory", lambda: True)
     arguments = ["--scaling", "--quick", "--threads", "1", "--ops", "sigma", "set", "--dtypes", "float32"]
     assert main(["bench", *arguments, "--out", str(tmp_path / "scaling.csv")]) == 0
@@ -401,3 +412,8 @@ def test_scaling(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measure, "available_memory", lambda: 1)
     assert main(["bench", *arguments]) == 0
     assert "is left out: it needs about" in capsys.readouterr().out
+    one = ["--scaling", "--quick", "--threads", "1", "--out", str(tmp_path / "one.csv"), "--plot", str(tmp_path)]
+    assert main(["bench", *one, "--ops", "sigma"]) == 1
+    assert "nothing fits this machine's memory" in capsys.readouterr().err
+    assert main(["bench", *one, "--ops", "mask_save"]) == 0
+    assert [path.name for path in tmp_path.glob("*.png")] == ["scaling_selected.png"]

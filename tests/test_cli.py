@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from test_objectives import byte_tokenizer, tiny_llama
+from language_models import byte_tokenizer, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safekern import Mask, Scores

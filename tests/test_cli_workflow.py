@@ -6,8 +6,8 @@ import socket
 
 import pytest
 import torch
+from language_models import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
-from test_objectives import byte_tokenizer, tiny_llama
 
 from safekern import Mask, Scores, models, training
 from safekern.checkpoint import Patched, fingerprint
@@ -250,6 +250,7 @@ def test_verify(folder, capsys):
     [
         (["score", "--model", "base", "--out", "absent/mask.safetensors"], "does not exist"),
         (["score", "--model", "base", "--pairs", "absent.jsonl", "--out", "new"], "cannot be read"),
+        (["score", "--model", "base", "--save-scores", "--out", "old"], "scores.safetensors: is a directory"),
         (["score", "--model", "absent/", "--out", "new"], "no such folder"),
         (["score", "--model", "run", "--out", "new"], "holds no config.json"),
         (["score", "--model", "absent.gguf", "--out", "new"], "no such file"),
@@ -276,12 +277,20 @@ def test_verify(folder, capsys):
 def test_refusals(folder, arguments, message, capsys):
     Mask.from_indices({"w": [0]}, {"w": (2, 2)}).save("other.safetensors")
     shutil.copytree("base", "old/model")
+    (folder / "old" / "scores.safetensors").mkdir()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(arguments) == 1
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.out == ""
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("seed", ["-1", "9" * 30])
+def test_a_seed_that_no_generator_takes_is_refused(seed, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--seed", seed])
+    assert "argument --seed: a whole number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["score", "set", "spa", "verify", "apply"])

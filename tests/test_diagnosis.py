@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from exact import bits
 from torch import Tensor
 
 import safekern
@@ -78,8 +79,7 @@ def test_optimizer_steps_may_differ_by_one_unit(break_op, ulps, status):
     def spa_adamw_(params, grads, indices, exp_avgs, exp_avg_sqs, *rest):
         OPS["spa_adamw_"].reference(params, grads, indices, exp_avgs, exp_avg_sqs, *rest)
         for value in exp_avgs:
-            word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-            value.view(-1).view(word)[value.view(-1).abs() > 1e-3] += ulps
+            bits(value).view(-1)[value.view(-1).abs() > 1e-3] += ulps
 
     cases = OPS["spa_adamw_"].cases
     break_op("spa_adamw_", spa_adamw_)
@@ -96,8 +96,7 @@ def test_a_weight_that_had_to_stay_is_found(break_op):
         spared = torch.ones(value.numel(), dtype=torch.bool)
         spared[next(index for index in indices if index.numel() > 500).long()] = False
         place = int(spared.nonzero()[0])
-        word = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
-        value.view(word)[place] += 1
+        bits(value)[place] += 1
 
     break_op("set_adamw_", set_adamw_)
     check = only_check()

@@ -11,6 +11,7 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+from exact import bits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -110,10 +111,6 @@ def whole(tensor):
 
 def weights(model):
     return {name.replace("module.", ""): whole(param) for name, param in model.named_parameters()}
-
-
-def bits(tensor):
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 def assert_close(got, wanted):
@@ -690,8 +687,8 @@ def accelerated_in_mixed_precision():
 
 def trained_by_trainer(folder):
     transformers = pytest.importorskip("transformers")
+    from language_models import tiny_llama
     from test_integrations import assert_only_the_mask_moved, random_mask, rows
-    from test_objectives import tiny_llama
 
     wrapped = {"transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
     plugin = accelerator(**wrapped).state.fsdp_plugin
@@ -762,8 +759,8 @@ TRAINER_OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 1, "save_strat
 
 
 def trained(kind, folder, accumulation, resume=None):
+    from language_models import tiny_llama
     from test_integrations import random_mask, train
-    from test_objectives import tiny_llama
 
     # Weights of its own in each process, for DDP and leave_to_set to make the same.
     model = tiny_llama(dist.get_rank() if dist.is_initialized() else 0)
@@ -783,6 +780,7 @@ def trained(kind, folder, accumulation, resume=None):
 
 
 def trained_in_ddp(folder):
+    from language_models import tiny_llama
     from test_integrations import (
         assert_only_the_mask_moved,
         assert_only_the_rest_moved,
@@ -790,7 +788,6 @@ def trained_in_ddp(folder):
         random_mask,
         training_arguments,
     )
-    from test_objectives import tiny_llama
 
     forget_the_group()
     start = tiny_llama()

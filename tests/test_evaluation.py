@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from test_objectives import PROMPTS, RESPONSES, byte_tokenizer, tiny_llama
+from language_models import PROMPTS, RESPONSES, byte_tokenizer, tiny_llama
 
 from safekern.chat import prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError

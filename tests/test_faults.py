@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from language_models import byte_tokenizer, tiny_llama
 from stops import at_backward, raising
 from test_delta import contents, llama_mask, tuned
 from test_fuzzed_files import KINDS, at_most, mask_of_base, use, write
-from test_objectives import byte_tokenizer, tiny_llama
 from test_scoring import assert_untouched, model_loss, snapshot, token_batches, used_model
 from torch import nn
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from exact import same_bits
 
 from safekern import files
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
@@ -42,14 +43,6 @@ def random_tensors():
     return tensors
 
 
-def bits(tensor):
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def same(left, right):
-    return left.dtype == right.dtype and left.shape == right.shape and torch.equal(bits(left), bits(right.contiguous()))
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "example.safetensors"
@@ -81,7 +74,7 @@ class TestRoundTrip:
         files.write(path, "example", 3, tensors, meta)
         read, read_meta = files.read(path, "example", 3)
         assert read.keys() == tensors.keys()
-        assert all(same(read[name], tensors[name]) for name in tensors)
+        assert all(same_bits(read[name], tensors[name]) for name in tensors)
         assert read_meta == meta
 
     def test_no_tensors_and_no_meta(self, path):
@@ -100,7 +93,7 @@ class TestRoundTrip:
         files.write(path, "example", 1, tensors, {})
         read = safetensors.torch.load_file(path)
         assert read.keys() == tensors.keys()
-        assert all(same(read[name], tensors[name]) for name in tensors)
+        assert all(same_bits(read[name], tensors[name]) for name in tensors)
 
     def test_same_content_gives_the_same_bytes(self, small, tmp_path):
         path, content = small

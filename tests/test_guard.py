@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from test_objectives import CHATML, byte_tokenizer, tiny_llama
+from language_models import CHATML, byte_tokenizer, tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

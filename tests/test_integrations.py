@@ -3,7 +3,7 @@
 import pytest
 import torch
 from exact import bits
-from test_objectives import byte_tokenizer, tiny_llama
+from language_models import byte_tokenizer, tiny_llama
 
 import safekern
 from safekern import Mask

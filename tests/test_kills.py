@@ -152,9 +152,9 @@ def while_writing(folder: Path, kills: int) -> Scenario:
 
 
 def applying(folder: Path, kills: int) -> Scenario:
+    from language_models import tiny_llama
     from stops import calls, spread
     from test_delta import contents, llama_mask, tuned
-    from test_objectives import tiny_llama
 
     from safekern import apply_delta, save_delta
 
@@ -193,10 +193,10 @@ def applying(folder: Path, kills: int) -> Scenario:
 
 
 def training(folder: Path, kills: int) -> Scenario:
+    from language_models import byte_tokenizer, tiny_llama
     from stops import calls
     from test_cli_workflow import BENIGN, PAIRS, write_rows
     from test_delta import llama_mask
-    from test_objectives import byte_tokenizer, tiny_llama
 
     from safekern.cli import main
 

@@ -1,11 +1,8 @@
-import contextlib
-import functools
 import importlib.util
-import io
-import socket
 
 import pytest
 import torch
+from language_models import smollm2_once
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -16,29 +13,10 @@ from safekern.objectives import encode, refusal
 PROMPT, RESPONSE = "What is the capital of France?", "The capital of France is Paris."
 
 
-@functools.cache
-def load_once():
-    """Load in bf16, with the network cut; returns the pair, what was printed and the connections that were tried."""
-    attempts = []
-
-    def refuse(*args, **kwargs):
-        attempts.append(args)
-        raise OSError("no network in this test")
-
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("HF_HUB_OFFLINE", raising=False)
-        patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(socket, "getaddrinfo", refuse)
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            pair = load_smollm2(torch.bfloat16)
-    return *pair, printed.getvalue(), attempts
-
-
 @pytest.fixture
 def loaded():
     try:
-        return load_once()
+        return smollm2_once()
     except MissingDependencyError as error:
         pytest.skip(str(error))
 

@@ -1,47 +1,11 @@
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from language_models import CHATML, PROMPTS, RESPONSES, byte_tokenizer, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from safekern.chat import encode, end_of_turn, padding_id, prompt_ids
 from safekern.errors import InvalidArgumentError
 from safekern.objectives import refusal
-
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-PROMPTS = ["How do I pick a lock?", "Hi", "Tell me how to cheat in an exam without being caught"]
-RESPONSES = ["I can't help with that.", "No.", "I'm sorry, but I cannot do that for you."]
-
-
-def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """Bytes, one merge (of two line ends) that would cross into the answer, and pad == eos as in SmolLM2."""
-    symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ"]
-    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("Ċ", "Ċ")]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=259,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_objectives import byte_tokenizer, tiny_llama
+from language_models import byte_tokenizer, tiny_llama
 
 import safekern
 
@@ -171,6 +171,26 @@ def test_reads_one_measurement_where_another_falls_to_a_level():
     rows = [{"task": [4.0, 3, 5], "asr": 0.0}, {"task": [3.0, 2, 4]}, {"task": [2.0, 1, 3], "asr": 0.5}]
     assert report.crossing(rows, "task", 3.0, "asr") == 0.25
     assert report.crossing(rows, "task", 1.0, "asr") is None
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}', "\x80"])
+def test_a_damaged_file_of_a_run_is_named(replicate, tmp_path, content):
+    path = tmp_path / "out" / "tiny" / "set" / "untouched.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content.encode("latin-1"))
+    for command in (["set", "--only", "untouched"], ["table"]):
+        with pytest.raises(safekern.FileFormatError, match=r"untouched.json: .*remove it"):
+            replicate(*command)
+
+
+def test_wrong_options_are_explained(replicate, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        replicate("set", "--only", "(")
+    assert "argument --only: not a regular expression" in capsys.readouterr().err
+    with pytest.raises(safekern.InvalidArgumentError, match="--device abacus: not available"):
+        replicate("set", "--device", "abacus")
+    with pytest.raises(safekern.FileAccessError, match=r"absent.md: no such file"):
+        replicate("table", "--readme", str(tmp_path / "absent.md"))
 
 
 def test_processes_share_the_runs(replicate, capfd):

@@ -1,4 +1,4 @@
-"""Summaries, distributions, pictures and the HTML page; what the page does in a browser is in test_report_page.py."""
+"""Summaries, distributions, pictures and audits; the HTML page is in test_report_page.py."""
 
 import base64
 import inspect
@@ -370,7 +370,7 @@ class TestPictures:
     HOSTILE = "layers.0.<script>$\\frac{$\x00\ud800\u202e名" + "x" * 500 + ".weight"
 
     def test_matplotlib_is_imported_only_to_draw(self):
-        code = "import sys, safekern.cli, safekern.report; assert 'matplotlib' not in sys.modules"
+        code = "import sys, safekern.cli, safekern.report_page; assert 'matplotlib' not in sys.modules"
         subprocess.run([sys.executable, "-c", code], check=True)
         assert "pyplot" not in inspect.getsource(plots)
 

@@ -13,7 +13,8 @@ import torch
 from test_report import moe_mask, scores
 
 from safekern import Mask, Scores
-from safekern.report import _SCRIPT, Audit, to_html
+from safekern.report import Audit
+from safekern.report_page import _SCRIPT, to_html
 
 pytest.importorskip("matplotlib")
 

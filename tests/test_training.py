@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from test_objectives import byte_tokenizer, tiny_llama
+from language_models import byte_tokenizer, tiny_llama
 
 from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.objectives import refusal

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_objectives import byte_tokenizer, tiny_llama
+from language_models import byte_tokenizer, tiny_llama
 
 from safekern import Mask, evaluation, score, verify
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError

@@ -20,20 +20,22 @@ from pathlib import Path
 
 import torch
 
+from safekern.cli import options
 from safekern.errors import SafekernError
 
-from . import alignment, judge, masks, noise, report, spa
+from . import judge, masks, noise, report, spa
+from . import set as set_experiment
 from .lab import Data, Lab
 from .runs import Plan, Run, execute
 
 _RESULTS = Path(__file__).parent.parent / "results" / "replication"
 
 EXPERIMENTS: dict[str, Callable[[Plan], list[Run]]] = {
-    "set": alignment.set_runs,
+    "set": set_experiment.set_runs,
     "prompts": masks.prompt_runs,
     "where": masks.where_runs,
     "perturb": noise.noise_runs,
-    "ratio": alignment.ratio_runs,
+    "ratio": set_experiment.ratio_runs,
     "spa": spa.spa_runs,
     "judge": judge.judge_runs,
 }
@@ -48,9 +50,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all", "table"], nargs="+")
     parser.add_argument("--model", default="smollm2", help="smollm2, gemma3, or what safekern --model takes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--steps", type=int, nargs="+", help="steps after which everything is measured")
-    parser.add_argument("--only", default="", metavar="REGEX", help="only runs in whose name this is found")
+    parser.add_argument("--seeds", type=options.seed, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--steps", type=options.number, nargs="+", help="steps after which everything is measured")
+    parser.add_argument(
+        "--only", type=pattern, default=pattern(""), metavar="REGEX", help="only runs in whose name this is found"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--precision", choices=["bf16", "fp32"], default="bf16", help="of matrix products; weights are fp32"
@@ -59,10 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--goals", type=Path, help="harmful prompts, the last 100 to evaluate on (default: built-in)")
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's training problems, for spa")
     parser.add_argument("--guard", help="the model that judges in judge (default: the one that is scored)")
-    parser.add_argument("--held-out", type=int, default=64, help="prompts of each kind to evaluate on (default: 64)")
+    parser.add_argument(
+        "--held-out", type=options.number, default=64, help="prompts of each kind to evaluate on (default: 64)"
+    )
     parser.add_argument("--out", type=Path, default=_RESULTS, help="(default: benchmarks/results/replication)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "safekern" / "replication")
-    parser.add_argument("--jobs", type=int, default=1, help="processes, each taking the next run (default: 1)")
+    parser.add_argument(
+        "--jobs", type=options.number, default=1, help="processes, each taking the next run (default: 1)"
+    )
     parser.add_argument("--readme", type=Path, metavar="FILE", help="also put tables between the marks in this file")
     args = parser.parse_args(arguments)
     folder = args.out / Path(args.model).name
@@ -71,16 +79,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if names and args.jobs > 1:
         in_parallel([*(sys.argv[1:] if arguments is None else arguments), "--jobs", "1"], args.jobs)
     elif names:
+        options.device(args.device)
         data = Data.read(args.pairs, args.goals, args.gsm8k, args.held_out)
         tasks = [spa.CHAT, *([spa.GSM8K] if data.gsm8k is not None else [])]
-        plan = Plan(args.seeds, args.steps, tasks, args.guard)
+        plan = Plan(args.seeds, sorted(set(args.steps)) if args.steps else None, tasks, args.guard)
         shared = {"model": Path(args.model).name, "data": data.digest, "precision": args.precision}
-        runs = [run for name in names for run in EXPERIMENTS[name](plan) if re.search(args.only, run.name)]
+        runs = [run for name in names for run in EXPERIMENTS[name](plan) if args.only.search(run.name)]
         lab = functools.cache(lambda: Lab(args.model, data, args.device, args.precision, args.cache))
         execute(runs, folder, shared, lab)
     report.write(folder)
     if args.readme:
         report.update(args.readme, folder)
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression of the command line."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from error
 
 
 def in_parallel(arguments: Sequence[str], jobs: int) -> None:

@@ -7,8 +7,8 @@ from safekern import Scores
 from safekern.prompts import Pairs
 from safekern.training import tune
 
-from .alignment import BALANCED, HIGH, LOW, METHODS, RATIO, parts
 from .lab import Lab
+from .set import BALANCED, HIGH, LOW, METHODS, RATIO, parts
 from .tuning import optimizer_for
 
 

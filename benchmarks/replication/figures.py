@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safekern import plots
-from safekern.errors import MissingDependencyError
 
-from .alignment import METHODS
 from .runs import Found, Row
+from .set import METHODS, by_recipe, untouched_row
+from .spa import comparisons
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,15 +31,14 @@ def draw(experiment: str, found: Sequence[Found], folder: Path) -> None:
 
 def _set(found: Sequence[Found], folder: Path) -> "Figure | None":
     """Refusal NLL and attack success against steps, a row of panels per recipe and learning rate."""
-    tuned = [run for run in found if run["settings"]["method"] != "none" and run["rows"]]
-    start = [row for run in found if run["settings"]["method"] == "none" for row in run["rows"]]
-    settings = sorted({(run["settings"]["recipe"], run["settings"]["lr"]) for run in tuned})
-    if not settings:
+    untouched, groups = untouched_row(found), by_recipe(found)
+    if not groups:
         return None
-    figure, grid = _panels(len(settings), 2)
-    methods = [method for method in METHODS if any(run["settings"]["method"] == method for run in tuned)]
-    for (recipe, lr), panels in zip(settings, grid, strict=True):
-        mine = [run for run in tuned if (run["settings"]["recipe"], run["settings"]["lr"]) == (recipe, lr)]
+    start = [] if untouched is None else [untouched]
+    figure, grid = _panels(len(groups), 2)
+    tried = {run["settings"]["method"] for runs in groups.values() for run in runs}
+    methods = [method for method in METHODS if method in tried]
+    for ((recipe, lr), mine), panels in zip(groups.items(), grid, strict=True):
         for axes, key, label in zip(
             panels, ("refusal_nll", "attack_success"), ("refusal NLL, held out", "attack success"), strict=True
         ):
@@ -67,26 +66,20 @@ def _perturb(found: Sequence[Found], folder: Path) -> "Figure | None":
 
 def _spa(found: Sequence[Found], folder: Path) -> "Figure | None":
     """Refusal NLL against the task's NLL, which falls to the right: what is below the line of nothing saves safety."""
-    from .report import spa_start
-
-    starts = {
-        run["settings"]["aligned"]: run["rows"][0] for run in found if "task" not in run["settings"] and run["rows"]
-    }
-    tuned = [run for run in found if "task" in run["settings"] and run["rows"] and run["settings"]["aligned"] in starts]
-    keys = ("aligned", "task", "lr", "steps")
-    groups = sorted({tuple(str(run["settings"][key]) for key in keys) for run in tuned})
+    groups = comparisons(found)
     if not groups:
         return None
     figure, grid = _panels((len(groups) + 1) // 2, 2)
-    kinds = list(dict.fromkeys((run["settings"]["method"], run["settings"]["ratio"]) for run in tuned))
+    tuned = [run["settings"] for run in found if "method" in run["settings"]]
+    # Of all panels, so that a method has one colour.
+    kinds = list(dict.fromkeys((settings["method"], settings["ratio"]) for settings in tuned))
     for group, axes in zip(groups, [axes for panels in grid for axes in panels], strict=False):
-        mine = [run for run in tuned if tuple(str(run["settings"][key]) for key in keys) == group]
-        start = spa_start(starts[group[0]], group[1])
-        for run in mine:
+        for run in group.runs:
             kind = run["settings"]["method"], run["settings"]["ratio"]
-            points = [(row["task_nll"][0], row["refusal_nll"][0]) for row in [start, *run["rows"]]]
+            points = [(row["task_nll"][0], row["refusal_nll"][0]) for row in [group.start, *run["rows"]]]
             _line(axes, points, kinds.index(kind), f"{kind[0]} {kind[1]:.0%}" if kind[1] else kind[0])
-        axes.set(title="{}, {}, lr {}".format(*group), xlabel="task NLL", ylabel="refusal NLL, held out")
+        axes.set(title=f"{group.aligned}, {group.task}, lr {group.lr}")
+        axes.set(xlabel="task NLL", ylabel="refusal NLL, held out")
         axes.invert_xaxis()
     _finish(figure, grid)
     return figure
@@ -103,11 +96,8 @@ def _mean_line(runs: Sequence[Sequence[Row]], key: str) -> list[tuple[float, flo
 
 
 def _panels(rows: int, columns: int) -> "tuple[Figure, list[list[Axes]]]":
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError('Plotting needs matplotlib: pip install "safekern[plot]".') from error
-    figure = Figure(layout="constrained", figsize=(4.2 * columns, 3.1 * rows + 0.6))
+    figure = plots.new_figure()
+    figure.set_size_inches(4.2 * columns, 3.1 * rows + 0.6)
     return figure, figure.subplots(rows, columns, squeeze=False).tolist()
 
 

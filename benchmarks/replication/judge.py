@@ -8,9 +8,9 @@ from safekern import Scores
 from safekern.evaluation import attack_success_rate
 from safekern.objectives import GuardJudge
 
-from .alignment import BALANCED, LOW, RATIO, STEPS, parts
 from .lab import Lab, load_model
 from .runs import Plan, Record, Run
+from .set import BALANCED, LOW, RATIO, STEPS, parts
 from .tuning import optimizer_for, tune_and_measure
 
 PROMPTS = (16, 64)

@@ -14,9 +14,9 @@ from safekern.prompts import Pairs
 from safekern.training import SCORING_BATCH_SIZE, in_order
 
 from .aligned import ALIGNED, safety_scores
-from .alignment import RATIO, ranked_by
 from .lab import Lab
 from .runs import Plan, Record, Row, Run
+from .set import RATIO, ranked_by
 
 SIZES = (8, 16, 32, 64, 128, 256, 512)
 _RATIOS = (0.001, RATIO, 0.1)

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from safekern import Mask, perturb
 
 from .aligned import aligned, safety_scores, utility_scores
-from .alignment import RATIO
 from .lab import Lab
 from .runs import Plan, Record, Run
+from .set import RATIO
 
 NOISE = (0.05, 0.1, 0.15, 0.2, 0.28, 0.38)
 _ALIGNED = "set"

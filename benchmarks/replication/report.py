@@ -15,9 +15,10 @@ from safekern.names import component_order
 from safekern.tables import Column, Table
 
 from . import figures
-from .alignment import METHODS
 from .noise import SELECTIONS
 from .runs import Found, Row, read
+from .set import METHODS, by_recipe, untouched_row
+from .spa import comparisons
 
 _END = "<!-- end of replication -->"
 # What the short table of perturbation shows.
@@ -53,8 +54,10 @@ def update(readme: Path, folder: Path) -> None:
 
     Raises:
         InvalidArgumentError: The file has no marks, or there are no results for one.
+        FileAccessError: The file cannot be read or written.
     """
-    text = readme.read_text()
+    with files.reading(readme) as file:
+        text = file.read().decode()
     marked = re.compile(rf"(<!-- replication: (\w+), (.+?) -->\n).*?{re.escape(_END)}", re.DOTALL)
     if not marked.search(text):
         raise InvalidArgumentError(f"{readme}: has no <!-- replication: EXPERIMENT, TITLE --> with {_END} after it")
@@ -86,13 +89,11 @@ def _heading(found: Sequence[Found], finished: int) -> str:
 
 
 def _set(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
-    untouched = next((run["rows"][0] for run in found if run["settings"]["method"] == "none" and run["rows"]), None)
-    tuned = [run for run in found if run["settings"]["method"] != "none" and run["rows"]]
-    if untouched is not None and not tuned:
+    untouched, groups = untouched_row(found), by_recipe(found)
+    if untouched is not None and not groups:
         yield "as it was loaded", _tuning_table([], untouched, compact)
-    for recipe, lr in sorted({(run["settings"]["recipe"], run["settings"]["lr"]) for run in tuned}):
-        mine = [run for run in tuned if (run["settings"]["recipe"], run["settings"]["lr"]) == (recipe, lr)]
-        yield f"{recipe}, lr {lr:g}", _tuning_table(mine, untouched, compact)
+    for (recipe, lr), runs in groups.items():
+        yield f"{recipe}, lr {lr:g}", _tuning_table(runs, untouched, compact)
 
 
 def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, kept: str = "") -> Table:
@@ -201,23 +202,9 @@ def _perturb(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table
 
 
 def _spa(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
-    starts = {
-        run["settings"]["aligned"]: run["rows"][0] for run in found if "task" not in run["settings"] and run["rows"]
-    }
-    keys = ("aligned", "task", "lr", "steps")
-    tuned = [run for run in found if "task" in run["settings"] and run["rows"]]
-    groups: dict[tuple[Any, ...], list[Found]] = {}
-    for run in tuned:
-        groups.setdefault(tuple(str(run["settings"][key]) for key in keys), []).append(run)
-    for (name, task, lr, steps), runs in sorted(groups.items()):
-        start = starts.get(name)
-        if start is not None:
-            yield f"aligned: {name}; task: {task}; lr {lr}; steps {steps}", _spa_table(runs, spa_start(start, task))
-
-
-def spa_start(start: Row, task: str) -> Row:
-    """The row of an aligned model as the first of a run on a task."""
-    return {**start, "task_nll": start["benign_nll"] if task == "chat" else start["gsm8k_nll"]}
+    for group in comparisons(found):
+        title = f"aligned: {group.aligned}; task: {group.task}; lr {group.lr}; steps {group.steps}"
+        yield title, _spa_table(group.runs, group.start)
 
 
 def _spa_table(runs: Sequence[Found], start: Row) -> Table:
@@ -255,6 +242,7 @@ def _spa_table(runs: Sequence[Found], start: Row) -> Table:
 
 def _judge(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     rows = []
+    steps = sorted({row["step"] for run in found for row in run["rows"] if "attack_success" in row})
     for run in found:
         facts, last = run["facts"], run["rows"][-1:]
         rows.append(
@@ -264,7 +252,7 @@ def _judge(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]
                 facts.get("auc_of_judge"),
                 facts.get("jaccard_with_refusal"),
                 facts.get("jaccard_of_refusals_with_as_many_prompts"),
-                *(_percent([row for row in run["rows"] if row["step"] == step]) for step in (10, 30, 100)),
+                *(_percent([row for row in run["rows"] if row["step"] == step]) for step in steps),
                 *_costs(last),
             ]
         )
@@ -274,7 +262,7 @@ def _judge(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]
         Column("AUC of the judge", "{:.2f}"),
         Column("Jaccard with refusal ESI", "{:.2f}"),
         Column("Jaccard of refusal ESI on as many prompts", "{:.2f}"),
-        *(Column(f"attack success at {step}") for step in (10, 30, 100)),
+        *(Column(f"attack success at {step}") for step in steps),
         Column("benign refusals"),
         Column("benign NLL"),
         Column("refusal NLL"),

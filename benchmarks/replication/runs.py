@@ -5,7 +5,6 @@ import functools
 import hashlib
 import json
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,8 @@ from tqdm import tqdm
 
 import safekern
 from safekern import files
+from safekern.bench import measure
+from safekern.errors import FileAccessError, FileFormatError
 
 if TYPE_CHECKING:
     from .lab import Lab
@@ -82,6 +83,7 @@ class Record:
 
         Raises:
             OtherSettingsError: The file is of another run.
+            FileFormatError: The file is damaged.
         """
         self.path = path
         self.rows: list[Row] = []
@@ -91,7 +93,7 @@ class Record:
         self._earlier, self._began = 0.0, time.perf_counter()
         if not path.exists():
             return
-        found = json.loads(path.read_text())
+        found = _load(path)
         # Through JSON, as the file's own have gone.
         wanted = json.loads(json.dumps(self._settings))
         other = [key for key in {**found["settings"], **wanted} if found["settings"].get(key) != wanted.get(key)]
@@ -179,19 +181,28 @@ def execute(runs: Sequence[Run], folder: Path, shared: Mapping[str, Any], lab: C
 
 def read(folder: Path, experiment: str) -> list[Found]:
     """What the runs of an experiment have measured so far, by name of file."""
-    return [json.loads(path.read_text()) for path in sorted((folder / experiment).glob("*.json"))]
+    return [_load(path) for path in sorted((folder / experiment).glob("*.json"))]
+
+
+def _load(path: Path) -> Found:
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise FileAccessError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise FileFormatError(f"{path}: not JSON ({error}); remove it, and its run is done again") from error
+    if not isinstance(found, dict) or not found.keys() >= {"settings", "facts", "rows", "finished", "seconds"}:
+        raise FileFormatError(f"{path}: not the file of a run; remove it, and its run is done again")
+    return found
 
 
 @functools.cache
 def _circumstances() -> dict[str, Any]:
     """When, where and with what."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
+        "commit": measure.commit(Path(__file__)),
         "device": f"{where}, {torch.get_num_threads()} threads",
         "versions": {
             "safekern": safekern.__version__,

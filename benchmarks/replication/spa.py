@@ -1,7 +1,7 @@
 """SPA: an aligned model is fine-tuned on a task with some of its weights protected. How much safety does that save?"""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from safekern.prompts import Pairs
 from safekern.training import shuffled
 
 from .aligned import ALIGNED, aligned, safety_scores, task_scores, taught
-from .alignment import RATIO, ranked_by
 from .lab import Lab
-from .runs import Plan, Record, Run
+from .runs import Found, Plan, Record, Row, Run
+from .set import RATIO, ranked_by
 from .tuning import Parts, select_all, tune_and_measure
 
 STEPS = (10, 20, 50, 100, 200)
@@ -47,6 +47,41 @@ def spa_runs(plan: Plan) -> list[Run]:
         long = plan.steps or LONG
         runs += [_run("firm", task, 5e-6, *kind, first, long) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
     return runs
+
+
+class Comparison(NamedTuple):
+    """Runs that differ in what was protected only.
+
+    Attributes:
+        aligned: Name of the model that they start from.
+        task: What they learn.
+        lr: Learning rate.
+        steps: When they were measured.
+        start: What was measured before the first step.
+        runs: The runs.
+    """
+
+    aligned: str
+    task: str
+    lr: float
+    steps: list[int]
+    start: Row
+    runs: list[Found]
+
+
+def comparisons(found: Iterable[Found]) -> list[Comparison]:
+    """The runs in groups to be compared; those whose start is not measured yet are left out."""
+    measured = [run for run in found if run["rows"]]
+    starts = {run["settings"]["aligned"]: run["rows"][0] for run in measured if "task" not in run["settings"]}
+    groups: dict[tuple[str, ...], Comparison] = {}
+    for run in measured:
+        name, task, lr, steps = (run["settings"].get(key) for key in ("aligned", "task", "lr", "steps"))
+        if task is None or name not in starts:
+            continue
+        start = {**starts[name], "task_nll": starts[name]["benign_nll" if task == CHAT else "gsm8k_nll"]}
+        key = (name, task, str(lr), str(steps))
+        groups.setdefault(key, Comparison(name, task, lr, steps, start, [])).runs.append(run)
+    return [groups[key] for key in sorted(groups)]
 
 
 def _aligned_run(name: str) -> Run:

@@ -1,7 +1,7 @@
 """What safekern is compared with, each written as a competent user of PyTorch would, and saying what it is."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safekern.bench.measure import Run
+from safekern.mask import Mask
 
 
 class DenseMaskAdamW(torch.optim.Optimizer):
@@ -42,6 +43,17 @@ class DenseMaskAdamW(torch.optim.Optimizer):
             denom = square.div(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
             update = mean.div(1 - beta1 ** state["step"]).div_(denom).add_(param, alpha=group["weight_decay"])
             param.sub_(update.mul_(mask), alpha=group["lr"])
+
+
+def dense_masks(mask: Mask, params: Mapping[str, Tensor], *, frozen: bool = False) -> list[Tensor]:
+    """What `DenseMaskAdamW` needs: 1 where a weight is selected, or where it is not if the mask freezes weights."""
+    return [(selected(mask, name, param) ^ frozen).float() for name, param in params.items()]
+
+
+def selected(mask: Mask, name: str, param: Tensor) -> Tensor:
+    """One parameter's selection as a dense bool tensor on its device, also where nothing of it is selected."""
+    dense = mask.bool(name) if name in mask else torch.zeros(param.shape, dtype=torch.bool)
+    return dense.to(param.device)
 
 
 class CopyBack:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import safekern
 from safekern import ops
 from safekern.bench import baselines
-from safekern.bench.measure import Run
+from safekern.bench.baselines import dense_masks, selected
+from safekern.bench.measure import Run, index_bytes, state_bytes
 from safekern.bench.models import llama, token_batches
 from safekern.eligibility import eligible_parameters
 from safekern.errors import BenchmarkError
@@ -31,6 +32,7 @@ from safekern.ops.select import reference as select_reference
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _COLUMNS = 1024
 _LINE = 64
+_DENSE_MASK = "dense moments and a dense float mask, as published research code does it"
 
 
 @dataclass(frozen=True)
@@ -229,20 +231,6 @@ def _params(setting: Setting, grads: list[Tensor]) -> dict[str, nn.Parameter]:
     return params
 
 
-def _state_bytes(optimizer: torch.optim.Optimizer, *more: Tensor) -> int:
-    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in [*held, *more])
-
-
-def _index_bytes(mask: Mask) -> int:
-    return sum(mask.compact(name).nbytes for name in mask)
-
-
-def _dense_masks(mask: Mask, params: dict[str, nn.Parameter], *, frozen: bool) -> list[Tensor]:
-    masks = [(mask.bool(n) if n in mask else torch.zeros(p.shape, dtype=torch.bool)) for n, p in params.items()]
-    return [(~m if frozen else m).float().to(p.device) for m, p in zip(masks, params.values(), strict=True)]
-
-
 def _check_step(op: str, make: Callable[[Any, Mask], Any], setting: Setting, *, frozen: bool) -> None:
     """One step against torch's AdamW in fp64: what is to move agrees to rounding, the rest has not moved by a bit."""
     grads, mask = setting.random(), setting.mask()
@@ -253,8 +241,7 @@ def _check_step(op: str, make: Callable[[Any, Mask], Any], setting: Setting, *, 
         assert param.grad is not None
         exact.grad = param.grad.double()
         torch.optim.AdamW([exact]).step()
-        selected = mask.bool(name) if name in mask else torch.zeros(param.shape, dtype=torch.bool)
-        moved = (~selected if frozen else selected).to(param.device)
+        moved = selected(mask, name, param) ^ frozen
         _same(op, [param.detach()[~moved]], [before[~moved]])
         # One rounding of the weight, and those of the update, which is a thousandth: of many millions of weights, some
         # are all but cancelled by it.
@@ -265,10 +252,10 @@ def _check_step(op: str, make: Callable[[Any, Mask], Any], setting: Setting, *, 
 def _adamw(setting: Setting, grads: list[Tensor], size: float) -> Iterator[Contender]:
     """torch.optim.AdamW in its forms; the first is the baseline."""
     fused = torch.optim.AdamW(_params(setting, grads).values(), fused=True)
-    yield Contender("AdamW fused", "torch.optim.AdamW(fused=True)", fused.step, size, lambda: _state_bytes(fused))
+    yield Contender("AdamW fused", "torch.optim.AdamW(fused=True)", fused.step, size, lambda: state_bytes(fused))
     foreach = torch.optim.AdamW(_params(setting, grads).values(), foreach=True)
     yield Contender(
-        "AdamW foreach", "torch.optim.AdamW(foreach=True)", foreach.step, size, lambda: _state_bytes(foreach)
+        "AdamW foreach", "torch.optim.AdamW(foreach=True)", foreach.step, size, lambda: state_bytes(foreach)
     )
     if setting.compile and not baselines.why_not_compile():
         # A tensor, as PyTorch advises: a number would be compiled in.
@@ -279,16 +266,15 @@ def _adamw(setting: Setting, grads: list[Tensor], size: float) -> Iterator[Conte
             "torch.compile of torch.optim.AdamW's step",
             baselines.compiled(plain.step),
             size,
-            lambda: _state_bytes(plain),
+            lambda: state_bytes(plain),
         )
 
 
 def _dense(setting: Setting, grads: list[Tensor], mask: Mask, size: float, *, frozen: bool) -> Contender:
     params = _params(setting, grads)
-    masks = _dense_masks(mask, params, frozen=frozen)
+    masks = dense_masks(mask, params, frozen=frozen)
     dense = baselines.DenseMaskAdamW(params.values(), masks)
-    what = "dense moments and a dense float mask, as published research code does it"
-    return Contender("dense mask", what, dense.step, size, lambda: _state_bytes(dense, *masks))
+    return Contender("dense mask", _DENSE_MASK, dense.step, size, lambda: state_bytes(dense, masks))
 
 
 def set_step(setting: Setting) -> Case:
@@ -310,7 +296,7 @@ def set_step(setting: Setting) -> Case:
             "SETAdamW",
             optimizer.step,
             3 * _LINE * lines + compact * mask.numel,
-            lambda: _state_bytes(optimizer) + _index_bytes(mask),
+            lambda: state_bytes(optimizer) + index_bytes(mask),
         )
         yield from _adamw(setting, grads, 7 * item * numel)
         yield _dense(setting, grads, mask, (7 * item + 4) * numel, frozen=False)
@@ -333,7 +319,7 @@ def spa_step(setting: Setting) -> Case:
             "SPAAdamW",
             optimizer.step,
             7 * item * numel + 4 * mask.numel,
-            lambda: _state_bytes(optimizer) + _index_bytes(mask),
+            lambda: state_bytes(optimizer) + index_bytes(mask),
         )
         yield from _adamw(setting, grads, 7 * item * numel)
         yield _dense(setting, grads, mask, (7 * item + 4) * numel, frozen=True)
@@ -358,13 +344,13 @@ def protect_step(setting: Setting) -> Case:
     def contenders() -> Iterator[Contender]:
         size = 7 * item * numel
         mine = protected(_params(setting, grads).items(), mask)
-        saved = _index_bytes(mask) + item * mask.numel
+        saved = index_bytes(mask) + item * mask.numel
         yield Contender(
-            "safekern", "protect around AdamW(fused=True)", mine.step, size, lambda: _state_bytes(mine) + saved
+            "safekern", "protect around AdamW(fused=True)", mine.step, size, lambda: state_bytes(mine) + saved
         )
         bare = torch.optim.AdamW(_params(setting, grads).values(), fused=True)
         yield Contender(
-            "AdamW fused", "AdamW(fused=True) with nothing protected", bare.step, size, lambda: _state_bytes(bare)
+            "AdamW fused", "AdamW(fused=True) with nothing protected", bare.step, size, lambda: state_bytes(bare)
         )
         params = _params(setting, grads)
         inner = torch.optim.AdamW(params.values(), fused=True)
@@ -372,7 +358,7 @@ def protect_step(setting: Setting) -> Case:
         copying = baselines.CopyBack(inner, frozen)
         copies = sum(index.nbytes + index.numel() * item for _, index in frozen)
         yield Contender(
-            "copy back", baselines.CopyBack.__doc__ or "", copying.step, size, lambda: _state_bytes(inner) + copies
+            "copy back", baselines.CopyBack.__doc__ or "", copying.step, size, lambda: state_bytes(inner) + copies
         )
 
     return Case(numel, check, contenders())
@@ -475,36 +461,35 @@ def train(setting: Setting) -> Case:
     (batch,) = token_batches(model, count=1, examples=4, tokens=64)
     mask = safekern.score(model, [batch], progress=False).top(setting.ratio)
 
-    def step(twin: nn.Module, optimizer: Any, run: Run | None = None) -> Run:
+    def step(twin: nn.Module, update: Run) -> Run:
         def once() -> None:
             twin(**batch).loss.backward()
-            (run or optimizer.step)()
+            update()
             twin.zero_grad()
 
         return once
 
     def check() -> None:
         twin = copy.deepcopy(model)
-        step(twin, safekern.SETAdamW(twin.named_parameters(), mask, lr=1e-2, in_backward=True))()
+        step(twin, safekern.SETAdamW(twin.named_parameters(), mask, lr=1e-2, in_backward=True).step)()
         for (name, before), after in zip(model.named_parameters(), twin.parameters(), strict=True):
-            rest = ~mask.bool(name).to(after.device) if name in mask else torch.ones_like(after, dtype=torch.bool)
+            rest = ~selected(mask, name, after)
             _same("SET training", [after.detach()[rest]], [before.detach()[rest]])
             if name in mask and torch.equal(after, before):
                 raise BenchmarkError(f"SET training left {name} as it was: nothing was timed")
 
     def contenders() -> Iterator[Contender]:
-        for in_backward in (True, False):
-            twin = copy.deepcopy(model)
-            mine = safekern.SETAdamW(twin.named_parameters(), mask, in_backward=in_backward)
-            yield Contender(
-                "safekern" if in_backward else "safekern, dense gradients",
-                f"SETAdamW(in_backward={in_backward})",
-                step(twin, mine),
-                state=lambda mine=mine: _state_bytes(mine) + _index_bytes(mask),  # type: ignore[misc]
-            )
-            if in_backward:
-                yield next(others)
+        others = plain()
+        yield ours("safekern", in_backward=True)
+        yield next(others)
+        yield ours("safekern, dense gradients", in_backward=False)
         yield from others
+
+    def ours(name: str, *, in_backward: bool) -> Contender:
+        twin = copy.deepcopy(model)
+        mine = safekern.SETAdamW(twin.named_parameters(), mask, in_backward=in_backward)
+        what = f"SETAdamW(in_backward={in_backward})"
+        return Contender(name, what, step(twin, mine.step), state=lambda: state_bytes(mine) + index_bytes(mask))
 
     def plain() -> Iterator[Contender]:
         for form in ("fused", "foreach", "compiled"):
@@ -512,20 +497,18 @@ def train(setting: Setting) -> Case:
                 continue
             twin = copy.deepcopy(model)
             adamw = torch.optim.AdamW(twin.parameters(), fused=form == "fused", foreach=form == "foreach")
-            run = baselines.compiled(adamw.step) if form == "compiled" else None
+            update = baselines.compiled(adamw.step) if form == "compiled" else adamw.step
             yield Contender(
                 f"AdamW {form}",
                 f"the whole model trained with torch.optim.AdamW, {form}",
-                step(twin, adamw, run),
-                state=lambda adamw=adamw: _state_bytes(adamw),  # type: ignore[misc]
+                step(twin, update),
+                state=lambda adamw=adamw: state_bytes(adamw),  # type: ignore[misc]
             )
         twin = copy.deepcopy(model)
-        masks = _dense_masks(mask, dict(twin.named_parameters()), frozen=False)
+        masks = dense_masks(mask, dict(twin.named_parameters()), frozen=False)
         dense = baselines.DenseMaskAdamW(twin.parameters(), masks)
-        what = "dense moments and a dense float mask, as published research code does it"
-        yield Contender("dense mask", what, step(twin, dense), state=lambda: _state_bytes(dense, *masks))
+        yield Contender("dense mask", _DENSE_MASK, step(twin, dense.step), state=lambda: state_bytes(dense, masks))
 
-    others = plain()
     return Case(sum(param.numel() for param in model.parameters()), check, contenders())
 
 

@@ -1,4 +1,4 @@
-"""Times, bandwidths and peak memory, and where they were measured."""
+"""Times, bandwidths and memory, and where they were measured."""
 
 import contextlib
 import ctypes
@@ -10,13 +10,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import safekern
 from safekern import ops
@@ -84,11 +85,11 @@ def peak_memory(run: Run, device: str = "cpu") -> int | None:
     if device != "cpu":
         gc.collect()
         _wait(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         run()
         _wait(device)
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.max_memory_allocated(device) - before
     with ResidentPeak() as peak:
         run()
     return peak.bytes
@@ -158,14 +159,49 @@ def environment(device: str = "cpu") -> dict[str, str]:
     """Where figures come from: device, versions, commit, date, and what the allocator was told."""
     told = " ".join(f"{key}={value}" for key, value in ALLOCATOR.items())
     return {
-        "device": torch.cuda.get_device_name() if device != "cpu" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device != "cpu" else _cpu(),
         "backend": ops.BACKENDS[torch.device(device).type].backend,
         "torch": str(torch.__version__),
         "safekern": safekern.__version__,
-        "commit": _commit(),
+        "commit": commit(Path(__file__)),
         "date": datetime.now(UTC).date().isoformat(),
         "allocator": told if keeps_memory() else "default",
     }
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit(file: Path) -> str:
+    """The git commit that a source file is of, ``-dirty`` after it where something was changed; else ``unknown``."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed package may lie inside somebody else's repository.
+        git("ls-files", "--error-unmatch", file.name)
+        return git("describe", "--always", "--dirty", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, more: Iterable[Tensor] = ()) -> int:
+    """Bytes of the tensors in an optimizer's state, and of others that it works with."""
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in [*held, *more])
+
+
+def index_bytes(mask: safekern.Mask) -> int:
+    """Bytes of a mask's indices in memory."""
+    return sum(mask.compact(name).nbytes for name in mask)
 
 
 def _timing(seconds: list[float]) -> Timing:
@@ -176,30 +212,11 @@ def _timing(seconds: list[float]) -> Timing:
 
 def _wait(device: str) -> None:
     if device != "cpu":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
-def _processor() -> str:
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = found[1].strip() if found else name
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _commit() -> str:
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        # An installed package may lie inside somebody else's repository.
-        git("ls-files", "--error-unmatch", here.name)
-        return git("describe", "--always", "--dirty", "--exclude=*")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+def _cpu() -> str:
+    return f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def restart_with_allocator(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor
 
 import safekern
 from safekern.bench import baselines, measure
+from safekern.bench.measure import index_bytes, state_bytes
 from safekern.bench.models import llama, token_batches
 from safekern.errors import BenchmarkError
+from safekern.tables import Column, Table
 
 # Per weight: the bf16 weight and, in methods that keep them, its bf16 gradient.
 _WEIGHT, _GRADIENT = 2, 2
@@ -49,74 +52,97 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class _Task:
+    """What a method is given.
+
+    Attributes:
+        model: bf16, to be trained in place.
+        batches: one per training step.
+        ratio: of the mask.
+        memory: of :func:`safekern.score`.
+    """
+
+    model: Any
+    batches: list[dict[str, Tensor]]
+    ratio: float
+    memory: float | None
+
+    def random_mask(self) -> safekern.Mask:
+        """Which weights are selected makes no difference to memory."""
+        generator = torch.Generator().manual_seed(0)
+        indices, shapes = {}, {}
+        for name, param in self.model.named_parameters():
+            count = int(self.ratio * param.numel()) if param.ndim == 2 else 0
+            drawn = torch.randint(param.numel(), (count,), generator=generator)
+            indices[name], shapes[name] = drawn.unique(), param.shape
+        return safekern.Mask.from_indices(indices, shapes)
+
+    def top_mask(self) -> safekern.Mask:
+        """The mask that scoring one batch gives."""
+        return safekern.score(self.model, self.batches[:1], memory=self.memory, keep=self.ratio).top(self.ratio)
+
+    def train(self, update: measure.Run) -> None:
+        """Takes a step on every batch."""
+        for batch in self.batches:
+            self.model(**batch).loss.backward()
+            update()
+            self.model.zero_grad()
+
+
+@dataclass(frozen=True)
 class _Method:
+    """A way to train or score.
+
+    Attributes:
+        what: for tables.
+        estimate: bytes per weight of the model, above the model, for deciding whether to try it.
+        run: does it, and gives the bytes held between steps and the weights in the mask; None where it is not measured.
+        bounded: whether it takes less where ``memory`` of the task says so.
+        computed: where the figures come from instead.
+    """
+
     what: str
-    # For deciding whether to try it: bytes per weight of the model, above the model.
     estimate: float
-    run: Callable[[Any, list[dict[str, Tensor]], float, float | None], tuple[int, int]] | None
+    run: Callable[[_Task], tuple[int, int]] | None
+    bounded: bool = False
     computed: str = ""
 
 
-def _mask(model: Any, ratio: float) -> safekern.Mask:
-    """A random mask: which weights are selected makes no difference to memory."""
-    generator = torch.Generator().manual_seed(0)
-    indices, shapes = {}, {}
-    for name, param in model.named_parameters():
-        count = int(ratio * param.numel()) if param.ndim == 2 else 0
-        drawn = torch.randint(param.numel(), (count,), generator=generator)
-        indices[name], shapes[name] = drawn.unique(), param.shape
-    return safekern.Mask.from_indices(indices, shapes)
+def _score(task: _Task) -> tuple[int, int]:
+    mask = task.top_mask()
+    return index_bytes(mask), mask.numel
 
 
-def _steps(model: Any, batches: list[dict[str, Tensor]], step: Callable[[], object]) -> None:
-    for batch in batches:
-        model(**batch).loss.backward()
-        step()
-        model.zero_grad()
+def _set(task: _Task) -> tuple[int, int]:
+    return _set_steps(task, task.random_mask())
 
 
-def _score(model: Any, batches: list[dict[str, Tensor]], ratio: float, memory: float | None) -> tuple[int, int]:
-    mask = safekern.score(model, batches[:1], memory=memory, keep=ratio).top(ratio)
-    return sum(mask.compact(name).nbytes for name in mask), mask.numel
+def _score_and_set(task: _Task) -> tuple[int, int]:
+    return _set_steps(task, task.top_mask())
 
 
-def _held(optimizer: torch.optim.Optimizer) -> int:
-    return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+def _set_steps(task: _Task, mask: safekern.Mask) -> tuple[int, int]:
+    optimizer = safekern.SETAdamW(task.model.named_parameters(), mask, lr=1e-4, in_backward=True)
+    task.train(optimizer.step)
+    return state_bytes(optimizer) + index_bytes(mask), mask.numel
 
 
-def _set(model: Any, batches: list[dict[str, Tensor]], ratio: float, memory: float | None) -> tuple[int, int]:
-    return _set_steps(model, batches, _mask(model, ratio))
+def _spa(task: _Task, dtype: torch.dtype | None) -> tuple[int, int]:
+    mask = task.random_mask()
+    optimizer = safekern.SPAAdamW(task.model.named_parameters(), mask, lr=1e-5, state_dtype=dtype)
+    task.train(optimizer.step)
+    # Its state is for all weights but the selected.
+    return state_bytes(optimizer) + index_bytes(mask), 0
 
 
-def _score_and_set(model: Any, batches: list[dict[str, Tensor]], ratio: float, memory: float | None) -> tuple[int, int]:
-    return _set_steps(model, batches, safekern.score(model, batches[:1], memory=memory, keep=ratio).top(ratio))
+def _adamw(task: _Task) -> tuple[int, int]:
+    optimizer = torch.optim.AdamW(task.model.parameters(), fused=True)
+    task.train(optimizer.step)
+    return state_bytes(optimizer), 0
 
 
-def _set_steps(model: Any, batches: list[dict[str, Tensor]], mask: safekern.Mask) -> tuple[int, int]:
-    optimizer = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4, in_backward=True)
-    _steps(model, batches, optimizer.step)
-    return _held(optimizer) + sum(mask.compact(name).nbytes for name in mask), mask.numel
-
-
-def _spa(dtype: torch.dtype | None) -> Callable[..., tuple[int, int]]:
-    def run(model: Any, batches: list[dict[str, Tensor]], ratio: float, memory: float | None) -> tuple[int, int]:
-        mask = _mask(model, ratio)
-        optimizer = safekern.SPAAdamW(model.named_parameters(), mask, lr=1e-5, state_dtype=dtype)
-        _steps(model, batches, optimizer.step)
-        # Its state is for all weights but the selected.
-        return _held(optimizer) + sum(mask.compact(name).nbytes for name in mask), 0
-
-    return run
-
-
-def _adamw(model: Any, batches: list[dict[str, Tensor]], ratio: float, memory: float | None) -> tuple[int, int]:
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    _steps(model, batches, optimizer.step)
-    return _held(optimizer), 0
-
-
-def _adamw_fp32(model: Any, batches: list[dict[str, Tensor]], ratio: float, memory: float | None) -> tuple[int, int]:
-    params = list(model.parameters())
+def _adamw_fp32(task: _Task) -> tuple[int, int]:
+    params = list(task.model.parameters())
     masters = [torch.nn.Parameter(param.detach().float()) for param in params]
     optimizer = torch.optim.AdamW(masters, fused=True)
 
@@ -130,24 +156,24 @@ def _adamw_fp32(model: Any, batches: list[dict[str, Tensor]], ratio: float, memo
                 param.copy_(master)
         optimizer.zero_grad()
 
-    _steps(model, batches, step)
-    return _held(optimizer) + sum(master.nbytes for master in masters), 0
+    task.train(step)
+    return state_bytes(optimizer, masters), 0
 
 
-def _dense_mask(model: Any, batches: list[dict[str, Tensor]], ratio: float, memory: float | None) -> tuple[int, int]:
-    mask, params = _mask(model, ratio), dict(model.named_parameters())
-    masks = [mask.bool(n).float() if n in mask else torch.zeros(p.shape) for n, p in params.items()]
+def _dense_mask(task: _Task) -> tuple[int, int]:
+    mask, params = task.random_mask(), dict(task.model.named_parameters())
+    masks = baselines.dense_masks(mask, params)
     optimizer = baselines.DenseMaskAdamW(params.values(), masks)
-    _steps(model, batches, optimizer.step)
-    return _held(optimizer) + sum(m.nbytes for m in masks), mask.numel
+    task.train(optimizer.step)
+    return state_bytes(optimizer, masks), mask.numel
 
 
 METHODS = {
-    "score + top": _Method("fp32 accumulators, or what --score-memory says, and the mask", 5, _score),
+    "score + top": _Method("fp32 accumulators, or what --score-memory says, and the mask", 5, _score, bounded=True),
     "SETAdamW": _Method("SET steps with in_backward=True", 1, _set),
-    "score + top + SETAdamW": _Method("all of SET in one process", 5, _score_and_set),
-    "SPAAdamW": _Method("moments in bf16", _GRADIENT + 4, _spa(None)),
-    "SPAAdamW, fp32 state": _Method("moments in fp32", _GRADIENT + 8, _spa(torch.float32)),
+    "score + top + SETAdamW": _Method("all of SET in one process", 5, _score_and_set, bounded=True),
+    "SPAAdamW": _Method("moments in bf16", _GRADIENT + 4, partial(_spa, dtype=None)),
+    "SPAAdamW, fp32 state": _Method("moments in fp32", _GRADIENT + 8, partial(_spa, dtype=torch.float32)),
     "AdamW, bf16 state": _Method("torch.optim.AdamW(fused=True) on the bf16 weights", _GRADIENT + 4, _adamw),
     "AdamW, fp32 state": _Method(
         "fp32 masters, moments and gradients beside the bf16 model: mixed precision as usual", 16, _adamw_fp32
@@ -156,7 +182,7 @@ METHODS = {
         "bitsandbytes' AdamW8bit",
         _GRADIENT + 2 + 8 / 256,
         None,
-        "computed: two 8-bit moments, each with an fp32 scale per block of 256",
+        computed="computed: two 8-bit moments, each with an fp32 scale per block of 256",
     ),
     "dense mask": _Method(
         "dense bf16 moments and a dense fp32 mask, as published research code does it", _GRADIENT + 12, _dense_mask
@@ -190,8 +216,7 @@ def _usage(name: str, params: int, ratio: float, steps: int, score_memory: float
     if method.run is None:
         return computed
     left = measure.available_memory()
-    # Methods of safekern that can live with less are tried all the same.
-    if need > left and not (score_memory and method.run in (_score, _score_and_set)):
+    if need > left and not (score_memory and method.bounded):
         why = f"does not fit: needs about {need / 1e9:.1f} GB, {left / 1e9:.1f} GB are free"
         return Usage(name, method.what, why, params, 0, 0, 0)
     command = [sys.executable, "-m", "safekern.bench.memory", name, str(params), str(ratio), str(steps)]
@@ -202,25 +227,34 @@ def _usage(name: str, params: int, ratio: float, steps: int, score_memory: float
     if ran.returncode == -signal.SIGKILL:
         return Usage(name, method.what, "does not fit: killed for memory", params, 0, 0, 0)
     if ran.returncode:
-        raise BenchmarkError(f"{name} failed: {ran.stderr.strip().splitlines()[-1:]}")
+        said = ran.stderr.strip().splitlines() or ["it said nothing"]
+        raise BenchmarkError(f"{name} failed: {said[-1]}")
     return Usage(**json.loads(ran.stdout.splitlines()[-1]))
 
 
 def table(usages: list[Usage]) -> str:
     """The usages for people."""
-    params = max(usage.params for usage in usages)
-    lines = [
-        f"a model of {params:,} bf16 weights; what each method takes above it",
-        f"{'':24}{'state B/param':>14}{'B/selected':>12}{'peak B/param':>14}{'peak GB':>10}",
+    columns = [
+        Column("method"),
+        Column("state", "{:.3f}", "state B/param"),
+        Column("selected", "{:.2f}", "B/selected"),
+        Column("peak", "{:.2f}", "peak B/param"),
+        Column("peak_gb", "{:.2f}", "peak GB"),
+        Column("what"),
     ]
-    for usage in usages:
-        selected = f"{usage.state_bytes / usage.selected:.2f}" if usage.selected else ""
-        state = f"{usage.state_bytes / usage.params:.3f}" if usage.state_bytes else ""
-        peak = f"{usage.peak_bytes / usage.params:.2f}" if usage.peak_bytes else ""
-        gigabytes = f"{usage.peak_bytes / 1e9:.2f}" if usage.peak_bytes else ""
-        source = f" ({usage.source})" if usage.source != "measured" else ""
-        lines.append(f"{usage.method:24}{state:>14}{selected:>12}{peak:>14}{gigabytes:>10}  {usage.what}{source}")
-    return "\n".join(lines)
+    rows = [
+        (
+            usage.method,
+            usage.state_bytes / usage.params if usage.state_bytes else None,
+            usage.state_bytes / usage.selected if usage.selected else None,
+            usage.peak_bytes / usage.params if usage.peak_bytes else None,
+            usage.peak_bytes / 1e9 if usage.peak_bytes else None,
+            usage.what if usage.source == "measured" else f"{usage.what} ({usage.source})",
+        )
+        for usage in usages
+    ]
+    params = max(usage.params for usage in usages)
+    return f"a model of {params:,} bf16 weights; what each method takes above it\n{Table(columns, rows)}"
 
 
 def _main(name: str, params: str, ratio: str, steps: str, score_memory: str = "") -> None:
@@ -231,7 +265,7 @@ def _main(name: str, params: str, ratio: str, steps: str, score_memory: str = ""
     batches = token_batches(model, count=int(steps), examples=1, tokens=32)
     numel = sum(param.numel() for param in model.parameters())
     with measure.ResidentPeak() as peak:
-        state, selected = method.run(model, batches, float(ratio), float(score_memory) if score_memory else None)
+        state, selected = method.run(_Task(model, batches, float(ratio), float(score_memory) if score_memory else None))
     usage = Usage(name, method.what, "measured", numel, selected, state, peak.bytes or 0)
     print(json.dumps(asdict(usage)))
 

@@ -1,7 +1,8 @@
-"""Rows of results: made by running cases, written, read, compared and drawn."""
+"""Rows of results: made by running cases, shown, written, read and compared; ``figures`` draws them."""
 
 import csv
 import io
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,8 +14,9 @@ import numpy as np
 
 from safekern import files
 from safekern.bench import measure
-from safekern.bench.cases import OPS, Contender, Setting
-from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, MissingDependencyError
+from safekern.bench.cases import OPS, Setting
+from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
+from safekern.tables import Column, Table, counted
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -139,66 +141,60 @@ def run(
                 contender.run()
             peaks = {name: measure.peak_memory(run, setting.device) for name, run in runs.items()}
             timings = measure.interleaved(runs, repeats, setting.device)
+        baseline = 0.0 if only_safekern else timings[contenders[1].name].median
         for contender in contenders:
-            yield _row(op, setting, case.elements, count, contender, timings, peaks, bandwidths, contenders[1:2])
+            timing, peak = timings[contender.name], peaks[contender.name]
+            rate = contender.bytes / timing.median / 1e9 if contender.bytes else 0.0
+            yield Row(
+                op=op,
+                dtype=setting.dtype if OPS[op].dtypes else "",
+                elements=case.elements,
+                ratio=setting.ratio if OPS[op].ratios else 0.0,
+                threads=count,
+                contender=contender.name,
+                ms=1e3 * timing.median,
+                spread=timing.spread,
+                speedup=baseline / timing.median,
+                gb_per_s=rate,
+                of_copy=rate / bandwidths[count].copy,
+                of_read=rate / bandwidths[count].read,
+                peak_bytes=-1 if peak is None else peak,
+                state_bytes=contender.state(),
+                detail=contender.detail,
+                what=" ".join(contender.what.split()),
+            )
 
 
-def _row(
-    op: str,
-    setting: Setting,
-    elements: int,
-    threads: int,
-    contender: Contender,
-    timings: dict[str, measure.Timing],
-    peaks: dict[str, int | None],
-    bandwidths: Bandwidths,
-    baseline: list[Contender],
-) -> Row:
-    timing, peak = timings[contender.name], peaks[contender.name]
-    rate = contender.bytes / timing.median / 1e9 if contender.bytes else 0.0
-    return Row(
-        op=op,
-        dtype=setting.dtype if OPS[op].dtypes else "",
-        elements=elements,
-        ratio=setting.ratio if OPS[op].ratios else 0.0,
-        threads=threads,
-        contender=contender.name,
-        ms=1e3 * timing.median,
-        spread=timing.spread,
-        speedup=timings[baseline[0].name].median / timing.median if baseline else 0.0,
-        gb_per_s=rate,
-        of_copy=rate / bandwidths[threads].copy,
-        of_read=rate / bandwidths[threads].read,
-        peak_bytes=-1 if peak is None else peak,
-        state_bytes=contender.state(),
-        detail=contender.detail,
-        what=" ".join(contender.what.split()),
-    )
+_COLUMNS = (
+    Column("contender"),
+    Column("ms", "{:.3f}"),
+    Column("spread", "{:.0%}"),
+    Column("speedup", "{:.2f}x"),
+    Column("gb_per_s", "{:.1f}", "GB/s"),
+    Column("of_copy", "{:.0%}"),
+    Column("of_read", "{:.0%}"),
+    Column("peak", "{:.1f}", "peak MB"),
+    Column("state", "{:.1f}", "state MB"),
+    Column("detail"),
+)
 
 
 def table(rows: Iterable[Row]) -> str:
     """The rows for people, one block per op and setting."""
-    lines: list[str] = []
-    setting = None
-    for row in rows:
-        if row.setting != setting:
-            setting = row.setting
-            ratio = f", {row.ratio:.3g} selected" if row.ratio else ""
-            lines += [
-                "",
-                f"{row.op}: {OPS[row.op].title} ({f'{row.dtype}, ' * bool(row.dtype)}{row.elements:,} elements{ratio}, "
-                f"{row.threads} thread{'s' * (row.threads > 1)})",
-                f"  {'':26}{'ms':>10}{'spread':>8}{'speedup':>9}{'GB/s':>8}{'of copy':>9}{'of read':>9}"
-                f"{'peak MB':>10}{'state MB':>10}",
-            ]
-        speedup = f"{row.speedup:.2f}x" if row.speedup else ""
-        rate = f"{row.gb_per_s:8.1f}{row.of_copy:9.0%}{row.of_read:9.0%}" if row.gb_per_s else " " * 26
-        peak = f"{row.peak_bytes / 1e6:.1f}" if row.peak_bytes >= 0 else "?"
-        lines.append(
-            f"  {row.contender:26}{row.ms:10.3f}{row.spread:8.0%}{speedup:>9}{rate}{peak:>10}"
-            f"{row.state_bytes / 1e6:10.1f}  {row.detail}".rstrip()
-        )
-    return "\n".join(lines).lstrip("\n")
+    blocks = []
+    for (op, dtype, elements, ratio, threads), group in itertools.groupby(rows, lambda row: row.setting):
+        selected = f"{ratio:.3g} selected" if ratio else ""
+        shown = filter(None, (dtype, f"{elements:,} elements", selected, counted(threads, "thread")))
+        heading = f"{op}: {OPS[op].title} ({', '.join(shown)})"
+        blocks.append(f"{heading}\n{Table(_COLUMNS, [_cells(row) for row in group])}")
+    return "\n\n".join(blocks)
+
+
+def _cells(row: Row) -> tuple[Any, ...]:
+    """The values under :data:`_COLUMNS`, None for what was not measured."""
+    rates = (row.gb_per_s, row.of_copy, row.of_read) if row.gb_per_s else (None, None, None)
+    peak = row.peak_bytes / 1e6 if row.peak_bytes >= 0 else None
+    return row.contender, row.ms, row.spread, row.speedup or None, *rates, peak, row.state_bytes / 1e6, row.detail
 
 
 def legend(rows: Iterable[Row]) -> str:
@@ -297,7 +293,7 @@ def slopes(rows: Iterable[Row], axis: str) -> dict[tuple[str, str, int], float]:
         For each op, dtype and number of threads with at least two points: 1 is linear.
     """
     fitted = {}
-    for key, points in _series(rows, axis).items():
+    for key, points in series(rows, axis).items():
         # Below, caches and the cost of the call itself are measured.
         kept = [(x, y) for x, y in points if x >= points[-1][0] / 100]
         if len(kept) >= 2:
@@ -306,91 +302,19 @@ def slopes(rows: Iterable[Row], axis: str) -> dict[tuple[str, str, int], float]:
     return fitted
 
 
-def _series(rows: Iterable[Row], axis: str) -> dict[tuple[str, str, int], list[tuple[float, float]]]:
-    series: dict[tuple[str, str, int], dict[float, float]] = {}
-    for row in rows:
-        x = row.elements if axis == "elements" else row.elements * row.ratio
-        if row.contender == SAFEKERN and x:
-            series.setdefault((row.op, row.dtype, row.threads), {})[x] = row.ms
-    return {key: sorted(points.items()) for key, points in series.items()}
-
-
-def check_plotting() -> None:
-    """Raises MissingDependencyError where matplotlib is missing, before long work starts."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError('Plotting needs matplotlib: pip install "safekern[plot]".') from error
-
-
-def plot_ops(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draws for every op the speed of its contenders against the baseline's, as ``OP.png``.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
-    """
-    check_plotting()
-    from matplotlib.figure import Figure
-
-    paths = []
-    for op in dict.fromkeys(row.op for row in rows):
-        mine = [row for row in rows if row.op == op]
-        settings = list(dict.fromkeys(row.setting for row in mine))
-        names = list(dict.fromkeys(row.contender for row in mine))
-        figure = Figure(layout="constrained", figsize=(8, 1.5 + 0.22 * len(settings) * len(names)))
-        axes = figure.subplots()
-        for i, name in enumerate(names):
-            bars = [(settings.index(r.setting) + i / (len(names) + 1), r.speedup) for r in mine if r.contender == name]
-            positions, speeds = zip(*bars, strict=True)
-            drawn = axes.barh(positions, speeds, height=0.9 / (len(names) + 1), label=name)
-            axes.bar_label(drawn, fmt="%.2g", padding=2, fontsize=7)
-        labels = [
-            " ".join(filter(None, (dtype, f"{elements:,}", f"{ratio:.3g}" if ratio else "", f"{threads}t")))
-            for _, dtype, elements, ratio, threads in settings
-        ]
-        axes.set_yticks([i + 0.4 for i in range(len(settings))], labels, fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_xlabel("speed against the baseline, which is the second in the legend")
-        axes.set_title(f"{op}: {OPS[op].title}", fontsize=10)
-        axes.legend(fontsize=8)
-        paths.append(folder / f"{op}.png")
-        figure.savefig(paths[-1], dpi=120)
-    return paths
-
-
-def plot_scaling(rows: Sequence[Row], axis: str, path: Path) -> None:
-    """Draws safekern's time along an axis, an op beside the other, with the fitted slopes in the legends.
+def series(rows: Iterable[Row], axis: str) -> dict[tuple[str, str, int], list[tuple[float, float]]]:
+    """Points of safekern's time in milliseconds along an axis, for each op, dtype and number of threads.
 
     Args:
         rows: at several sizes or ratios.
-        axis: as for :func:`slopes`.
-        path: the image.
-
-    Raises:
-        MissingDependencyError: matplotlib is not installed.
+        axis: ``"elements"``, or ``"selected"`` for elements times ratio.
     """
-    check_plotting()
-    from matplotlib.figure import Figure
-
-    fitted, series = slopes(rows, axis), _series(rows, axis)
-    ops = list(dict.fromkeys(op for op, _, _ in series))
-    figure = Figure(layout="constrained", figsize=(3.2 * len(ops), 3.4))
-    panels = figure.subplots(1, len(ops), sharey=True, squeeze=False)[0]
-    for op, axes in zip(ops, panels, strict=True):
-        for key, points in series.items():
-            _, dtype, threads = key
-            if key[0] == op:
-                slope = f"slope {fitted[key]:.2f}" if key in fitted else ""
-                label = " ".join(filter(None, (dtype, f"{threads}t", slope)))
-                axes.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=label)
-        axes.set_title(op, fontsize=10)
-        axes.set_xlabel({"elements": "elements", "selected": "selected weights"}[axis])
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    panels[0].set_ylabel("ms")
-    figure.savefig(path, dpi=120)
+    found: dict[tuple[str, str, int], dict[float, float]] = {}
+    for row in rows:
+        x = row.elements if axis == "elements" else row.elements * row.ratio
+        if row.contender == SAFEKERN and x:
+            found.setdefault((row.op, row.dtype, row.threads), {})[x] = row.ms
+    return {key: sorted(points.items()) for key, points in found.items()}
 
 
 def rounded(row: Row) -> Row:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from safekern import files
 from safekern.cli import options
-from safekern.errors import InvalidArgumentError
+from safekern.errors import BenchmarkError, InvalidArgumentError
+from safekern.tables import Column, Table, counted
 
 if TYPE_CHECKING:
+    from safekern.bench.cases import Setting
     from safekern.bench.results import Row
 
 _DESCRIPTION = """\
@@ -50,10 +52,12 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--model-params", type=options.number, help="of whole models (default: 20e6; 100e6 with --memory)"
     )
-    parser.add_argument("--ratios", nargs="+", type=float, metavar="R", default=[0.001, 0.01, 0.05])
-    parser.add_argument("--threads", nargs="+", type=int, metavar="N", help="(default: 1 and as many as torch uses)")
-    parser.add_argument("--repeats", type=int, help="timed runs of each contender (default: 9)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--ratios", nargs="+", type=options.ratio, metavar="R", default=[0.001, 0.01, 0.05])
+    parser.add_argument(
+        "--threads", nargs="+", type=options.number, metavar="N", help="(default: 1 and as many as torch uses)"
+    )
+    parser.add_argument("--repeats", type=options.number, help="timed runs of each contender (default: 9)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     parser.add_argument("--no-compile", action="store_true", help="without torch.compiled baselines")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the results as .csv or .json")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="draw the results there (needs matplotlib)")
@@ -73,18 +77,23 @@ def run(args: argparse.Namespace) -> int:
         SafekernError: an option is wrong or a result is; found out before the long work starts, where it can be.
     """
     # Imported here, so that other commands start without them.
-    from safekern.bench import measure, results
+    from safekern import plots
+    from safekern.bench import measure
 
     if args.compare:
         return _compare(args.compare, args.tolerance)
     unknown = [op for op in args.ops or () if op not in _OPS]
     if unknown:
         raise InvalidArgumentError(f"no op {', '.join(unknown)}: there are {', '.join(_OPS)}")
+    growing = {**_STREAMING, **dict.fromkeys(_SPARSE)}
+    if args.scaling and args.ops and not growing.keys() & set(args.ops):
+        raise InvalidArgumentError(f"--scaling is for {', '.join(growing)}: give one of them with --ops")
+    options.device(args.device)
     if args.out:
         files.check_writable(args.out)
     if args.plot:
-        results.check_plotting()
-        args.plot.mkdir(parents=True, exist_ok=True)
+        plots.check_available()
+        options.prepare_folder(args.plot, "plot.png")
     if args.memory:
         return _memory(args)
     if args.device == "cpu" and not measure.keeps_memory():
@@ -98,10 +107,7 @@ def _run_cases(args: argparse.Namespace) -> None:
 
     from safekern.bench import baselines, cases, measure, results
 
-    elements = args.elements or (200_000 if args.quick else 64_000_000)
-    model_params = args.model_params or (200_000 if args.quick else 20_000_000)
     repeats = args.repeats or (3 if args.quick else 9)
-    ratios = args.ratios[:1] if args.quick else args.ratios
     threads = args.threads or sorted({1, torch.get_num_threads()})
     compiling = not (args.quick or args.no_compile or args.scaling)
     environment = measure.environment(args.device)
@@ -112,43 +118,45 @@ def _run_cases(args: argparse.Namespace) -> None:
     bandwidths = results.Bandwidths(10**6 if args.quick else 64 * 10**6, args.device)
     for count in threads:
         known = bandwidths[count]
-        print(f"bandwidth, {count} threads: copy {known.copy:.1f} GB/s, read {known.read:.1f} GB/s")
+        print(f"bandwidth, {counted(count, 'thread')}: copy {known.copy:.1f} GB/s, read {known.read:.1f} GB/s")
 
     rows: list[Row] = []
-
-    def record(op: str, setting: cases.Setting, **options: Any) -> None:
-        made = [
-            results.rounded(row)
-            for row in results.run(op, setting, threads=threads, repeats=repeats, bandwidths=bandwidths, **options)
-        ]
+    elements = args.elements or (200_000 if args.quick else 64_000_000)
+    base = cases.Setting(elements=elements, device=args.device, compile=compiling)
+    for op, setting in (_growing if args.scaling else _usual)(args, base):
+        ran = results.run(
+            op, setting, threads=threads, repeats=repeats, bandwidths=bandwidths, only_safekern=args.scaling
+        )
+        made = [results.rounded(row) for row in ran]
         if op not in {row.op for row in rows}:
             print(f"\n{op}: {cases.OPS[op].title}\n{results.legend(made)}")
         print(f"\n{results.table(made)}", flush=True)
-        rows.extend(made)
-
-    base = cases.Setting(elements=elements, device=args.device, compile=compiling)
+        rows += made
+    if not rows:
+        raise BenchmarkError("nothing was timed, because nothing fits this machine's memory: use --quick")
     if args.scaling:
-        for setting, op in _growing(args, base):
-            record(op, setting, only_safekern=True)
-    else:
-        for op in args.ops or cases.OPS:
-            kind = cases.OPS[op]
-            size = model_params if kind.whole_model else elements
-            for dtype in args.dtypes if kind.dtypes else args.dtypes[:1]:
-                for ratio in ratios if kind.ratios else ratios[:1]:
-                    record(op, replace(base, dtype=dtype, elements=int(size), ratio=ratio))
-    if args.scaling:
-        _slopes(rows)
+        _show_slopes(rows)
     if args.out:
         results.write(args.out, rows, environment)
-    if args.plot and args.scaling:
-        for axis in ("elements", "selected"):
-            results.plot_scaling(_along(rows, axis), axis, args.plot / f"scaling_{axis}.png")
-    elif args.plot:
-        results.plot_ops(rows, args.plot)
+    if args.plot:
+        _plot(rows, args)
 
 
-def _growing(args: argparse.Namespace, base: Any) -> Iterable[tuple[Any, str]]:
+def _usual(args: argparse.Namespace, base: "Setting") -> "Iterable[tuple[str, Setting]]":
+    """Every op, with the dtypes and ratios that matter to it."""
+    from safekern.bench import cases
+
+    model_params = args.model_params or (200_000 if args.quick else 20_000_000)
+    ratios = args.ratios[:1] if args.quick else args.ratios
+    for op in args.ops or cases.OPS:
+        kind = cases.OPS[op]
+        size = model_params if kind.whole_model else base.elements
+        for dtype in args.dtypes if kind.dtypes else args.dtypes[:1]:
+            for ratio in ratios if kind.ratios else ratios[:1]:
+                yield op, replace(base, dtype=dtype, elements=size, ratio=ratio)
+
+
+def _growing(args: argparse.Namespace, base: "Setting") -> "Iterable[tuple[str, Setting]]":
     """Settings of growing size, as far as memory reaches, and then of growing ratio."""
     from safekern.bench import cases, measure
 
@@ -162,10 +170,10 @@ def _growing(args: argparse.Namespace, base: Any) -> Iterable[tuple[Any, str]]:
                 if need > 0.8 * measure.available_memory():
                     print(f"\n{op} {dtype} {size:,} is left out: it needs about {need / 1e9:.1f} GB")
                     continue
-                yield replace(middle, dtype=dtype, elements=size), op
+                yield op, replace(middle, dtype=dtype, elements=size)
     for op in [op for op in args.ops or _SPARSE if op in _SPARSE]:
         for ratio in _RATIOS:
-            yield replace(base, dtype=args.dtypes[-1], ratio=ratio), op
+            yield op, replace(base, dtype=args.dtypes[-1], ratio=ratio)
 
 
 def _along(rows: "Sequence[Row]", axis: str) -> "list[Row]":
@@ -176,13 +184,24 @@ def _along(rows: "Sequence[Row]", axis: str) -> "list[Row]":
     return [row for row in rows if row.op in _SPARSE and row.ratio and row.elements in sizes]
 
 
-def _slopes(rows: "Sequence[Row]") -> None:
+def _show_slopes(rows: "Sequence[Row]") -> None:
     from safekern.bench import results
 
     for axis in ("elements", "selected"):
         print(f"\ntime grows with {axis} to the power of (over the upper two decades)")
         for (op, dtype, threads), slope in results.slopes(_along(rows, axis), axis).items():
-            print(f"  {op:12}{dtype:10}{threads} threads {slope:6.2f}")
+            print(f"  {op:12}{dtype:10}{counted(threads, 'thread'):10} {slope:6.2f}")
+
+
+def _plot(rows: "Sequence[Row]", args: argparse.Namespace) -> None:
+    from safekern.bench import figures
+
+    if not args.scaling:
+        figures.plot_ops(rows, args.plot)
+        return
+    for axis in ("elements", "selected"):
+        if along := _along(rows, axis):
+            figures.plot_scaling(along, axis, args.plot / f"scaling_{axis}.png")
 
 
 def _compare(paths: Sequence[Path], tolerance: float) -> int:
@@ -194,11 +213,13 @@ def _compare(paths: Sequence[Path], tolerance: float) -> int:
             print(f"note: {key} differs: {old.environment.get(key)} and {new.environment.get(key)}")
     print(f"{old.environment.get('commit')} -> {new.environment.get('commit')}, speed against the baseline of each")
     verdicts = results.compare(old, new, tolerance)
-    for verdict in verdicts:
-        row = verdict.row
-        change = "" if math.isnan(verdict.change) else f"{verdict.change - 1:+.1%}"
-        ratio = f"{row.ratio:.3g}" if row.ratio else ""
-        print(f"{row.op:12}{row.dtype:10}{row.elements:>14,}{ratio:>7} {row.threads}t {change:>8}  {verdict.verdict}")
+    columns = [Column("op"), Column("dtype"), Column("elements", "{:,}"), Column("ratio", "{:.3g}"), Column("threads")]
+    changes = [None if math.isnan(verdict.change) else verdict.change - 1 for verdict in verdicts]
+    lines = [
+        (*found.row.setting[:3], found.row.ratio or None, found.row.threads, change, found.verdict)
+        for found, change in zip(verdicts, changes, strict=True)
+    ]
+    print(Table([*columns, Column("change", "{:+.1%}"), Column("verdict")], lines))
     slower = sum(verdict.verdict == "slower" for verdict in verdicts)
     print(f"{slower} of {len(verdicts)} slower")
     return int(slower > 0)

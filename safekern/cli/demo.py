@@ -2,18 +2,15 @@
 
 import argparse
 import contextlib
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from safekern import files, ops
-from safekern._version import __version__
+from safekern import ops
 from safekern.cli import options
 from safekern.errors import InvalidArgumentError, MissingDependencyError, SafekernError
 from safekern.evaluation import attack_success_rate, mean_nll, refusal_rate
@@ -22,8 +19,19 @@ from safekern.models import load_smollm2, save
 from safekern.objectives import refusal
 from safekern.optim import SETAdamW
 from safekern.prompts import Pairs, builtin
+from safekern.scores import Scores
 from safekern.scoring import score
-from safekern.training import LEARNING_RATE, RATIO, SCORING_BATCH_SIZE, TUNING_BATCH_SIZE, balanced, in_order, tune
+from safekern.tables import Column, Table
+from safekern.training import (
+    LEARNING_RATE,
+    RATIO,
+    SCORING_BATCH_SIZE,
+    TUNING_BATCH_SIZE,
+    Batch,
+    balanced,
+    in_order,
+    tune,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +109,7 @@ def add_parser(commands: Any) -> None:
         "--save-scores", action="store_true", help="also write scores.safetensors to DIR (4 bytes per eligible weight)"
     )
     parser.add_argument("--device", help="where to run, such as cpu or cuda:0 (default: cuda where there is one)")
-    parser.add_argument("--seed", type=int, default=0, help="order of the training pairs (default: 0)")
+    parser.add_argument("--seed", type=options.seed, default=0, help="order of the training pairs (default: 0)")
     parser.set_defaults(run=run)
 
 
@@ -132,20 +140,13 @@ def run(args: argparse.Namespace) -> None:
         mask = scores.top(RATIO)
     print(f"\n{mask}\n\n{mask.summary().heat_map()}\n", flush=True)
     if args.out is not None:
-        mask.save(args.out / "mask.safetensors")
-        with contextlib.suppress(MissingDependencyError):
-            mask.plot(args.out / "mask.png")
-        if args.save_scores:
-            scores.save(args.out / "scores.safetensors")
+        _save_selection(args.out, mask, scores if args.save_scores else None)
+    # As much as the model, and not needed any more.
     del scores
 
-    original = {name: param.detach().clone() for name, param in model.named_parameters()}
     with clock.stage("tune"):
-        optimizer = SETAdamW(model.named_parameters(), mask, lr=LEARNING_RATE)
         parts = balanced(tokenizer, harmful, benign, batch_size=effort.batch_size, seed=args.seed)
-        losses = tune(model, optimizer, parts, effort.iterations)
-    _check_rest_unchanged(model, mask, original)
-    del original
+        losses = _tune_checked(model, mask, parts, effort.iterations)
     with clock.stage("measure_after"):
         after = _measure(model, tokenizer, *held_out)
 
@@ -166,12 +167,19 @@ def run(args: argparse.Namespace) -> None:
         "seed": args.seed,
         "device": str(device),
         "backend": served.backend if (served := ops.BACKENDS.get(device.type)) else "torch",
-        "versions": {"safekern": __version__, "torch": str(torch.__version__)},
+        "versions": options.versions(),
         "seconds": clock.seconds,
     }
-    with files.replacing(args.out / "report.json") as file:
-        file.write((json.dumps(report, indent=2) + "\n").encode())
+    options.write_json(args.out / "report.json", report)
     print(f"Written to {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+
+
+def _save_selection(folder: Path, mask: Mask, scores: Scores | None) -> None:
+    mask.save(folder / "mask.safetensors")
+    with contextlib.suppress(MissingDependencyError):
+        mask.plot(folder / "mask.png")
+    if scores is not None:
+        scores.save(folder / "scores.safetensors")
 
 
 def _measure(
@@ -184,8 +192,12 @@ def _measure(
     return _Measurement(attacks.rate, refusals.rate, nll, attacks.degenerate + refusals.degenerate)
 
 
-def _check_rest_unchanged(model: torch.nn.Module, mask: Mask, original: dict[str, Tensor]) -> None:
-    """The promise of SET, checked: outside the mask not one bit has moved."""
+def _tune_checked(
+    model: "PreTrainedModel", mask: Mask, parts: Sequence[tuple[float, Iterable[Batch]]], iterations: int
+) -> list[float]:
+    """The losses of SET, whose promise is checked: outside the mask not one bit has moved."""
+    original = {name: param.detach().clone() for name, param in model.named_parameters()}
+    losses = tune(model, SETAdamW(model.named_parameters(), mask, lr=LEARNING_RATE), parts, iterations)
     for name, param in model.named_parameters():
         restored = param.detach().clone()
         if name in mask:
@@ -193,12 +205,12 @@ def _check_rest_unchanged(model: torch.nn.Module, mask: Mask, original: dict[str
             restored.view(-1)[index] = original[name].view(-1)[index]
         if not torch.equal(restored.view(torch.int32), original[name].view(torch.int32)):
             raise SafekernError(f"weights of {name} outside the mask have changed; please report this")
+    return losses
 
 
 def _table(before: _Measurement, after: _Measurement, mask: Mask, effort: _Effort) -> str:
     count = effort.held_out
     rows = [
-        ("", "before", "after", ""),
         ("attack success", f"{before.asr:.0%}", f"{after.asr:.0%}", f"of {count} held-out harmful prompts"),
         (
             "benign refusals",
@@ -214,9 +226,8 @@ def _table(before: _Measurement, after: _Measurement, mask: Mask, effort: _Effor
         ),
         ("broken answers", f"{before.degenerate}", f"{after.degenerate}", f"of {2 * count}: empty or looping"),
     ]
-    lines = [f"{label:16} {left:>8} {right:>8}   {note}".rstrip() for label, left, right, note in rows]
-    lines.append(
-        f"\nSET updated {mask.numel:,} of {mask.model_numel:,} weights ({mask.density:.1%}) in {effort.iterations} "
-        "steps; every other weight was checked to be bit-identical."
+    table = Table([Column(""), Column("before"), Column("after"), Column("")], rows)
+    return (
+        f"{table}\n\nSET updated {mask.numel:,} of {mask.model_numel:,} weights ({mask.density:.1%}) in "
+        f"{effort.iterations} steps; every other weight was checked to be bit-identical."
     )
-    return "\n".join(lines)

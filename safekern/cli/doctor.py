@@ -7,15 +7,16 @@ import os
 import platform
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from safekern import ops
 from safekern._version import __version__
-from safekern.diagnosis import as_dict, selftest, table
+from safekern.bench.measure import processor
+from safekern.diagnosis import selftest
 from safekern.ops.registry import OPS, has_kernel
+from safekern.tables import Column, Table
 
 _DESCRIPTION = """\
 Shows what safekern runs on and whether it works here, for a look at a new machine or a bug report:
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         print(_text(found), flush=True)
     result = selftest()
     if args.json:
-        print(json.dumps({**found, "selftest": as_dict(result), "ok": result.ok}, indent=2))
+        print(json.dumps({**found, "selftest": result.to_dicts(), "ok": result.ok}, indent=2))
     else:
         print(f"\nselftest\n{_indented(str(result))}\n\n{_verdict(result.ok, bool(result.failures))}")
     return 1 if result.failures else 0
@@ -76,7 +77,7 @@ def _devices() -> list[dict[str, str]]:
     devices = [
         {
             "device": "cpu",
-            "name": _processor(),
+            "name": processor(),
             "capability": ops.cpu_capability() or torch.backends.cpu.get_cpu_capability().lower(),
             "memory": _host_memory(),
             "parallelism": f"{torch.get_num_threads()} threads",
@@ -129,9 +130,9 @@ def _environment() -> dict[str, str | None]:
 
 def _text(found: dict[str, Any]) -> str:
     kernels = found["kernels"]
-    by_op = [("op", *kernels), *((name, *(kernels[device]["ops"][name] for device in kernels)) for name in OPS)]
+    by_op = [(name, *(kernels[device]["ops"][name] for device in kernels)) for name in OPS]
     reasons = [
-        (device, f"not {backend}:", reason)
+        (device, backend, reason)
         for device, of_device in kernels.items()
         for backend, reason in of_device["passed_over"].items()
     ]
@@ -140,25 +141,17 @@ def _text(found: dict[str, Any]) -> str:
         for name, value in found["environment"].items()
     ]
     sections = {
-        "devices": table([tuple(device.values()) for device in found["devices"]]),
-        "versions": table(list(found["versions"].items())),
-        "kernels": table(by_op) + (f"\n{table(reasons)}" if reasons else ""),
-        "environment": table(environment),
+        "devices": Table.from_records(found["devices"], list(found["devices"][0])),
+        "versions": Table([Column("of"), Column("version")], list(found["versions"].items())),
+        "kernels": Table([Column("op"), *map(Column, kernels)], by_op),
+        "not used": Table([Column("device"), Column("backend"), Column("reason")], reasons),
+        "environment": Table([Column("variable"), Column("value"), Column("meaning")], environment),
     }
-    return "\n\n".join(f"{title}\n{_indented(body)}" for title, body in sections.items())
+    return "\n\n".join(f"{title}\n{_indented(str(table))}" for title, table in sections.items() if table.rows)
 
 
 def _indented(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _host_memory() -> str:

@@ -34,6 +34,22 @@ def number(text: str) -> int:
     return int(value)
 
 
+def ratio(text: str) -> float:
+    """A share in (0, 1]."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 and up to 1 is needed, such as 0.01 for 1%, got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    """What a random generator of PyTorch takes."""
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"a whole number from 0 to 2^63 - 1 is needed, got {text}")
+    return value
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model is loaded, and how: what `load_model` reads."""
     group = parser.add_argument_group("model")
@@ -113,7 +129,9 @@ def device(name: str | None) -> torch.device:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidArgumentError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+        raise InvalidArgumentError(
+            f"--device {name or 'cuda'}: not available here ({str(error).splitlines()[0]}); give another, such as cpu"
+        ) from error
     return found
 
 
@@ -126,7 +144,7 @@ def prepare_folder(folder: Path, file: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileAccessError(f"{folder}: cannot be created: {error.strerror}; give another --out") from error
+        raise FileAccessError(f"{folder}: cannot be created: {error.strerror}; give another folder") from error
     files.check_writable(folder / file)
 
 
@@ -154,11 +172,3 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def versions() -> dict[str, str]:
     """Of what decides a result, for reports."""
     return {"safekern": __version__, "torch": str(torch.__version__)}
-
-
-def ratio(text: str) -> float:
-    """A share in (0, 1]."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"a number above 0 and up to 1 is needed, such as 0.01 for 1%, got {text}")
-    return value

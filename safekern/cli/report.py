@@ -7,7 +7,8 @@ from typing import Any
 
 from safekern import files
 from safekern.errors import InvalidArgumentError
-from safekern.report import Audit, to_html
+from safekern.report import Audit
+from safekern.report_page import to_html
 from safekern.tables import printable
 
 _DESCRIPTION = """\

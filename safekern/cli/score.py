@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: an option or a file is wrong, found out before the long work starts; or scoring failed.
     """
     mask_path, scores_path = _outputs(args.out)
+    if args.save_scores:
+        files.check_writable(scores_path)
     pairs = _pairs(args)
     model, tokenizer = options.load_model(args)
     with options.stage(f"score on {len(pairs)} pairs"):

@@ -41,7 +41,7 @@ def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float,
         metavar="N",
         help=f"pairs per step (default: {batch_size})",
     )
-    group.add_argument("--seed", type=int, default=0, help="order of the training pairs (default: 0)")
+    group.add_argument("--seed", type=options.seed, default=0, help="order of the training pairs (default: 0)")
     group.add_argument(
         "--checkpoint-every",
         type=options.number,

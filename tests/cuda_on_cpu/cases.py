@@ -8,16 +8,13 @@ import sys
 
 import pytest
 import torch
+from exact import bits
 
 from safekern import ops
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 STEP = (0.9, 0.99, 1e-8, 0.999)
 SENTINEL = 12345.0
-
-
-def bits(tensor):
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
 def at_offset(values, offset):

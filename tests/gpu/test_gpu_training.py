@@ -5,8 +5,9 @@ import warnings
 
 import pytest
 import torch
+from exact import bits
 from gpu_device import DEVICE, on_cuda, require_device
-from test_objectives import tiny_llama
+from language_models import tiny_llama
 
 import safekern
 from safekern import Scores, diagnosis
@@ -48,12 +49,12 @@ def assert_close(mine, other, ulps):
 
 
 def masked_bits(model, mask, inside):
-    bits = {}
+    found = {}
     for name, param in model.named_parameters():
         chosen = mask.bool(name) if name in mask else torch.zeros(param.shape, dtype=torch.bool)
         value = param.detach().cpu()[chosen if inside else ~chosen]
-        bits[name] = value.view({2: torch.int16, 4: torch.int32}[value.element_size()]).clone()
-    return bits
+        found[name] = bits(value).clone()
+    return found
 
 
 def assert_same_bits(before, after):

@@ -1,6 +1,6 @@
 """SET against its controls: which weights, how many of them, and how fast the model learns to refuse."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from safekern.prompts import Pairs
 from safekern.training import REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, shuffled
 
 from .lab import Lab
-from .runs import Plan, Record, Run
+from .runs import Found, Plan, Record, Row, Run
 from .tuning import Parts, optimizer_for, tune_and_measure
 
 RATIO = 0.01
@@ -98,6 +98,20 @@ def ratio_runs(plan: Plan) -> list[Run]:
         for ratio in ratios
         for method in ("esi", "random")
     ]
+
+
+def untouched_row(found: Iterable[Found]) -> Row | None:
+    """What was measured of the model as it was loaded."""
+    return next((run["rows"][0] for run in found if run["settings"]["method"] == "none" and run["rows"]), None)
+
+
+def by_recipe(found: Iterable[Found]) -> dict[tuple[str, float], list[Found]]:
+    """The runs that tuned, by recipe and learning rate."""
+    groups: dict[tuple[str, float], list[Found]] = {}
+    for run in found:
+        if run["settings"]["method"] != "none" and run["rows"]:
+            groups.setdefault((run["settings"]["recipe"], run["settings"]["lr"]), []).append(run)
+    return dict(sorted(groups.items()))
 
 
 def _run(
