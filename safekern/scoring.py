@@ -25,7 +25,7 @@ from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.indices import index_dtype
 from safekern.scores import RunningTop, Scores, TopScores, count_of
-from safekern.sharding import Processes, failing_together, is_sharded, like, local
+from safekern.sharding import Processes, failing_together, is_sharded, like, local, reshard
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -124,6 +124,7 @@ def score(
         )
     if torch.is_inference_mode_enabled():
         raise ScoringError("torch.inference_mode rules gradients out: call score outside of it (torch.no_grad is fine)")
+    reshard(model)
     params = eligible_parameters(model, select)
     # Several processes hold one model, or each of them a model of its own.
     sharded = Processes.of(list(params.values()))

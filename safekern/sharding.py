@@ -42,6 +42,19 @@ def local(tensor: Tensor) -> Tensor:
         return tensor.to_local()
 
 
+def reshard(model: nn.Module) -> None:
+    """Puts FSDP2's sharded parameters back into a model, each process for itself.
+
+    A forward without a backward, such as an evaluation, leaves whole ones in their place, which get no gradient.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+
+
 def like(tensor: Tensor, piece: Tensor) -> Tensor:
     """A tensor sharded as another one, of which this process holds ``piece``; the piece itself for a plain one.
 

@@ -190,6 +190,9 @@ def score_sharded(kind: str, world: int) -> tuple[float, float, bool]:
     before = {name: param.full_tensor().clone() for name, param in model.named_parameters()}
     marked = model.embed.weight
     marked.grad = torch.zeros_like(marked)
+    with torch.no_grad():
+        # FSDP2 keeps the parameters of the root whole after it.
+        model(batches()[0])
     scores = safekern.score(
         model, [(batch,) for batch in mine], sigma_per="expert", offload=kind == "offloaded accumulators"
     )
