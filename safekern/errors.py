@@ -36,7 +36,7 @@ class DeltaAppliedError(DeltaMismatchError):
 
 
 class ScoringError(SafekernError, RuntimeError):
-    """The objective or the model did something that cannot be scored."""
+    """The objective or the model did something that cannot be scored, here or in another process."""
 
 
 class OutOfMemoryError(SafekernError, torch.OutOfMemoryError):

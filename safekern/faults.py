@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from safekern.errors import OutOfMemoryError
+from safekern.errors import OutOfMemoryError, SafekernError
 
 # Allocators raise plain RuntimeErrors too: torch's on the CPU, CUDA for pinned memory, and C++ in a kernel.
 _SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc")
@@ -57,7 +57,8 @@ def out_of_memory_explained(held: Callable[[], Mapping[str, float]], advice: str
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         text = (str(error).strip().splitlines() or [""])[0]
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if isinstance(error, OutOfMemoryError) or not (known or any(sign in text for sign in _SIGNS)):
+        # One of ours may tell of the memory of another process.
+        if isinstance(error, SafekernError) or not (known or any(sign in text for sign in _SIGNS)):
             raise
         takes = ", ".join(f"{_size(size)} for {what}" for what, size in held().items())
         raise OutOfMemoryError(f"out of memory ({text or type(error).__name__}) beside {takes}: {advice}") from error

@@ -8,6 +8,7 @@ its candidates, it may have had more, and is asked again for twice as many.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,7 +118,8 @@ def select(gradients: Sequence[Tensor], sigma: Sequence[Tensor], k: int, largest
         ``safekern.ops.select``, in every process those in the whole tensor.
 
     Raises:
-        RuntimeError: a value is NaN, or k is out of range.
+        RuntimeError: a value is NaN, or k is out of range. Where that is so in one process only, the others raise a
+            ScoringError, which is one too.
         InvalidArgumentError: a device mesh leaves processes out.
     """
     processes = Processes.of(gradients)
@@ -160,13 +162,7 @@ def _candidates(
     # A little over what an even spread would take, so that places need not be asked twice.
     wanted = [min(limit, int(1.25 * k / numel * count) + 1024) for limit, count in zip(most, numels, strict=True)]
     while True:
-        picks = [torch.empty(0, dtype=torch.int32, device=part.values.device) for part in held]
-        keys = list(picks)
-        for members, count in zip(lots, wanted, strict=True):
-            if count:
-                here = select_here([held[t] for t in members], count, largest)
-                for t, pick in zip(members, here, strict=True):
-                    picks[t], keys[t] = pick, keys_of(held[t].esi(pick), largest)
+        (picks, keys), _ = processes.agreed(partial(_best, held, lots, wanted, largest))
         cutoff, ties = _kth_largest(keys, k, KEY_BITS, processes)
         # Whoever gave something worse than the cutoff has nothing left that reaches it.
         short = [
@@ -178,6 +174,20 @@ def _candidates(
             return picks, keys, cutoff, ties
         for lot in short:
             wanted[lot] = min(most[lot], 2 * wanted[lot])
+
+
+def _best(
+    held: Sequence[Held], lots: Sequence[Sequence[int]], wanted: Sequence[int], largest: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per tensor the ascending positions of candidates here, and their keys: so many of each lot of tensors."""
+    picks = [torch.empty(0, dtype=torch.int32, device=part.values.device) for part in held]
+    keys = list(picks)
+    for members, count in zip(lots, wanted, strict=True):
+        if count:
+            here = select_here([held[t] for t in members], count, largest)
+            for t, pick in zip(members, here, strict=True):
+                picks[t], keys[t] = pick, keys_of(held[t].esi(pick), largest)
+    return picks, keys
 
 
 def _last_tie(

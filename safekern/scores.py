@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
@@ -120,11 +121,13 @@ class Scores(Mapping[str, Tensor]):
                 every tensor. Ties go to the earlier weight (parameter order, then flat index).
 
         Returns:
-            A mask with the ranking in its ``meta``; the same in every process.
+            A mask with the ranking in its ``meta``; the same in every process. Where several hold the scores, all have
+            to call this together.
 
         Raises:
-            InvalidArgumentError: a ratio outside (0, 1], or another ``per``.
+            InvalidArgumentError: a ratio outside (0, 1], or another ``per``; arguments that differ between processes.
             NonFiniteError: a score is NaN.
+            ScoringError: one of these errors in another process.
 
         Example:
             >>> import torch
@@ -149,6 +152,7 @@ class Scores(Mapping[str, Tensor]):
         Raises:
             InvalidArgumentError: as :meth:`top`; or these are scores that keep the top candidates only.
             NonFiniteError: as :meth:`top`.
+            ScoringError: as :meth:`top`.
         """
         return self._rank(ratio, per, largest=False)
 
@@ -191,18 +195,25 @@ class Scores(Mapping[str, Tensor]):
 
         Raises:
             MaskMismatchError: the mask selects nothing, or a parameter was not scored or is of another shape.
+            NonFiniteError: one of these scores is NaN or infinite.
+            ScoringError: one of these errors in another process.
 
         Example:
             >>> scores.selected(mask).total / scores.report().distribution.total     # doctest: +SKIP
         """
-        distribution, processes = Distribution(), Processes.of(list(self._gradients.values()))
+        processes = Processes.of(list(self._gradients.values()))
+        distribution, _ = processes.agreed(partial(self._selected_here, mask, processes))
+        return distribution.everywhere(processes)
+
+    def _selected_here(self, mask: Mask, processes: Processes) -> Distribution:
+        distribution = Distribution()
         for name, scored in mask.resolve(self._gradients).items():
             gradient, index = self._gradients[scored], mask.compact(name)
             shard, held = Shard.of(gradient), ranking.Held.of(gradient, self.sigma[scored])
             if processes.speaks_for(shard):
                 index = shard.to_local(index[shard.inside(index)]).to(held.values.device)
                 distribution.add(held.esi(index))
-        return distribution.everywhere(processes)
+        return distribution
 
     def report(self) -> "ScoreReport":
         """Describes the scores per layer and component, in one pass over them.
@@ -212,12 +223,20 @@ class Scores(Mapping[str, Tensor]):
 
         Raises:
             NonFiniteError: a score is NaN or infinite.
+            ScoringError: a score is, in another process.
 
         Example:
             >>> print(scores.report().table("component"))     # doctest: +SKIP
         """
-        cells: dict[tuple[int | None, str], _Cell] = {}
         processes = Processes.of(list(self._gradients.values()))
+        cells, _ = processes.agreed(partial(self._cells, processes))
+        for cell in cells.values():
+            cell.esi = cell.esi.everywhere(processes)
+        return ScoreReport(cells)
+
+    def _cells(self, processes: Processes) -> "dict[tuple[int | None, str], _Cell]":
+        """What this process holds, or speaks for, per layer and component."""
+        cells: dict[tuple[int | None, str], _Cell] = {}
         for name, gradient in self._gradients.items():
             cell = cells.setdefault((names.layer(name), names.component(name)), _Cell())
             cell.variance += float(self.sigma[name].double().square().mean()) * gradient.numel()
@@ -231,9 +250,7 @@ class Scores(Mapping[str, Tensor]):
                         cell.esi.add(part.abs().mul_(sigma))
                     except NonFiniteError as error:
                         raise NonFiniteError(f"{name}: {error}") from error
-        for cell in cells.values():
-            cell.esi = cell.esi.everywhere(processes)
-        return ScoreReport(cells)
+        return cells
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file (4 bytes per eligible weight) that :meth:`load` reads.
@@ -317,8 +334,12 @@ class Scores(Mapping[str, Tensor]):
         raise InvalidArgumentError(f"per must be 'model' or 'tensor', got {per!r}")
 
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
-        counts = self._counts(_checked(ratio), per)
         gradients, sigma = list(self._gradients.values()), list(self.sigma.values())
+        counts = Processes.of(gradients).alike(
+            lambda: self._counts(_checked(ratio), per),
+            lambda counts: (counts, largest),
+            "all have to call top(), or all bottom(), with the same ratio and per",
+        )
         try:
             if per == "model":
                 selected = ranking.select(gradients, sigma, counts[0], largest)

@@ -25,7 +25,7 @@ from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.indices import index_dtype
 from safekern.scores import RunningTop, Scores, TopScores, count_of
-from safekern.sharding import Processes, failing_together, is_sharded, like, local
+from safekern.sharding import Processes, failing_together, is_sharded, like, local, reshard
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -91,13 +91,15 @@ def score(
 
     Raises:
         InvalidArgumentError: an empty loader, nothing to score, a parameter that cannot be scored, a one-shot iterator
-            where several sweeps are needed, a ``memory`` too small for the largest parameter and the candidates.
+            where several sweeps are needed, a ``memory`` too small for the largest parameter and the candidates;
+            arguments that differ between processes, or a device mesh or DistributedDataParallel that leaves some out.
         OutOfMemoryError: memory ran out; the message says what takes it, and what to lower.
         ScoringError: the objective did not return a scalar with a graph to the model, no gradient arrived, gradient
             checkpointing would lose some, a backward pass other than that of ``score`` reached the model, or a sweep
             did not see the batches and losses of the first one. Of several processes, those that did not fail: it
-            names one that did. Where they wait for it in a collective, only when it has ended, or after the process
-            group's timeout.
+            names one that did. What fails before the first batch, or in the loader of a sharded model, all processes
+            raise at once; an error in forward or backward, and Ctrl-C, the others hear of at their next batch, or
+            where they wait for that process in a collective, when it has ended or after the process group's timeout.
         ModelInUseError: another thread is scoring or perturbing the model.
         NonFiniteError: a weight, or a gradient of some batch, is NaN or infinite.
 
@@ -106,47 +108,39 @@ def score(
         >>> scores = safekern.score(model, batches, safekern.objectives.refusal)           # doctest: +SKIP
         >>> mask = scores.top(0.01)                                                        # doctest: +SKIP
     """
-    if reduction not in ("mean", "abs"):
-        raise InvalidArgumentError(f"reduction must be 'mean' or 'abs', got {reduction!r}")
-    if sigma_per not in ("tensor", "expert"):
-        raise InvalidArgumentError(f"sigma_per must be 'tensor' or 'expert', got {sigma_per!r}")
-    if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
-        raise InvalidArgumentError(
-            f"loader must yield batches, got {type(loader).__name__}: to score a single batch, pass [batch]"
-        )
     # Its gradients would be averaged over processes batch by batch; once, at the end, is enough.
     replicated = isinstance(model, nn.parallel.DistributedDataParallel)
     if isinstance(model, nn.parallel.DistributedDataParallel):
+        _check_group(model)
         model = cast(nn.Module, model.module)
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        raise InvalidArgumentError(
-            "FullyShardedDataParallel keeps many parameters in one flat tensor: shard the model by fully_shard (FSDP2)"
-        )
-    if torch.is_inference_mode_enabled():
-        raise ScoringError("torch.inference_mode rules gradients out: call score outside of it (torch.no_grad is fine)")
-    params = eligible_parameters(model, select)
-    # Several processes hold one model, or each of them a model of its own.
-    sharded = Processes.of(list(params.values()))
-    replicas = Processes(next(iter(params.values())).device, together=replicated)
-    if memory is not None and sharded.size > 1:
-        raise InvalidArgumentError(
-            "memory= sweeps over a model that one process holds; this one is sharded over processes. To keep the "
-            "accumulators of each in its CPU memory, use offload=True"
-        )
-    model_numel = sum(param.numel() for param in model.parameters())
-    k = count_of(_positive("keep", keep, most=1), model_numel, sum(param.numel() for param in params.values()))
-    parts = [list(params)] if memory is None else _parts(params, _positive("memory", memory), k, offload)
-    if len(parts) > 1 and isinstance(loader, Iterator):
-        raise InvalidArgumentError(
-            f"memory={memory} takes {len(parts)} sweeps over the loader, but a {type(loader).__name__} can be read "
-            "only once: pass a list or a DataLoader, or more memory"
-        )
-    sigma = _sigma(params, sigma_per)
+    reshard(model)
+    # Several processes hold one model, or each of them a model of its own. Parameters that are not scored count too:
+    # a forward takes all that hold some.
+    sharded = Processes.of(list(model.parameters()))
+    replicas = Processes(_device(model), together=replicated)
+    everyone = replicas if replicated else sharded
     compute = objective or _model_loss
-    gpus = sorted({param.device.index for param in model.parameters() if param.is_cuda})
-    replay = _Replay(len(parts))
-    top = RunningTop(k)
-    with failing_together("score", together=sharded.size > 1 or replicas.size > 1) as check_others:
+    with failing_together("score", together=everyone.size > 1) as check_others:
+        params, parts, k = everyone.alike(
+            partial(_planned, model, loader, reduction, select, memory, keep, offload, sigma_per, sharded.size),
+            lambda plan: (
+                reduction,
+                sigma_per,
+                [(name, tuple(param.shape)) for name, param in plan[0].items()],
+                *plan[1:],
+            ),
+            "all need the same model, reduction, sigma_per, memory and keep, and a select that chooses the same "
+            "parameters",
+        )
+        sigma = deviations(params, sigma_per)
+        gpus = sorted({param.device.index for param in model.parameters() if param.is_cuda})
+        replay = _Replay(len(parts))
+        top = RunningTop(k)
+
+        def begin(part: list[str]) -> _GradientFold:
+            _check_finite(sigma)
+            return _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
+
         for sweep, part in enumerate(parts, 1):
             label = "score" if len(parts) == 1 else f"score, sweep {sweep}/{len(parts)}"
             bar = tqdm(
@@ -155,15 +149,15 @@ def score(
             # Every sweep but the last gives the random numbers back that it used: shuffling and dropout repeat.
             explained = _memory_explained(model, params, part)
             with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar, explained:
-                fold = _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
+                fold, _ = everyone.agreed(partial(begin, part))
                 _sweep(fold, model, loader, compute, replay, bar, check_others)
-            num_batches = int(replicas.total(torch.tensor(replay.num_batches, device="cpu")))
-            accs = fold.means(replicas, num_batches)
+            _, counts = replicas.agreed(partial(replay.finish, fold.num_batches), lambda _: replay.num_batches)
+            accs = fold.means(replicas, sum(counts))
             if len(parts) > 1:
                 top.add(accs, sigma)
     details: dict[str, Any] = {
-        "num_batches": num_batches,
-        "model_numel": model_numel,
+        "num_batches": sum(counts),
+        "model_numel": sum(param.numel() for param in model.parameters()),
         "meta": {
             "objective": getattr(compute, "__qualname__", type(compute).__qualname__) if objective else "model loss",
             "reduction": reduction,
@@ -177,6 +171,63 @@ def score(
     return TopScores(top.gradients, top.indices, shapes, sigma, keep=float(keep), **details)
 
 
+def _planned(
+    model: nn.Module,
+    loader: Iterable[Any],
+    reduction: str,
+    select: Callable[[str, nn.Parameter], bool] | None,
+    memory: float | None,
+    keep: float,
+    offload: bool,
+    sigma_per: str,
+    holders: int,
+) -> tuple[dict[str, nn.Parameter], list[list[str]], int]:
+    """What is to be scored: the parameters, the part of them for each sweep, and how many candidates to keep."""
+    if reduction not in ("mean", "abs"):
+        raise InvalidArgumentError(f"reduction must be 'mean' or 'abs', got {reduction!r}")
+    if sigma_per not in ("tensor", "expert"):
+        raise InvalidArgumentError(f"sigma_per must be 'tensor' or 'expert', got {sigma_per!r}")
+    if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
+        raise InvalidArgumentError(
+            f"loader must yield batches, got {type(loader).__name__}: to score a single batch, pass [batch]"
+        )
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise InvalidArgumentError(
+            "FullyShardedDataParallel keeps many parameters in one flat tensor: shard the model by fully_shard (FSDP2)"
+        )
+    if torch.is_inference_mode_enabled():
+        raise ScoringError("torch.inference_mode rules gradients out: call score outside of it (torch.no_grad is fine)")
+    params = eligible_parameters(model, select)
+    if memory is not None and holders > 1:
+        raise InvalidArgumentError(
+            "memory= sweeps over a model that one process holds; this one is sharded over processes. To keep the "
+            "accumulators of each in its CPU memory, use offload=True"
+        )
+    model_numel = sum(param.numel() for param in model.parameters())
+    k = count_of(_positive("keep", keep, most=1), model_numel, sum(param.numel() for param in params.values()))
+    parts = [list(params)] if memory is None else _parts(params, _positive("memory", memory), k, offload)
+    if len(parts) > 1 and isinstance(loader, Iterator):
+        raise InvalidArgumentError(
+            f"memory={memory} takes {len(parts)} sweeps over the loader, but a {type(loader).__name__} can be read "
+            "only once: pass a list or a DataLoader, or more memory"
+        )
+    return params, parts, k
+
+
+def _check_group(model: nn.parallel.DistributedDataParallel) -> None:
+    replicas, world = dist.get_world_size(model.process_group), dist.get_world_size()
+    if replicas != world:
+        raise InvalidArgumentError(
+            f"this DistributedDataParallel averages over {replicas} of {world} processes, and scores are over all of "
+            "them: make it without process_group=, or score the module inside, in one process"
+        )
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the inputs go: the first layer of a model that is spread over devices, embeddings included."""
+    return next((param.device for param in model.parameters() if not param.is_meta), torch.device("cpu"))
+
+
 def _sweep(
     fold: "_GradientFold",
     model: nn.Module,
@@ -187,8 +238,7 @@ def _sweep(
     check_others: Callable[[], None],
 ) -> None:
     """Folds the gradients of all batches that this process has."""
-    # Where the inputs go: the first layer of a model that is spread over devices, embeddings included.
-    device = next(param.device for param in model.parameters() if not param.is_meta)
+    device = _device(model)
     with claimed(dict(model.named_parameters()), "scored"), fold:
         for batch in _in_step(loader, fold.processes):
             check_others()
@@ -201,7 +251,6 @@ def _sweep(
                 fold.backward(loss)
             fold.finish_batch()
             bar.update()
-    replay.finish(fold.num_batches)
 
 
 def _in_step(loader: Iterable[Any], processes: Processes) -> Iterator[Any]:
@@ -209,34 +258,23 @@ def _in_step(loader: Iterable[Any], processes: Processes) -> Iterator[Any]:
     if processes.size == 1:
         yield from loader
         return
-    batches = iter(loader)
+    batches = _started_late(loader)
     end = object()
-    rank = dist.get_rank()
     for index in itertools.count():
-        batch: Any = end
-        failure: Exception | None = None
-        try:
-            batch = next(batches, end)
-        except Exception as error:
-            # Raised once the others, who wait for this batch, have heard of it.
-            failure = error
-        votes = torch.zeros(1 + processes.size, dtype=torch.int32, device="cpu")
-        votes[0], votes[1 + rank] = batch is not end, failure is not None
-        ready, *failed = processes.total(votes).tolist()
-        if failure is not None:
-            raise failure
-        if any(failed):
-            raise ScoringError(
-                f"the loader of process {failed.index(1)} failed at batch {index}: the error there says why"
-            )
-        if ready == 0:
+        batch, ready = processes.agreed(partial(next, batches, end), lambda batch: int(batch is not end))
+        if not any(ready):
             return
-        if ready < processes.size:
+        if not all(ready):
             raise ScoringError(
-                f"{processes.size - ready} of {processes.size} processes had no batch {index}: where a model is "
+                f"{ready.count(0)} of {processes.size} processes had no batch {index}: where a model is "
                 "sharded, each needs as many batches as the others, for instance from a DistributedSampler"
             )
         yield batch
+
+
+def _started_late(loader: Iterable[Any]) -> Iterator[Any]:
+    """Starts the loader's workers when the first batch is asked for: where they fail to start, that failed."""
+    yield from loader
 
 
 def _memory_explained(
@@ -489,13 +527,10 @@ def _dropped_gradients_raise() -> Iterator[None]:
             ) from warning
 
 
-def _sigma(params: Mapping[str, nn.Parameter], per: SigmaPer) -> dict[str, Tensor]:
-    """See :attr:`Scores.sigma`."""
-    sigma = deviations(params, per)
+def _check_finite(sigma: Mapping[str, Tensor]) -> None:
     for name, values in sigma.items():
         if not (values < float("inf")).all():
             raise NonFiniteError(f"parameter {name} holds NaN or infinity: repair or reload the model before scoring")
-    return sigma
 
 
 def _length(loader: Iterable[Any]) -> int | None:

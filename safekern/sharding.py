@@ -5,10 +5,11 @@ Everything else works on local tensors and row-major positions in the whole para
 
 import math
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,7 @@ from safekern.indices import index_dtype
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+_Done = TypeVar("_Done")
 
 # What almost every tensor is. Optimizers ask in every step, many times for each parameter.
 _PLAIN = frozenset({Tensor, nn.Parameter})
@@ -40,6 +42,19 @@ def local(tensor: Tensor) -> Tensor:
         return tensor
     with torch.no_grad():
         return tensor.to_local()
+
+
+def reshard(model: nn.Module) -> None:
+    """Puts FSDP2's sharded parameters back into a model, each process for itself.
+
+    A forward without a backward, such as an evaluation, leaves whole ones in their place, which get no gradient.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def like(tensor: Tensor, piece: Tensor) -> Tensor:
@@ -261,6 +276,59 @@ class Processes:
         padded[: values.numel()] = values
         return torch.cat([row[:length] for row, length in zip(self.stacked(padded), lengths, strict=True)])
 
+    def agreed(self, work: Callable[[], _Done], say: Callable[[_Done], int] = lambda _: 0) -> tuple[_Done, list[int]]:
+        """Does some work in every process, and fails in all of them if it fails in one; one collective.
+
+        Args:
+            work: what each process does by itself: it must not communicate.
+            say: what it tells the others of its result.
+
+        Returns:
+            The result here, and what every process told.
+
+        Raises:
+            ScoringError: the work failed in another process.
+        """
+        if self.size == 1:
+            done = work()
+            return done, [say(done)]
+        try:
+            done = work()
+            said = say(done)
+        except Exception as error:
+            # Where the others are gone, there is nobody to tell.
+            with suppress(RuntimeError):
+                self._told(0, _told_of(error))
+            raise
+        return done, self._told(said)
+
+    def alike(self, work: Callable[[], _Done], key: Callable[[_Done], object], advice: str) -> _Done:
+        """:meth:`agreed` on what has to be the same in every process, since the collectives to come depend on it.
+
+        Args:
+            work: as for :meth:`agreed`.
+            key: of its result, what has to be the same: by its ``repr``.
+            advice: what to do otherwise.
+
+        Raises:
+            InvalidArgumentError: it is not the same, which all processes raise.
+            ScoringError: the work failed in another process.
+        """
+        done, said = self.agreed(work, lambda done: zlib.crc32(repr(key(done)).encode()))
+        for rank, other in enumerate(said):
+            if other != said[0]:
+                raise InvalidArgumentError(f"process {rank} was called with other arguments than process 0: {advice}")
+        return done
+
+    def _told(self, said: int, failure: str = "") -> list[int]:
+        told, failed = self.stacked(torch.tensor([said, bool(failure)], device="cpu")).unbind(1)
+        if failed.any():
+            first = int(failed.nonzero()[0])
+            mine = failure.encode() if dist.get_rank() == first else b""
+            text = self.joined(torch.tensor(list(mine), dtype=torch.uint8, device="cpu"))
+            raise _cannot_go_on(bytes(text.tolist()).decode())
+        return cast(list[int], told.tolist())
+
 
 @contextmanager
 def failing_together(task: str, *, together: bool) -> Iterator[Callable[[], None]]:
@@ -269,6 +337,7 @@ def failing_together(task: str, *, together: bool) -> Iterator[Callable[[], None
     A process that raises leaves a note in the store by which the processes found each other. A collective could not
     carry it: the others may be in the middle of one that this process never joins. They look for a note when they call
     what is yielded, which raises then, and when a collective fails because a process is gone or did not come in time.
+    :meth:`Processes.agreed` does not let them wait; this is for what may fail between collectives that are not ours.
 
     Args:
         task: its name. Every process has to enter it as often as the others.
@@ -291,11 +360,11 @@ def failing_together(task: str, *, together: bool) -> Iterator[Callable[[], None
         with suppress(RuntimeError):
             said = store.get(note).decode() if store.check([note]) else ""
         if said:
-            raise ScoringError(f"{said} (so this one, process {rank}, cannot go on)")
+            raise _cannot_go_on(said)
 
     try:
         yield check
-    except Exception as error:
+    except BaseException as error:
         if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error)):
             check()
             raise ScoringError(
@@ -304,8 +373,18 @@ def failing_together(task: str, *, together: bool) -> Iterator[Callable[[], None
             ) from error
         with suppress(RuntimeError):
             # Unless another was first: what failed since then failed because of it.
-            store.compare_set(note, "", f"process {rank} failed: {type(error).__name__}: {str(error)[:1000]}")
+            store.compare_set(note, "", _told_of(error))
         raise
+
+
+def _told_of(error: BaseException) -> str:
+    told = f"process {dist.get_rank()} failed: {type(error).__name__}: {str(error)[:1000]}"
+    # A file's name may hold what UTF-8 cannot express.
+    return told.encode(errors="replace").decode()
+
+
+def _cannot_go_on(told: str) -> ScoringError:
+    return ScoringError(f"{told} (so this one, process {dist.get_rank()}, cannot go on)")
 
 
 def _dense(shape: Sequence[int]) -> tuple[int, ...]:

@@ -564,13 +564,16 @@ def ddp_refusals():
     agreed(r"embed\.weight holds NaN", optimizer.step, NonFiniteError)
     assert_equal(weights(model), before)
 
-    def forgot():
+    def forgot(early):
         model = Model()
-        optimizer = set_optimizer(model, in_backward=True)
-        loss_of(DistributedDataParallel(model), 0).backward()
+        optimizer = set_optimizer(model, in_backward=True) if early else None
+        wrapped = DistributedDataParallel(model)
+        optimizer = optimizer or set_optimizer(model, in_backward=True)
+        loss_of(wrapped, 0).backward()
         optimizer.step()
 
-    agreed("leave_to_set", forgot, (StepError, InvalidArgumentError))
+    for early in (True, False):
+        agreed("leave_to_set", functools.partial(forgot, early), (StepError, InvalidArgumentError))
 
 
 def two_replicas():

@@ -1,11 +1,14 @@
 """Scores and masks of models that several processes hold, against those of one process."""
 
+import functools
 import itertools
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -190,6 +193,9 @@ def score_sharded(kind: str, world: int) -> tuple[float, float, bool]:
     before = {name: param.full_tensor().clone() for name, param in model.named_parameters()}
     marked = model.embed.weight
     marked.grad = torch.zeros_like(marked)
+    with torch.no_grad():
+        # FSDP2 keeps the parameters of the root whole after it.
+        model(batches()[0])
     scores = safekern.score(
         model, [(batch,) for batch in mine], sigma_per="expert", offload=kind == "offloaded accumulators"
     )
@@ -285,6 +291,8 @@ def fail(how: str, wrap: str) -> None:
         loss: Tensor = model(*batch)
         if how in ("loss", "caught", "endless") and rank == 1 and seen == 3:
             raise ValueError("of this process alone")
+        if how == "interrupt" and rank == 1 and seen == 3:
+            raise KeyboardInterrupt
         # Infinite in the gradient of one row, which one process holds.
         return loss * torch.inf if how == "infinite" else loss
 
@@ -301,6 +309,10 @@ def fail(how: str, wrap: str) -> None:
             safekern.score(model, mine, objective)
         # It stays, and the others cannot hear that it is gone.
         time.sleep(6)
+        raise KeyError("later")
+    if how == "interrupt" and rank == 1:
+        with pytest.raises(KeyboardInterrupt):
+            safekern.score(model, mine, objective)
         raise KeyError("later")
     safekern.score(model, mine, objective)
 
@@ -319,12 +331,13 @@ ALONE = "of this process alone"
         ),
         ("infinite", "sharded", "NonFiniteError", "NonFiniteError"),
         ("memory", "sharded", "InvalidArgumentError: memory=", "InvalidArgumentError: memory="),
-        ("loader", "sharded", "ScoringError: the loader of process 1 failed at batch 2", f"OSError: {ALONE}"),
+        ("loader", "sharded", f"ScoringError: process 1 failed: OSError: {ALONE}", f"OSError: {ALONE}"),
         # The other one waits in a collective of the model, and hears that process 1 is gone.
         ("before forward", "sharded", f"ScoringError: process 1 failed: TypeError: {ALONE}", f"TypeError: {ALONE}"),
         ("loss", "sharded", f"ScoringError: process 1 failed: ValueError: {ALONE}", f"ValueError: {ALONE}"),
         # Or that it did not come in time.
         ("caught", "sharded", f"ScoringError: process 1 failed: ValueError: {ALONE}", "KeyError: 'later'"),
+        ("interrupt", "sharded", "ScoringError: process 1 failed: KeyboardInterrupt", "KeyError: 'later'"),
         ("loss", "replicated", f"ScoringError: process 1 failed: ValueError: {ALONE}", f"ValueError: {ALONE}"),
         # Processes with batches of their own do not go on to the end of them.
         ("endless", "replicated", f"ScoringError: process 1 failed: ValueError: {ALONE}", f"ValueError: {ALONE}"),
@@ -336,6 +349,145 @@ def test_a_process_that_fails_takes_the_others_with_it(how: str, wrap: str, here
     errors = run(2, fail, how, wrap, fail_ok=True, timeout=4 if how == "caught" else 30)
     assert here in errors[0] and there in errors[1], errors
     assert "process 0 failed" not in errors[1]
+
+
+class LateAndEmpty:
+    def __iter__(self) -> Any:
+        # The other process has no batch left after which it would look for a note.
+        time.sleep(0.5)
+        return iter(())
+
+
+class Unstartable:
+    def __iter__(self) -> Any:
+        raise OSError(ALONE)
+
+
+@contextmanager
+def refused(error: str, message: str) -> Iterator[None]:
+    """What process 1 alone does wrong, both raise, and neither has to end for it: they are in step afterwards."""
+    told = f"process 1 failed: {error}: .*{message}" if dist.get_rank() == 0 else message
+    with pytest.raises(Exception, match=told) as caught:
+        yield
+    # Not also the other's kind of error: that would say that the fault was here.
+    assert caught.typename == ("ScoringError" if dist.get_rank() == 0 else error)
+    dist.barrier()
+
+
+@contextmanager
+def both_refused(message: str) -> Iterator[None]:
+    with pytest.raises(safekern.InvalidArgumentError, match=message):
+        yield
+    dist.barrier()
+
+
+def refuse_what_only_takes_part() -> None:
+    """Each process scores a parameter of its own, but a forward takes them all."""
+    from torch.distributed.fsdp import fully_shard
+
+    alone = dist.get_rank() == 1
+    own = nn.Linear(4, 1)
+    model = nn.Sequential(fully_shard(nn.Linear(4, 4)), own)
+    mine = [torch.ones(2, 4)] * 3
+
+    def score(loader: list[Tensor]) -> Scores:
+        return safekern.score(model, loader, lambda model, batch: model(batch).mean(), select=lambda n, _: n[0] == "1")
+
+    with pytest.raises(safekern.ScoringError, match="1 of 2 processes had no batch 1"):
+        score(mine[:1] if alone else mine)
+    dist.barrier()
+    own.weight.detach()[0, 0] = torch.nan if alone else 1
+    with refused("NonFiniteError", "1.weight holds NaN"):
+        score(mine)
+
+
+def refuse_to_score(wrap: str) -> None:
+    alone = dist.get_rank() == 1
+    model = nn.parallel.DistributedDataParallel(net()) if wrap == "replicated" else sharded_net("plain", 2)
+    mine = [(batch,) for batch in batches()[dist.get_rank() :: 2]]
+
+    def score(loader: Any = mine, **options: Any) -> Scores:
+        return safekern.score(model, loader if alone else mine, **(options if alone else {}))
+
+    with refused("InvalidArgumentError", "reduction must be"):
+        score(reduction="median")
+    with refused("InvalidArgumentError", "no parameter of the model is eligible"):
+        score(select=lambda name, param: False)
+    with refused("InvalidArgumentError", "loader must yield"):
+        score(mine[0][0])
+    with pytest.MonkeyPatch.context() as patch, refused("OutOfMemoryError", "out of memory"):
+        zeros = torch.zeros
+
+        def full(*shape: Any, **options: Any) -> Tensor:
+            if alone and options.get("dtype") is torch.float32:
+                raise torch.OutOfMemoryError("out of memory")
+            return zeros(*shape, **options)
+
+        patch.setattr(torch, "zeros", full)
+        score()
+    for other in ({"reduction": "abs"}, {"sigma_per": "expert"}, {"select": lambda name, param: "inner" in name}):
+        with both_refused("process 1 was called with other arguments"):
+            score(**other)
+    if wrap == "sharded":
+        with refused("OSError", ALONE):
+            score(Unstartable())
+        refuse_what_only_takes_part()
+    else:
+        with refused("InvalidArgumentError", "the loader yielded no batch"):
+            score(LateAndEmpty())
+        with both_refused("process 1 was called with other arguments"):
+            score(memory=3150)
+        weight = model.module.thin.weight.detach()
+        before = weight.clone()
+        with refused("NonFiniteError", "thin.weight holds NaN"):
+            weight[0, 0] = torch.nan if alone else weight[0, 0]
+            score()
+        weight.copy_(before)
+        groups = [dist.new_group([rank]) for rank in range(2)]
+        with both_refused("averages over 1 of 2 processes"):
+            safekern.score(nn.parallel.DistributedDataParallel(net(), process_group=groups[dist.get_rank()]), mine)
+    error, overlap = compare(score(), safekern.score(net(), [(batch,) for batch in batches()]))
+    assert error < 1e-5 and overlap >= 0.995
+
+
+@pytest.mark.parametrize("wrap", ["sharded", "replicated"])
+def test_what_one_process_cannot_begin_none_does(wrap: str) -> None:
+    run(2, refuse_to_score, wrap)
+
+
+def refuse_to_rank() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    alone = dist.get_rank() == 1
+    mesh = init_device_mesh("cpu", (2,))
+    whole = gradients("normal")
+    scores = scores_of({name: distribute_tensor(grad, mesh, (Shard(0),)) for name, grad in whole.items()})
+    expected = scores_of(whole)
+    for per in ("model", "tensor"):
+        with refused("InvalidArgumentError", "ratio must be"):
+            scores.top(7 if alone else 0.1, per=per)
+        with both_refused("process 1 was called with other arguments"):
+            scores.top(0.2 if alone else 0.1, per=per)
+        with both_refused("process 1 was called with other arguments"):
+            (scores.bottom if alone else scores.top)(0.1, per=per)
+        assert scores.top(0.1, per=per) == expected.top(0.1, per=per)
+    with both_refused("process 1 was called with other arguments"):
+        scores.top(0.1, per="tensor" if alone else "model")
+    if alone:
+        scores.gradient("d").to_local()[0, 0] = torch.nan
+    everything = expected.top(1.0)
+    for look in (scores.report, functools.partial(scores.selected, everything)):
+        with refused("NonFiniteError", "a score is NaN or infinite"):
+            look()
+    for per in ("model", "tensor"):
+        with pytest.raises(safekern.ScoringError, match="of d hold NaN" if alone else "process 1 failed: .*is NaN"):
+            scores.top(0.1, per=per)
+        dist.barrier()
+
+
+def test_what_one_process_cannot_rank_none_does() -> None:
+    run(2, refuse_to_rank)
 
 
 SCRIPT = """

@@ -135,7 +135,8 @@ class SelectedGrad(Tensor):
 def _unsupported(operation: object) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"{operation} does not work on a SelectedGrad: with in_backward=True, SETAdamW keeps only the selected entries "
-        "of a gradient. Use its `selected` values instead, or make the optimizer without in_backward"
+        "of a gradient. Use its `selected` values instead, or make the optimizer without in_backward. For "
+        "DistributedDataParallel, call safekern.integrations.leave_to_set(model, mask) before wrapping the model"
     )
 
 

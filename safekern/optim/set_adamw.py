@@ -66,9 +66,11 @@ class SETAdamW(MaskedOptimizer):
     Parameters may be sharded (FSDP2's ``fully_shard``, tensor parallelism): make the optimizer afterwards. Each process
     keeps the state of the selected weights it holds; ``step()``, ``clip_grad_norm_``, ``state_dict()`` are then called
     by all processes together, a step is refused in all or in none, and it costs one all-reduce of a number per masked
-    parameter. ``Accelerator.prepare`` and the Trainer shard a model after the optimizer was made, and put the new
-    parameters into it: it follows at its next use. So with ``in_backward`` the first gradients stay dense, unless
-    ``zero_grad()`` is called before.
+    parameter. Give every process the same mask. Making the optimizer asks no other process: of an error that one alone
+    has there, the others hear where they next wait for it, when it has ended or after the process group's timeout.
+    ``Accelerator.prepare`` and the Trainer shard a model after the optimizer was made, and put the new parameters into
+    it: it follows at its next use. So with ``in_backward`` the first gradients stay dense, unless ``zero_grad()`` is
+    called before.
 
     Raises:
         InvalidArgumentError: a hyperparameter out of range; a parameter without a name, given twice, quantised or on

@@ -46,7 +46,8 @@ class SPAAdamW(MaskedOptimizer):
     for fp64 parameters. Parameters outside the mask are trained whole; those with ``requires_grad=False`` are ignored.
     The moments of protected weights are kept like all others, so that a mask costs no time and no layout of its own.
     Parameters may be sharded (FSDP2's ``fully_shard``, tensor parallelism), before or after the optimizer is made by
-    tools that swap its parameters, such as accelerate; the moments are sharded as they are.
+    tools that swap its parameters, such as accelerate; the moments are sharded as they are. Each process updates and
+    protects the part it holds, and speaks for that alone: an error in one process is none in the others.
 
     Args:
         named_parameters: ``model.named_parameters()``, or parameter groups whose ``"params"`` are (name, parameter)
