@@ -67,7 +67,12 @@ void with_word_type(ScalarType dtype, F&& f) {
   with_float_type(dtype, [&](auto* type) { f(static_cast<Bits<std::remove_pointer_t<decltype(type)>>*>(nullptr)); });
 }
 
-inline void check_contiguous(const Tensor& tensor, const char* what) {
+// Contiguous, and with memory: kernels get nothing but addresses. What sharding frees keeps its shape.
+inline void check_tensor(const Tensor& tensor, const char* what) {
+  // The address would not do: of a view into freed memory it is the view's offset.
+  int64_t bytes = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(tensor.get(), &bytes));
+  STD_TORCH_CHECK(bytes > 0 || tensor.numel() == 0, "safekern: the memory of ", what, " was freed");
   STD_TORCH_CHECK(tensor.is_contiguous(), "safekern: ", what, " must be contiguous");
 }
 
@@ -85,17 +90,17 @@ inline void check_numel(const Tensor& tensor, int64_t numel, const char* what) {
 }
 
 inline void check_float(const Tensor& tensor, const char* what) {
-  check_contiguous(tensor, what);
+  check_tensor(tensor, what);
   with_float_type(tensor.scalar_type(), [](auto*) {});
 }
 
 inline void check_index(const Tensor& tensor) {
-  check_contiguous(tensor, "an index tensor");
+  check_tensor(tensor, "an index tensor");
   with_index_type(tensor.scalar_type(), [](auto*) {});
 }
 
 inline void check_flags(const Tensor& nonfinite, size_t count) {
-  check_contiguous(nonfinite, "nonfinite");
+  check_tensor(nonfinite, "nonfinite");
   check_dtype(nonfinite, ScalarType::Bool, "nonfinite");
   check_numel(nonfinite, static_cast<int64_t>(count), "nonfinite");
 }
@@ -105,7 +110,7 @@ inline void check_accumulate(const Tensors& accs, const Tensors& grads, const Te
   check_flags(nonfinite, accs.size());
   for (size_t t = 0; t < accs.size(); t++) {
     check_dtype(accs[t], ScalarType::Float, "an accumulator");
-    check_contiguous(accs[t], "an accumulator");
+    check_tensor(accs[t], "an accumulator");
     check_float(grads[t], "a gradient");
     check_numel(grads[t], accs[t].numel(), "a gradient");
   }
@@ -117,12 +122,12 @@ inline void check_sigma(const Tensors& params) {
 
 inline void check_select(const Tensors& grads, const Tensor& sigma, int64_t k) {
   check_dtype(sigma, ScalarType::Float, "sigma");
-  check_contiguous(sigma, "sigma");
+  check_tensor(sigma, "sigma");
   check_numel(sigma, static_cast<int64_t>(grads.size()), "sigma");
   int64_t numel = 0;
   for (const Tensor& grad : grads) {
     check_dtype(grad, ScalarType::Float, "an accumulator");
-    check_contiguous(grad, "an accumulator");
+    check_tensor(grad, "an accumulator");
     numel += grad.numel();
   }
   STD_TORCH_CHECK(k >= 1 && k <= numel, "safekern: cannot select ", k, " of ", numel, " elements");
@@ -133,7 +138,7 @@ inline void check_gather(const Tensors& outs, const Tensors& srcs, const Tensors
   check_count(indices.size(), outs.size(), "index tensors");
   check_flags(nonfinite, outs.size());
   for (size_t t = 0; t < outs.size(); t++) {
-    check_contiguous(outs[t], "an output");
+    check_tensor(outs[t], "an output");
     check_float(srcs[t], "a source tensor");
     check_index(indices[t]);
     check_numel(indices[t], outs[t].numel(), "an index tensor");
@@ -156,7 +161,7 @@ inline void check_saved(const Tensors& params, const Tensors& indices, const Ten
   check_selected(params, indices);
   check_count(values.size(), params.size(), "value tensors");
   for (size_t t = 0; t < params.size(); t++) {
-    check_contiguous(values[t], "a value tensor");
+    check_tensor(values[t], "a value tensor");
     check_dtype(values[t], params[t].scalar_type(), "a value tensor");
     check_numel(values[t], indices[t].numel(), "a value tensor");
   }
@@ -185,7 +190,7 @@ inline void check_set_adamw(const Tensors& params, const Tensors& grads, const T
   for (size_t t = 0; t < params.size(); t++) {
     for (const Tensor* state : {&grads[t], &exp_avgs[t], &exp_avg_sqs[t], &masters[t]}) {
       if (state == &masters[t] && state->numel() == 0) continue;
-      check_contiguous(*state, "a selected gradient or state tensor");
+      check_tensor(*state, "a selected gradient or state tensor");
       check_dtype(*state, ScalarType::Float, "a selected gradient or state tensor");
       check_numel(*state, indices[t].numel(), "a selected gradient or state tensor");
     }
@@ -199,7 +204,7 @@ inline void check_spa_adamw(const Tensors& params, const Tensors& grads, const T
   for (size_t t = 0; t < params.size(); t++) {
     const ScalarType dtype = params[t].scalar_type();
     for (const Tensor* other : {&grads[t], &exp_avgs[t], &exp_avg_sqs[t]}) {
-      check_contiguous(*other, "a gradient or moment");
+      check_tensor(*other, "a gradient or moment");
       check_numel(*other, params[t].numel(), "a gradient or moment");
       STD_TORCH_CHECK(other->scalar_type() == dtype || other->scalar_type() == ScalarType::Float,
                       "safekern: a gradient or moment must be Float or its parameter's ",

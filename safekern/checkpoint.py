@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safekern import files, names
+from safekern.eligibility import check_kept
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
 from safekern.files import Entry, StrPath
 
@@ -39,6 +40,7 @@ class InMemory:
     """A tensor on any device. One that is not contiguous is copied while its chunks are read."""
 
     def __init__(self, name: str, tensor: Tensor) -> None:
+        check_kept(name, tensor)
         if tensor.is_meta:
             raise InvalidArgumentError(
                 f"parameter {name} is on the meta device (offloaded or not loaded yet): load the model's weights first"

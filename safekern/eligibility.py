@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safekern.errors import InvalidArgumentError
-from safekern.sharding import is_sharded, local
+from safekern.sharding import is_gathered, is_sharded, local
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+_WHOLE = "this works on whole models, not on shards: use one process, or gather the model's state_dict first"
 
 _ROUTERS = ("router", "router_gate", "shared_expert_gate")
 
@@ -57,6 +59,7 @@ def check_plain(name: str, param: Tensor, *, sharded: bool = False) -> None:
     Raises:
         InvalidArgumentError: as above.
     """
+    check_kept(name, param, sharded=sharded)
     if sharded and is_sharded(param):
         param = local(param)
     if param.is_meta:
@@ -68,11 +71,7 @@ def check_plain(name: str, param: Tensor, *, sharded: bool = False) -> None:
     if is_wrapper:
         raise InvalidArgumentError(
             f"parameter {name} is a {type(param).__name__}, not a plain tensor: "
-            + (
-                "this works on whole models, not on shards: use one process, or gather the model's state_dict first"
-                if is_sharded(param)
-                else "quantised parameters are not supported"
-            )
+            + (_WHOLE if is_sharded(param) else "quantised parameters are not supported")
         )
     if param.dtype not in SUPPORTED_DTYPES:
         raise InvalidArgumentError(
@@ -83,6 +82,37 @@ def check_plain(name: str, param: Tensor, *, sharded: bool = False) -> None:
         raise InvalidArgumentError(
             f"parameter {name} was made under torch.inference_mode, so it can have no gradient: load the model outside "
             "of it"
+        )
+    if param.layout == torch.strided and param.numel() and not param.untyped_storage().size():
+        raise InvalidArgumentError(
+            f"the memory of parameter {name} was freed: ask the model for its parameters again, once what sharded or "
+            "offloaded it has put them back"
+        )
+
+
+def check_kept(name: str, param: Tensor, *, sharded: bool = False) -> None:
+    """Refuses parameters that FSDP2 puts into a model for a time only.
+
+    Whatever is done to them is lost when FSDP2 frees them, without a word: no gradient reaches them either.
+
+    Args:
+        name: of the parameter, for messages.
+        param: the parameter.
+        sharded: the caller can work with the sharded parameter in its place.
+
+    Raises:
+        InvalidArgumentError: as above.
+    """
+    if is_gathered(param):
+        raise InvalidArgumentError(
+            f"parameter {name} is what FSDP2 gathered for a forward without a backward, such as an evaluation, and "
+            "frees later: "
+            + (
+                "call model.reshard() before this (and reshard() of submodules that fully_shard() was to leave whole "
+                "after a forward), or do this before the evaluation"
+                if sharded
+                else _WHOLE
+            )
         )
 
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,34 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
+
+
+def is_gathered(param: Tensor) -> bool:
+    """Whether FSDP2 made it of a parameter's shards for a forward, to free it later: nothing that a model keeps.
+
+    A backward puts the sharded parameters back; after a forward alone, such as an evaluation, these stay in the model.
+    FSDP2 has no public way to ask, and the tensors bear no mark.
+    """
+    # Loaded before any module can be sharded.
+    module = sys.modules.get("torch.distributed._composable_state")
+    if module is None:
+        return False
+    return any(
+        param is getattr(held, temporary, None)
+        for state in {ref() for ref in list(module._module_state_mapping.values())}
+        for held in _held_by_fsdp(state)
+        for temporary in ("_unsharded_param", "_sharded_post_forward_param")
+    )
+
+
+def _held_by_fsdp(state: Any) -> Iterator[Any]:
+    """What FSDP2 knows of each parameter that it shards as a group of this state."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:
+        # Earlier versions of torch had but one, and states of other tools are kept in the same place.
+        groups = [getattr(state, "_fsdp_param_group", None)]
+    for group in groups:
+        yield from getattr(group, "fsdp_params", ())
 
 
 def like(tensor: Tensor, piece: Tensor) -> Tensor:

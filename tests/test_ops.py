@@ -957,6 +957,42 @@ def test_restore_and_count_changed_refuse_arguments_that_would_corrupt_memory(pa
     assert (first == 0).all()
 
 
+# What of its arguments an op must find memory of, where not of all: Triton's checks take a step's time.
+PARAMETERS = {
+    "accumulate_": 1,
+    "sigma": 0,
+    "gather_": 1,
+    "set_adamw_": 0,
+    "spa_adamw_": 0,
+    "perturb_": 0,
+    "restore_": 0,
+    "count_changed": 0,
+}
+
+
+@pytest.mark.parametrize("part", ["whole", "view"])
+@pytest.mark.parametrize("name", ops.registry.OPS)
+def test_kernels_refuse_memory_that_was_freed(name, part):
+    case = next(case for case in ops.registry.OPS[name].cases(False) if not case.refused)
+    lists = [i for i, value in enumerate(case.arguments) if isinstance(value, list) and torch.is_tensor(value[0])]
+    lists = [i for i in lists if any(tensor.numel() for tensor in case.arguments[i])]
+    for i in [i for i in lists if i == PARAMETERS.get(name)] if INTERPRETED else lists:
+        given = list(case.arguments)
+        for j in lists:
+            given[j] = [tensor.clone() for tensor in given[j]]
+        # The last of them, so that a kernel which checks as it goes has written the others.
+        last = max(t for t, tensor in enumerate(given[i]) if tensor.numel())
+        buffer = torch.zeros(given[i][last].numel() + 1, dtype=given[i][last].dtype)
+        given[i][last] = buffer[1:] if part == "view" else buffer[:-1]
+        given[i][last] = freed = given[i][last].view(case.arguments[i][last].shape)
+        buffer.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"the memory of an? .* was freed"):
+            kernel(name, COMPILED)(*given)
+        for j in lists:
+            for tensor, before in zip(given[j], case.arguments[j], strict=True):
+                assert tensor is freed or same_bits(tensor, before)
+
+
 # Registration
 
 

@@ -5,7 +5,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -343,6 +343,25 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
             raise InvalidArgumentError(f"{name} must be a finite number of at least 0, got {group[name]}")
     if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise InvalidArgumentError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+
+
+class NamedPiece(Protocol):
+    """The part of a named parameter that this process holds."""
+
+    name: str
+    piece: Tensor
+
+
+def check_memory(targets: Iterable[NamedPiece]) -> None:
+    """Refuses a step that would write to where a parameter was."""
+    # A part without elements has no memory either.
+    freed = [target.name for target in targets if not target.piece.data_ptr() and target.piece.numel()]
+    if freed:
+        raise StepError(
+            f"the memory of {', '.join(freed[:3])}{' and others' if len(freed) > 3 else ''} was freed, with the "
+            "parameters still in this optimizer; no weight was changed. Make the optimizer of the parameters that the "
+            "model has now"
+        )
 
 
 def check_strided(name: str, grad: Tensor) -> None:

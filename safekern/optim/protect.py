@@ -63,8 +63,9 @@ def protect(optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters)
 
     Raises:
         MaskMismatchError: the mask does not fit the parameters, or the optimizer holds none of those it names.
-        InvalidArgumentError: a masked parameter is on the meta device, quantised or overlaps itself in memory;
-            or a protected weight is -0.0, NaN or infinite, which a schedule-free optimizer's swap would change.
+        InvalidArgumentError: a masked parameter is on the meta device, quantised, overlaps itself in memory, or is one
+            that FSDP2 gathered for an evaluation and frees later; or a protected weight is -0.0, NaN or infinite, which
+            a schedule-free optimizer's swap would change.
 
     Example:
         >>> opt = torch.optim.AdamW(model.parameters(), lr=1e-5)                              # doctest: +SKIP

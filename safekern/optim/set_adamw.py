@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from safekern import ops
-from safekern.eligibility import check_plain
+from safekern.eligibility import check_kept, check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
 from safekern.layout import flat_view, gather_selected, memory, overlaps_itself
 from safekern.mask import Mask
@@ -18,6 +18,7 @@ from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
     at,
+    check_memory,
     check_strided,
     cut,
     held,
@@ -73,8 +74,8 @@ class SETAdamW(MaskedOptimizer):
     called before.
 
     Raises:
-        InvalidArgumentError: a hyperparameter out of range; a parameter without a name, given twice, quantised or on
-            the meta device.
+        InvalidArgumentError: a hyperparameter out of range; a parameter without a name, given twice, quantised, on the
+            meta device, or one that FSDP2 gathered for an evaluation and frees later.
         MaskMismatchError: the mask does not fit, or selects nothing that trains.
 
     Example:
@@ -146,6 +147,7 @@ class SETAdamW(MaskedOptimizer):
             state = self._moved_state(name, param, selection, swapped)
             self._selections[name], self._states[name] = selection, state
         else:
+            check_kept(name, param, sharded=True)
             # Strict checkpoint loaders want an entry for every parameter: those outside the mask have a step too.
             self._states.setdefault(name, {"step": torch.tensor(0.0, device="cpu")})
         if self._hooks is not None:
@@ -303,7 +305,7 @@ class SETAdamW(MaskedOptimizer):
             What the closure returned, if there is one.
 
         Raises:
-            StepError: no selected weight received a gradient, in any process.
+            StepError: no selected weight received a gradient, in any process; or the memory of a parameter was freed.
             NonFiniteError: a selected gradient is NaN or infinite, in any process. Nothing was changed in any.
         """
         loss = None
@@ -311,6 +313,8 @@ class SETAdamW(MaskedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         targets = self._targets()
+        # Before what processes agree on, so that the others do not take the step either.
+        check_memory(targets)
         self._averaged = False
         flags = [*gather(targets), *check_reduced(targets)]
         # Where no other device or process has a say, the device itself skips the update, and never waits for the host.

@@ -15,6 +15,7 @@ from safekern.mask import Mask
 from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
+    check_memory,
     check_strided,
     held,
     named_groups,
@@ -31,6 +32,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class _Target:
     """A parameter of one step: this process's parts of it and of what belongs to it."""
 
+    name: str
     param: Tensor
     piece: Tensor
     grad: Tensor
@@ -61,8 +63,8 @@ class SPAAdamW(MaskedOptimizer):
             bfloat16, ``exp_avg_sq`` cannot decay by 0.1% per step, which is less than it can express.
 
     Raises:
-        InvalidArgumentError: a hyperparameter out of range, or parameters without names or with a memory layout that
-            cannot be updated in one pass.
+        InvalidArgumentError: a hyperparameter out of range, or parameters without names, with a memory layout that
+            cannot be updated in one pass, or that FSDP2 gathered for an evaluation and frees later.
         MaskMismatchError: the mask does not fit, or protects nothing that trains.
 
     Example:
@@ -166,7 +168,7 @@ class SPAAdamW(MaskedOptimizer):
             self._ensure_state(name, param)
             if grad.dtype not in (piece.dtype, torch.float32):
                 grad = grad.to(piece.dtype)
-            yield _Target(param, piece, grad, self._protected[name], self._states[name])
+            yield _Target(name, param, piece, grad, self._protected[name], self._states[name])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -185,7 +187,7 @@ class SPAAdamW(MaskedOptimizer):
             What the closure returned, if there is one.
 
         Raises:
-            StepError: no parameter received a gradient.
+            StepError: no parameter received a gradient, or the memory of one was freed.
         """
         loss = None
         if closure is not None:
@@ -198,6 +200,7 @@ class SPAAdamW(MaskedOptimizer):
                 "no parameter received a gradient: call backward() before step(), and check that the optimizer's "
                 "parameters are part of the loss"
             )
+        check_memory(target for _, targets in work for target in targets)
         for group, targets in work:
             for together in by_device([target.piece for target in targets]):
                 _update(group, [targets[t] for t in together])

@@ -106,6 +106,9 @@ def check_numel(tensor: Tensor, numel: int, what: str) -> None:
 
 def check_float(tensor: Tensor, device: torch.device, what: str) -> None:
     check_tensor(tensor, device, what)
+    # Parameters and gradients are what sharding frees. Of all tensors it would be a sixth of a step's time here.
+    if not tensor.untyped_storage().size() and tensor.numel():
+        raise RuntimeError(f"safekern: the memory of {what} was freed")
     if tensor.dtype not in FLOATS:
         raise RuntimeError(
             f"safekern: expected a bfloat16, float16, float32 or float64 tensor, got {dtype_name(tensor.dtype)}"
