@@ -12,6 +12,7 @@ from torch import nn
 import safekern
 from safekern import InvalidArgumentError, Mask, SafekernError, SETAdamW, SPAAdamW
 from safekern.integrations import leave_to_set
+from safekern.sharding import is_sharded
 
 ROOTS, INNER = "head.weight", "layers.0.weight"
 
@@ -95,6 +96,12 @@ def two_processes(folder):
         for name, values in wanted.items():
             assert torch.equal(bits(got[name]), bits(values)), name
 
+    # An optimizer made in time, of which the handle would look for other parameters than it trains.
+    model = sharded()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(InvalidArgumentError, match=REFUSED):
+        safekern.protect(optimizer, mask_of(ROOTS, INNER), evaluated(model).named_parameters())
+
     # Outside the mask too: their gradients would never be cleared, nor the weights trained.
     for make in OPTIMIZERS[:3]:
         with pytest.raises(InvalidArgumentError, match=r"head\.(weight|bias) is what FSDP2 gathered"):
@@ -118,8 +125,19 @@ def two_processes(folder):
 
 
 def four_processes():
-    """Where FSDP2 reshards to fewer processes after a forward, what it leaves are DTensors, but others."""
+    """What FSDP2 leaves may be DTensors: where it reshards to fewer processes, and over tensor parallelism."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     for make in OPTIMIZERS:
+        model = evaluated(
+            fully_shard(parallelize_module(Model(), mesh["tp"], {"head": ColwiseParallel()}), mesh=mesh["dp"])
+        )
+        assert is_sharded(model.head.weight)
+        with pytest.raises(InvalidArgumentError, match=REFUSED):
+            make([(ROOTS, model.head.weight)], mask_of(ROOTS))
         model = evaluated(sharded(reshard_after_forward=2))
         model.reshard()
         with pytest.raises(InvalidArgumentError, match=r"layers\.0\.weight is what FSDP2 gathered"):
