@@ -6,21 +6,32 @@ namespace safekern {
 namespace {
 
 constexpr int64_t kChunk = 1 << 18;
-// Small enough for a block's copy and its four streams to stay in the L1 cache.
-constexpr int64_t kBlock = 512;
+// Of weights, between which no mark is looked up. Measured: of 16 bits, 128 are 6% slower, and of 32, 512 are 3% slower
+// with AVX-512 (and 2% faster with AVX2).
+template <class Param>
+constexpr int64_t kBlock = sizeof(Param) == 2 ? 512 : 128;
+
+// The bits of `before` where those of `kept` are set, and of `after` elsewhere.
+template <class T>
+SAFEKERN_INLINE T blend(T kept, T before, T after) {
+  return (before & kept) | (after & ~kept);
+}
 
 // Bytes per element: the gradient once, the parameter and both moments twice, so 28 in fp32 and 14 in bf16. In
-// the cache both are bound by the unit that divides and takes roots: three times per element.
+// the cache both are bound by the unit that divides and takes roots, three times per element, beside which looking at
+// `kept` costs nothing.
 template <class Param, class Grad, class Moment>
 SAFEKERN_INLINE void update(Param* __restrict param, const Grad* __restrict grad, Moment* __restrict exp_avg,
-                            Moment* __restrict exp_avg_sq, int64_t numel, const AdamW<Real<Param>> adamw) {
+                            Moment* __restrict exp_avg_sq, const Bits<Param>* __restrict kept, int64_t numel,
+                            const AdamW<Real<Param>> adamw) {
   for (int64_t i = 0; i < numel; i++) {
     auto first = static_cast<Real<Param>>(exp_avg[i]), second = static_cast<Real<Param>>(exp_avg_sq[i]);
     const auto value =
         adamw.update(static_cast<Real<Param>>(param[i]), static_cast<Real<Param>>(grad[i]), first, second);
     exp_avg[i] = static_cast<Moment>(first);
     exp_avg_sq[i] = static_cast<Moment>(second);
-    param[i] = static_cast<Param>(value);
+    const auto before = bit_copy<Bits<Param>>(param[i]), after = bit_copy<Bits<Param>>(static_cast<Param>(value));
+    param[i] = bit_copy<Param>(static_cast<Bits<Param>>(blend(kept[i], before, after)));
   }
 }
 
@@ -35,9 +46,19 @@ struct Pair {
     return {bit_copy<float>(word << 16), bit_copy<float>(word & 0xffff0000u)};
   }
 
+  SAFEKERN_INLINE uint32_t word() const { return rounded(low) >> 16 | (rounded(high) & 0xffff0000u); }
+
   SAFEKERN_INLINE void store(BFloat16* memory) const {
-    const uint32_t word = rounded(low) >> 16 | (rounded(high) & 0xffff0000u);
-    std::memcpy(memory, &word, sizeof word);
+    const uint32_t after = word();
+    std::memcpy(memory, &after, sizeof after);
+  }
+
+  SAFEKERN_INLINE void store(BFloat16* memory, const uint16_t* kept) const {
+    uint32_t kept_word, before;
+    std::memcpy(&kept_word, kept, sizeof kept_word);
+    std::memcpy(&before, memory, sizeof before);
+    const uint32_t blended = blend(kept_word, before, word());
+    std::memcpy(memory, &blended, sizeof blended);
   }
 
  private:
@@ -50,7 +71,8 @@ struct Pair {
 };
 
 SAFEKERN_INLINE void update(BFloat16* __restrict param, const BFloat16* __restrict grad, BFloat16* __restrict exp_avg,
-                            BFloat16* __restrict exp_avg_sq, int64_t numel, const AdamW<float> adamw) {
+                            BFloat16* __restrict exp_avg_sq, const uint16_t* __restrict kept, int64_t numel,
+                            const AdamW<float> adamw) {
   const int64_t even = numel / 2 * 2;
   for (int64_t i = 0; i < even; i += 2) {
     const Pair value = Pair::load(param + i), slope = Pair::load(grad + i);
@@ -59,10 +81,10 @@ SAFEKERN_INLINE void update(BFloat16* __restrict param, const BFloat16* __restri
                        adamw.update(value.high, slope.high, first.high, second.high)};
     first.store(exp_avg + i);
     second.store(exp_avg_sq + i);
-    updated.store(param + i);
+    updated.store(param + i, kept + i);
   }
-  update<BFloat16, BFloat16, BFloat16>(param + even, grad + even, exp_avg + even, exp_avg_sq + even, numel - even,
-                                       adamw);
+  update<BFloat16, BFloat16, BFloat16>(param + even, grad + even, exp_avg + even, exp_avg_sq + even, kept + even,
+                                       numel - even, adamw);
 }
 
 // What the loop works on: a tensor's memory itself, or a block of float values for the dtype whose conversion does not
@@ -75,7 +97,7 @@ struct Staged {
 
 template <>
 struct Staged<Half> {
-  float values[kBlock];
+  float values[kBlock<Half>];
 
   float* load(const Half* memory, int64_t numel) {
     convert(memory, values, numel);
@@ -96,25 +118,33 @@ struct Spared {
   const Index* index;
   int64_t count;
 
-  // Updates everything and puts the spared weights back: the loop that does the work has no branch and no mask. The
-  // whole block is saved, not the spared weights, since reading those ahead of the stream would wait for memory.
+  // Spared weights are marked in a block of the L1 cache. Those of float16 are put back besides: some NaNs come back
+  // from staging with other bits.
   void step(int64_t begin, int64_t end, const AdamW<Real<Param>>& adamw) const {
-    Param before[kBlock];
+    constexpr int64_t kSize = kBlock<Param>;
+    constexpr bool kStaged = std::is_same_v<Param, Half>;
+    Param before[kStaged ? kSize : 1];
+    Bits<std::conditional_t<kStaged, float, Param>> kept[kSize] = {};
     Staged<Param> params;
     Staged<const Grad> grads;
     Staged<Moment> exp_avgs, exp_avg_sqs;
     const Index *last = index + count, *spared = std::lower_bound(index, last, begin);
-    for (int64_t block = begin; block < end; block += kBlock) {
-      const int64_t size = std::min(kBlock, end - block);
-      std::copy_n(param + block, size, before);
+    for (int64_t block = begin; block < end; block += kSize) {
+      const int64_t size = std::min(kSize, end - block);
+      const Index* first = spared;
+      for (; spared != last && *spared < block + size; spared++) kept[*spared - block] = ~kept[*spared - block];
+      if constexpr (kStaged) std::copy_n(param + block, size, before);
       auto* p = params.load(param + block, size);
       const auto* g = grads.load(grad + block, size);
       auto *m = exp_avgs.load(exp_avg + block, size), *v = exp_avg_sqs.load(exp_avg_sq + block, size);
-      vectorised([=]() SAFEKERN_INLINE_LAMBDA { update(p, g, m, v, size, adamw); });
+      vectorised([=, &kept]() SAFEKERN_INLINE_LAMBDA { update(p, g, m, v, kept, size, adamw); });
       params.store(param + block, size);
       exp_avgs.store(exp_avg + block, size);
       exp_avg_sqs.store(exp_avg_sq + block, size);
-      for (; spared != last && *spared < block + size; spared++) param[*spared] = before[*spared - block];
+      for (; first != spared; first++) {
+        kept[*first - block] = 0;
+        if constexpr (kStaged) param[*first] = before[*first - block];
+      }
     }
   }
 };
