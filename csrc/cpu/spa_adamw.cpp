@@ -14,24 +14,27 @@ constexpr int64_t kBlock = sizeof(Param) == 2 ? 512 : 128;
 // The bits of `before` where those of `kept` are set, and of `after` elsewhere.
 template <class T>
 SAFEKERN_INLINE T blend(T kept, T before, T after) {
-  return (before & kept) | (after & ~kept);
+  return static_cast<T>((before & kept) | (after & ~kept));
 }
 
 // Bytes per element: the gradient once, the parameter and both moments twice, so 28 in fp32 and 14 in bf16. In
 // the cache both are bound by the unit that divides and takes roots, three times per element, beside which looking at
 // `kept` costs nothing.
-template <class Param, class Grad, class Moment>
+template <class Param, class Grad, class Moment, class Kept>
 SAFEKERN_INLINE void update(Param* __restrict param, const Grad* __restrict grad, Moment* __restrict exp_avg,
-                            Moment* __restrict exp_avg_sq, const Bits<Param>* __restrict kept, int64_t numel,
-                            const AdamW<Real<Param>> adamw) {
+                            Moment* __restrict exp_avg_sq, Kept kept, int64_t numel, const AdamW<Real<Param>> adamw) {
   for (int64_t i = 0; i < numel; i++) {
     auto first = static_cast<Real<Param>>(exp_avg[i]), second = static_cast<Real<Param>>(exp_avg_sq[i]);
     const auto value =
         adamw.update(static_cast<Real<Param>>(param[i]), static_cast<Real<Param>>(grad[i]), first, second);
     exp_avg[i] = static_cast<Moment>(first);
     exp_avg_sq[i] = static_cast<Moment>(second);
-    const auto before = bit_copy<Bits<Param>>(param[i]), after = bit_copy<Bits<Param>>(static_cast<Param>(value));
-    param[i] = bit_copy<Param>(static_cast<Bits<Param>>(blend(kept[i], before, after)));
+    if constexpr (std::is_same_v<Kept, std::nullptr_t>) {
+      param[i] = static_cast<Param>(value);
+    } else {
+      const auto before = bit_copy<Bits<Param>>(param[i]), after = bit_copy<Bits<Param>>(static_cast<Param>(value));
+      param[i] = bit_copy<Param>(blend(kept[i], before, after));
+    }
   }
 }
 
@@ -83,8 +86,8 @@ SAFEKERN_INLINE void update(BFloat16* __restrict param, const BFloat16* __restri
     second.store(exp_avg_sq + i);
     updated.store(param + i, kept + i);
   }
-  update<BFloat16, BFloat16, BFloat16>(param + even, grad + even, exp_avg + even, exp_avg_sq + even, kept + even,
-                                       numel - even, adamw);
+  update<BFloat16, BFloat16, BFloat16, const uint16_t*>(param + even, grad + even, exp_avg + even, exp_avg_sq + even,
+                                                        kept + even, numel - even, adamw);
 }
 
 // What the loop works on: a tensor's memory itself, or a block of float values for the dtype whose conversion does not
@@ -109,6 +112,44 @@ struct Staged<Half> {
 template <>
 struct Staged<const Half> : Staged<Half> {};
 
+// How the spared weights of a block that begins at `begin` keep their bits: the loop finds them marked, in the L1
+// cache.
+template <class Param>
+struct Spares {
+  Bits<Param> kept[kBlock<Param>] = {};
+
+  const Bits<Param>* marks() const { return kept; }
+
+  template <class Index>
+  void save(const Param*, int64_t begin, int64_t, const Index* first, const Index* last) {
+    for (; first != last; first++) kept[*first - begin] = static_cast<Bits<Param>>(-1);
+  }
+
+  template <class Index>
+  void put_back(Param*, int64_t begin, const Index* first, const Index* last) {
+    for (; first != last; first++) kept[*first - begin] = 0;
+  }
+};
+
+// Some NaNs come back from staging with other bits, so that these are copied, and the loop overwrites them. The whole
+// block is: reading the spared ones alone, ahead of the stream, would wait for memory.
+template <>
+struct Spares<Half> {
+  Half before[kBlock<Half>];
+
+  std::nullptr_t marks() const { return nullptr; }
+
+  template <class Index>
+  void save(const Half* param, int64_t begin, int64_t size, const Index*, const Index*) {
+    std::copy_n(param + begin, size, before);
+  }
+
+  template <class Index>
+  void put_back(Half* param, int64_t begin, const Index* first, const Index* last) {
+    for (; first != last; first++) param[*first] = before[*first - begin];
+  }
+};
+
 // The tensors of one parameter, as raw pointers.
 template <class Param, class Grad, class Moment, class Index>
 struct Spared {
@@ -118,33 +159,26 @@ struct Spared {
   const Index* index;
   int64_t count;
 
-  // Spared weights are marked in a block of the L1 cache. Those of float16 are put back besides: some NaNs come back
-  // from staging with other bits.
   void step(int64_t begin, int64_t end, const AdamW<Real<Param>>& adamw) const {
-    constexpr int64_t kSize = kBlock<Param>;
-    constexpr bool kStaged = std::is_same_v<Param, Half>;
-    Param before[kStaged ? kSize : 1];
-    Bits<std::conditional_t<kStaged, float, Param>> kept[kSize] = {};
+    Spares<Param> spares;
     Staged<Param> params;
     Staged<const Grad> grads;
     Staged<Moment> exp_avgs, exp_avg_sqs;
     const Index *last = index + count, *spared = std::lower_bound(index, last, begin);
-    for (int64_t block = begin; block < end; block += kSize) {
-      const int64_t size = std::min(kSize, end - block);
+    for (int64_t block = begin; block < end; block += kBlock<Param>) {
+      const int64_t size = std::min(kBlock<Param>, end - block);
       const Index* first = spared;
-      for (; spared != last && *spared < block + size; spared++) kept[*spared - block] = ~kept[*spared - block];
-      if constexpr (kStaged) std::copy_n(param + block, size, before);
+      while (spared != last && *spared < block + size) spared++;
+      spares.save(param, block, size, first, spared);
       auto* p = params.load(param + block, size);
       const auto* g = grads.load(grad + block, size);
       auto *m = exp_avgs.load(exp_avg + block, size), *v = exp_avg_sqs.load(exp_avg_sq + block, size);
-      vectorised([=, &kept]() SAFEKERN_INLINE_LAMBDA { update(p, g, m, v, kept, size, adamw); });
+      const auto kept = spares.marks();
+      vectorised([=]() SAFEKERN_INLINE_LAMBDA { update(p, g, m, v, kept, size, adamw); });
       params.store(param + block, size);
       exp_avgs.store(exp_avg + block, size);
       exp_avg_sqs.store(exp_avg_sq + block, size);
-      for (; first != spared; first++) {
-        kept[*first - block] = 0;
-        if constexpr (kStaged) param[*first] = before[*first - block];
-      }
+      spares.put_back(param, block, first, spared);
     }
   }
 };
