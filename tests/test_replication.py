@@ -12,7 +12,7 @@ import safekern
 # Last, so that an installed safekern is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.replication import report, tuning
+from benchmarks.replication import report, spa, tuning
 from benchmarks.replication.__main__ import main
 from benchmarks.replication.lab import Data, LeakError
 from benchmarks.replication.runs import OtherSettingsError
@@ -73,7 +73,8 @@ def stop_at(monkeypatch, run, step):
     monkeypatch.setattr(tuning, "tune", interrupted)
 
 
-def test_every_experiment_runs_and_is_reported(replicate):
+def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
+    monkeypatch.setattr(spa, "REFRESHED_EVERY", 1)
     gsm8k = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}."} for i in range(40)]
     folder = None
     for experiment, only in {

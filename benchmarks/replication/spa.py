@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from safekern import Mask, Scores, SPAAdamW, protect, resume
-from safekern.optim.protect import Protection
 from safekern.prompts import Pairs
 from safekern.training import shuffled
 
@@ -209,16 +208,18 @@ def _refreshed(lab: Lab, lr: float, mask: Mask, ratio: float, done: int) -> Opti
     def rank() -> Mask:
         return lab.score(lab.data.refusals[:_RESCORED]).top(ratio)
 
-    state: dict[str, Protection] = {}
-    taken = done
+    protection = protect(optimizer, rank() if done else mask, lab.model.named_parameters())
+    step, taken = optimizer.step, done
 
-    def step(*_: Any) -> None:
-        nonlocal taken
+    # Not in a hook of the step, where torch goes through the hooks that this exchanges.
+    def step_and_refresh(closure: Any = None) -> Any:
+        nonlocal protection, taken
+        loss = step(closure)
         taken += 1
         if taken % REFRESHED_EVERY == 0:
-            state["protection"].remove()
-            state["protection"] = protect(optimizer, rank(), lab.model.named_parameters())
+            protection.remove()
+            protection = protect(optimizer, rank(), lab.model.named_parameters())
+        return loss
 
-    state["protection"] = protect(optimizer, rank() if done else mask, lab.model.named_parameters())
-    optimizer.register_step_post_hook(step)
+    optimizer.step = step_and_refresh  # type: ignore[method-assign]
     return optimizer
