@@ -30,7 +30,8 @@ example: keep what makes a model safe while it learns grade-school math
   safekern score --model ./aligned --out run
   safekern spa --model ./aligned --mask run/mask.safetensors --data math.jsonl --iterations 1000 --out run
 
---data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. If it is
+--data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. Freezing
+slows the loss of safety; refusals among the data kept it in our experiments (README, "Does it work?"). If it is
 interrupted: the same command again with --resume. It ends with the same bits.
 """
 
