@@ -30,17 +30,18 @@ CHAT, GSM8K = "chat", "gsm8k"
 
 
 def spa_runs(plan: Plan) -> list[Run]:
-    """Ordered by what they tell: what is claimed, with all seeds; other ratios; variants; rates, alignments, length."""
+    """Ordered by what they tell: one seed of all methods, the others of the main ones, firmness, rates, length."""
     runs = [_aligned_run(name) for name in ALIGNED]
     (first, *others), steps = plan.seeds, plan.steps or STEPS
     main = [("nothing", 0.0), ("esi", 0.01), ("random", 0.01)]
     ratios = [("esi", 0.05), ("random", 0.05), ("esi", 0.1), ("esi", 0.03)]
-    variants = [("project", 0.01), ("project", 1.0), ("conflict", 0.01), ("conflict", 0.05), ("replay", 0.0)]
+    variants = [("project", 0.01), ("project", 1.0), ("conflict", 0.01), ("conflict", 0.05)]
+    variants += [("replay", 0.0), ("replay", 0.01)]
     variants += [("refresh", 0.01), ("refresh", 0.05), ("signed", 0.01), ("not-task", 0.01), ("not-task", 0.05)]
     for task in plan.tasks:
         runs += [_run("set", task, LR, *kind, first, steps) for kind in [*main, *ratios, *variants]]
     for task in plan.tasks:
-        runs += [_run("set", task, LR, *kind, seed, steps) for seed in others for kind in main]
+        runs += [_run("set", task, LR, *kind, seed, steps) for seed in others for kind in [*main, ("replay", 0.0)]]
         runs += [_run("firm", task, LR, *kind, first, steps) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
         runs += [_run("set", task, lr, *kind, first, steps) for lr in (5e-6, 1e-4) for kind in [*main, ("esi", 0.05)]]
         long = plan.steps or LONG
@@ -148,7 +149,7 @@ def _task(lab: Lab, task: str) -> tuple[Pairs, Pairs]:
 
 def _mask(lab: Lab, name: str, task: str, pairs: Pairs, method: str, ratio: float, seed: int) -> Mask | None:
     """Which weights a method protects."""
-    if method in ("nothing", "replay"):
+    if not ratio:
         return None
     safety = safety_scores(lab, name)
     if method == "random":
