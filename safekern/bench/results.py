@@ -252,7 +252,8 @@ def read(path: files.StrPath) -> Results:
 def compare(old: Results, new: Results, tolerance: float) -> list[Verdict]:
     """Compares safekern's rows of two files by their speed against the baseline of the same run.
 
-    That cancels what differs between two runs of one machine. Rows without a baseline are compared by time. A change
+    That cancels how fast the machine was. On one device the time has to say the same: a baseline that had other luck
+    with memory makes safekern neither slower nor faster. Rows without a baseline are compared by time alone. A change
     within the tolerance and the spread of both rows is none.
 
     Args:
@@ -274,11 +275,12 @@ def compare(old: Results, new: Results, tolerance: float) -> list[Verdict]:
             assert row is not None
             verdicts.append(Verdict(row, f"only in the {'old' if was else 'new'}", math.nan))
             continue
-        by_ratio = bool(was.speedup and now.speedup)
-        change = now.speedup / was.speedup if by_ratio else was.ms / now.ms
+        changes = [now.speedup / was.speedup] if was.speedup and now.speedup else []
+        if not changes or old.environment.get("device") == new.environment.get("device"):
+            changes.append(was.ms / now.ms)
         margin = 1 + tolerance + was.spread + now.spread
-        verdict = "slower" if change * margin < 1 else "faster" if change > margin else "same"
-        verdicts.append(Verdict(now, verdict, change))
+        verdict = "slower" if max(changes) * margin < 1 else "faster" if min(changes) > margin else "same"
+        verdicts.append(Verdict(now, verdict, changes[0]))
     return verdicts
 
 
