@@ -257,19 +257,21 @@ def compared(old, new, tolerance=0.1):
         ({}, {}, "same"),
         ({}, {"speedup": 4.3}, "same"),
         ({}, {"speedup": 3.7}, "same"),
-        ({}, {"speedup": 5.0, "ms": 1.5}, "faster"),
-        ({}, {"speedup": 3.0, "ms": 2.5}, "slower"),
+        ({}, {"speedup": 5.0, "ms": 1.5, "of_copy": 0.7}, "faster"),
+        ({}, {"speedup": 3.0, "ms": 2.5, "of_copy": 0.4}, "slower"),
         # A slower or faster baseline is no other safekern.
         ({}, {"speedup": 5.0}, "same"),
         ({}, {"speedup": 3.0}, "same"),
         # A slower machine is no slower safekern.
         ({}, {"ms": 9.0}, "same"),
+        # Nor is another bandwidth of memory.
+        ({}, {"speedup": 5.0, "ms": 1.5, "of_copy": 0.4}, "same"),
         # What the spread explains is no change.
-        ({}, {"speedup": 3.0, "ms": 2.5, "spread": 0.3}, "same"),
-        ({"spread": 0.3}, {"speedup": 5.0, "ms": 1.5}, "same"),
-        # Without a baseline, time counts.
-        ({"speedup": 0.0}, {"speedup": 0.0, "ms": 3.0}, "slower"),
-        ({"speedup": 0.0}, {"speedup": 0.0, "ms": 1.0}, "faster"),
+        ({}, {"speedup": 3.0, "ms": 2.5, "of_copy": 0.4, "spread": 0.3}, "same"),
+        ({"spread": 0.3}, {"speedup": 5.0, "ms": 1.5, "of_copy": 0.7}, "same"),
+        # Without a baseline, the others count.
+        ({"speedup": 0.0}, {"speedup": 0.0, "ms": 3.0, "of_copy": 0.3}, "slower"),
+        ({"speedup": 0.0, "of_copy": 0.0}, {"speedup": 0.0, "of_copy": 0.0, "ms": 1.0}, "faster"),
     ],
 )
 def test_verdicts(old, new, verdict):

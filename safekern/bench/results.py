@@ -252,9 +252,10 @@ def read(path: files.StrPath) -> Results:
 def compare(old: Results, new: Results, tolerance: float) -> list[Verdict]:
     """Compares safekern's rows of two files by their speed against the baseline of the same run.
 
-    That cancels how fast the machine was. On one device the time has to say the same: a baseline that had other luck
-    with memory makes safekern neither slower nor faster. Rows without a baseline are compared by time alone. A change
-    within the tolerance and the spread of both rows is none.
+    That cancels how fast the machine was. On one device the time has to say the same, and the share of the copy
+    bandwidth of each run: where the operating system puts a buffer can make memory, and whoever uses it, half as fast.
+    Rows without a baseline are compared by the other two. A change within the tolerance and the spread of both rows is
+    none.
 
     Args:
         old: results of one commit.
@@ -278,6 +279,7 @@ def compare(old: Results, new: Results, tolerance: float) -> list[Verdict]:
         changes = [now.speedup / was.speedup] if was.speedup and now.speedup else []
         if not changes or old.environment.get("device") == new.environment.get("device"):
             changes.append(was.ms / now.ms)
+            changes += [now.of_copy / was.of_copy] if was.of_copy and now.of_copy else []
         margin = 1 + tolerance + was.spread + now.spread
         verdict = "slower" if max(changes) * margin < 1 else "faster" if min(changes) > margin else "same"
         verdicts.append(Verdict(now, verdict, changes[0]))
