@@ -61,10 +61,11 @@ void with_index_type(ScalarType dtype, F&& f) {
 // The dtype of positions in a tensor of so many elements.
 inline ScalarType index_dtype(int64_t numel) { return numel <= INT32_MAX ? ScalarType::Int : ScalarType::Long; }
 
-// As with_float_type, for the integer that holds the bits.
+// Calls f with null pointers of the C++ types of a parameter and of positions in it.
 template <class F>
-void with_word_type(ScalarType dtype, F&& f) {
-  with_float_type(dtype, [&](auto* type) { f(static_cast<Bits<std::remove_pointer_t<decltype(type)>>*>(nullptr)); });
+void with_types(ScalarType param, ScalarType index, F&& f) {
+  with_float_type(
+      param, [&](auto* param_type) { with_index_type(index, [&](auto* index_type) { f(param_type, index_type); }); });
 }
 
 // Contiguous, and with memory: kernels get nothing but addresses. What sharding frees keeps its shape.

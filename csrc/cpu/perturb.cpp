@@ -37,13 +37,11 @@ void perturb_(Tensors params, Tensors indices, std::vector<double> scales, std::
   each_chunk(chunks, [&](int64_t c) {
     const int64_t t = chunks[c].tensor;
     const Noise noise{static_cast<float>(scales[t]), static_cast<uint64_t>(streams[t]), static_cast<uint64_t>(seed)};
-    with_float_type(params[t].scalar_type(), [&](auto* param_type) {
-      with_index_type(indices[t].scalar_type(), [&](auto* index_type) {
-        using Param = std::remove_pointer_t<decltype(param_type)>;
-        using Index = std::remove_pointer_t<decltype(index_type)>;
-        perturb(params[t].mutable_data_ptr<Param>(), indices[t].const_data_ptr<Index>(), chunks[c].begin, chunks[c].end,
-                indices[t].numel(), noise);
-      });
+    with_types(params[t].scalar_type(), indices[t].scalar_type(), [&](auto* param_type, auto* index_type) {
+      using Param = std::remove_pointer_t<decltype(param_type)>;
+      using Index = std::remove_pointer_t<decltype(index_type)>;
+      perturb(params[t].mutable_data_ptr<Param>(), indices[t].const_data_ptr<Index>(), chunks[c].begin, chunks[c].end,
+              indices[t].numel(), noise);
     });
   });
 }

@@ -5,28 +5,22 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 13;
 
-template <class F>
-void with_types(const Tensor& param, const Tensor& index, F&& f) {
-  with_word_type(param.scalar_type(), [&](auto* word_type) {
-    with_index_type(index.scalar_type(), [&](auto* index_type) { f(word_type, index_type); });
-  });
-}
-
 void restore_(Tensors params, Tensors indices, Tensors values) {
   check_saved(params, indices, values);
   check_indices(indices, params);
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   each_chunk(chunks, [&](int64_t c) {
-    const auto [t, begin, end] = chunks[c];
-    with_types(params[t], indices[t], [&, t = t, begin = begin, end = end](auto* word_type, auto* index_type) {
-      using Word = std::remove_pointer_t<decltype(word_type)>;
+    const Chunk chunk = chunks[c];
+    const int64_t t = chunk.tensor;
+    with_types(params[t].scalar_type(), indices[t].scalar_type(), [&](auto* param_type, auto* index_type) {
+      using Word = Bits<std::remove_pointer_t<decltype(param_type)>>;
       using Index = std::remove_pointer_t<decltype(index_type)>;
       Word* param = static_cast<Word*>(params[t].mutable_data_ptr());
       const Index* index = indices[t].const_data_ptr<Index>();
       const Word* value = static_cast<const Word*>(values[t].const_data_ptr());
-      // Nothing is fetched ahead: a store waits for its line without holding up what follows it, and asking for the
-      // line before made this slower by a fifth.
-      for (int64_t j = begin; j < end; j++) param[index[j]] = value[j];
+      // Nothing is fetched ahead: a store waits for its line without holding up what follows it, and in a loop by
+      // itself asking for the line before took a fifth longer.
+      for (int64_t j = chunk.begin; j < chunk.end; j++) param[index[j]] = value[j];
     });
   });
 }
@@ -37,15 +31,16 @@ Tensor count_changed(Tensors params, Tensors indices, Tensors values) {
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   std::vector<int64_t> counts(chunks.size());
   each_chunk(chunks, [&](int64_t c) {
-    const auto [t, begin, end] = chunks[c];
-    with_types(params[t], indices[t], [&, t = t, begin = begin, end = end](auto* word_type, auto* index_type) {
-      using Word = std::remove_pointer_t<decltype(word_type)>;
+    const Chunk chunk = chunks[c];
+    const int64_t t = chunk.tensor;
+    with_types(params[t].scalar_type(), indices[t].scalar_type(), [&](auto* param_type, auto* index_type) {
+      using Word = Bits<std::remove_pointer_t<decltype(param_type)>>;
       using Index = std::remove_pointer_t<decltype(index_type)>;
       const Word* param = static_cast<const Word*>(params[t].const_data_ptr());
       const Index* index = indices[t].const_data_ptr<Index>();
       const Word* value = static_cast<const Word*>(values[t].const_data_ptr());
       int64_t changed = 0;
-      each_tile(param, index, begin, end, indices[t].numel(), [&](int64_t tile, int64_t stop) {
+      each_tile(param, index, chunk.begin, chunk.end, indices[t].numel(), [&](int64_t tile, int64_t stop) {
         for (int64_t j = tile; j < stop; j++) changed += param[index[j]] != value[j];
       });
       counts[c] = changed;

@@ -67,20 +67,18 @@ void set_adamw_(Tensors params, Tensors grads, Tensors indices, Tensors exp_avgs
   const std::vector<Chunk> chunks = cut(indices, kChunk);
   each_chunk(chunks, [&](int64_t c) {
     const int64_t t = chunks[c].tensor;
-    with_float_type(params[t].scalar_type(), [&](auto* param_type) {
-      with_index_type(indices[t].scalar_type(), [&](auto* index_type) {
-        using Param = std::remove_pointer_t<decltype(param_type)>;
-        using Index = std::remove_pointer_t<decltype(index_type)>;
-        const Selected<Param, Index> selected{params[t].mutable_data_ptr<Param>(),
-                                              indices[t].const_data_ptr<Index>(),
-                                              grads[t].const_data_ptr<float>(),
-                                              exp_avgs[t].mutable_data_ptr<float>(),
-                                              exp_avg_sqs[t].mutable_data_ptr<float>(),
-                                              masters[t].numel() ? masters[t].mutable_data_ptr<float>() : nullptr,
-                                              indices[t].numel()};
-        selected.step(chunks[c].begin, chunks[c].end,
-                      {beta1, beta2, eps, decay, step_sizes[t], bias_correction2_sqrts[t]});
-      });
+    with_types(params[t].scalar_type(), indices[t].scalar_type(), [&](auto* param_type, auto* index_type) {
+      using Param = std::remove_pointer_t<decltype(param_type)>;
+      using Index = std::remove_pointer_t<decltype(index_type)>;
+      const Selected<Param, Index> selected{params[t].mutable_data_ptr<Param>(),
+                                            indices[t].const_data_ptr<Index>(),
+                                            grads[t].const_data_ptr<float>(),
+                                            exp_avgs[t].mutable_data_ptr<float>(),
+                                            exp_avg_sqs[t].mutable_data_ptr<float>(),
+                                            masters[t].numel() ? masters[t].mutable_data_ptr<float>() : nullptr,
+                                            indices[t].numel()};
+      selected.step(chunks[c].begin, chunks[c].end,
+                    {beta1, beta2, eps, decay, step_sizes[t], bias_correction2_sqrts[t]});
     });
   });
 }

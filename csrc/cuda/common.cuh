@@ -89,9 +89,8 @@ template <class F>
 void for_each_kind(const Tensors& params, const Tensors& indices, const F& f) {
   const auto kind = [&](size_t t) { return std::pair(params[t].scalar_type(), indices[t].scalar_type()); };
   for (const auto& [dtypes, tensors] : group_by(params.size(), kind)) {
-    with_float_type(dtypes.first, [&, &dtypes = dtypes, &tensors = tensors](auto* param_type) {
-      with_index_type(dtypes.second, [&](auto* index_type) { f(tensors, param_type, index_type); });
-    });
+    with_types(dtypes.first, dtypes.second,
+               [&, &tensors = tensors](auto* param_type, auto* index_type) { f(tensors, param_type, index_type); });
   }
 }
 

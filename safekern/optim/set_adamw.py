@@ -21,6 +21,7 @@ from safekern.optim.masked import (
     check_memory,
     check_strided,
     cut,
+    first_few,
     held,
     named_groups,
     settled_gradient,
@@ -281,8 +282,8 @@ class SETAdamW(MaskedOptimizer):
             raise _no_gradient()
         if bad:
             raise NonFiniteError(
-                f"the gradient of {', '.join(bad[:3])}{' and others' if len(bad) > 3 else ''} holds NaN or infinity at "
-                "selected weights; no weight was changed. Skip this batch (zero_grad), or lower the learning rate"
+                f"the gradient of {first_few(bad)} holds NaN or infinity at selected weights; no weight was "
+                "changed. Skip this batch (zero_grad), or lower the learning rate"
             )
 
     @overload
