@@ -5,6 +5,21 @@ namespace {
 
 constexpr int64_t kChunk = 1 << 13;
 
+// A store waits for its line without holding up what follows it, but not for where its page lies. Asking for one of
+// every few lines is enough to have that at hand (a line of the page table holds the addresses of eight pages), and an
+// eighth faster; asking for every line is no faster than for none.
+constexpr int64_t kStored = 8, kStoredAhead = 80;
+
+template <class Word, class Index>
+void store(Word* param, const Index* index, const Word* value, int64_t begin, int64_t end) {
+  int64_t j = begin;
+  for (; j < end - kStoredAhead; j += kStored) {
+    prefetch(param + index[j + kStoredAhead]);
+    for (int64_t i = j; i < j + kStored; i++) param[index[i]] = value[i];
+  }
+  for (; j < end; j++) param[index[j]] = value[j];
+}
+
 void restore_(Tensors params, Tensors indices, Tensors values) {
   check_saved(params, indices, values);
   check_indices(indices, params);
@@ -18,9 +33,7 @@ void restore_(Tensors params, Tensors indices, Tensors values) {
       Word* param = static_cast<Word*>(params[t].mutable_data_ptr());
       const Index* index = indices[t].const_data_ptr<Index>();
       const Word* value = static_cast<const Word*>(values[t].const_data_ptr());
-      // Nothing is fetched ahead: a store waits for its line without holding up what follows it, and in a loop by
-      // itself asking for the line before took a fifth longer.
-      for (int64_t j = chunk.begin; j < chunk.end; j++) param[index[j]] = value[j];
+      store(param, index, value, chunk.begin, chunk.end);
     });
   });
 }
