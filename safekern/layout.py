@@ -86,9 +86,21 @@ def write_selected(params: Sequence[Tensor], indices: Sequence[Tensor], values: 
     """
     pieces = [local(param) for param in params]
     for here in by_device(pieces):
-        ops.restore_([memory(pieces[t]) for t in here], [indices[t] for t in here], [values[t] for t in here])
-        # A custom op does not tell autograd that it wrote: a graph that saved the old weights would go on.
-        torch.autograd.graph.increment_version([params[t] for t in here])
+        write_memories(
+            [params[t] for t in here],
+            [memory(pieces[t]) for t in here],
+            [indices[t] for t in here],
+            [values[t] for t in here],
+        )
+
+
+def write_memories(
+    params: Sequence[Tensor], memories: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
+) -> None:
+    """:func:`write_selected` for parameters on one device, with the :func:`memory` of each."""
+    ops.restore_(memories, indices, values)
+    # A custom op does not tell autograd that it wrote: a graph that saved the old weights would go on.
+    torch.autograd.graph.increment_version(params)
 
 
 def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:

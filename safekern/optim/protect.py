@@ -1,8 +1,9 @@
 """protect: keep the weights of a mask bit-identical around any torch optimizer."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, methodcaller
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.faults import put_back
-from safekern.layout import by_device, memory, overlaps_itself, read_selected, write_selected
+from safekern.layout import by_device, memory, overlaps_itself, read_selected, write_memories, write_selected
 from safekern.mask import Mask
 from safekern.optim.masked import NamedParameters, Places, cut, held, named_groups
 from safekern.sharding import local
@@ -23,6 +24,10 @@ from safekern.sharding import local
 # not touched since the last one: the counter does not see edits through .data or numpy. Comparing all of them would
 # take as long again as restoring them, so of an edit to a few weights of a large parameter it may see none.
 _COMPARED = 64
+
+# For map(), which asks hundreds of tensors in a fraction of a loop's time.
+_version, _dtype, _shape = attrgetter("_version"), attrgetter("dtype"), attrgetter("shape")
+_extent, _pointer, _stride = attrgetter("shape", "device"), methodcaller("data_ptr"), methodcaller("stride")
 
 # Torch runs an optimizer's hooks from this function.
 _STEP_CODE = Optimizer.profile_hook_step(lambda: None).__code__
@@ -87,27 +92,77 @@ class _Saved:
     param: Tensor
     # Where the optimizer holds the parameter, if it does: group, position, and the name it has there.
     place: tuple[int, int, str | None] | None
-    # The memory and layout that the indices are for, and the version of the parameter that last held all the values. No
-    # view of the parameter is kept: it would keep the old memory alive after model.cpu().
-    layout: tuple[Any, ...]
-    version: int | None
     # Of the mask's weights, those that this process holds, and where in its memory.
     places: Places | None
     indices: Tensor
     values: Tensor
-    # The few that are compared where nothing points to an edit. Cut once for many steps: over hundreds of small
-    # parameters, a step is Python time.
-    spots: tuple[Tensor, Tensor]
 
     @property
     def piece(self) -> Tensor:
         """The part of the parameter that this process holds."""
         return local(self.param)
 
-    def cut_spots(self, turn: int) -> None:
+    def spots(self, turn: int) -> tuple[Tensor, Tensor]:
+        """The few weights that are compared where nothing points to an edit: where they are, and their values."""
         count = self.indices.numel()
         start = min(turn * _COMPARED % max(1, count), max(0, count - _COMPARED))
-        self.spots = self.indices[start : start + _COMPARED], self.values[start : start + _COMPARED]
+        return self.indices[start : start + _COMPARED], self.values[start : start + _COMPARED]
+
+
+class _Batch:
+    """Parameters on one device, in lists that serve many steps.
+
+    When a step begins, nothing of this is in the processor's caches, so that it takes as long as the Python objects it
+    touches. No view of a parameter is kept: it would keep the old memory alive after ``model.cpu()``.
+    """
+
+    def __init__(self, batch: list[_Saved]) -> None:
+        self._saved = batch
+        self._params = [saved.param for saved in batch]
+        self._are_memories = all(memory(saved.piece) is saved.param for saved in batch)
+        self._indices, self._values = [saved.indices for saved in batch], [saved.values for saved in batch]
+        spots = [saved.spots(0) for saved in batch]
+        self._spots, self._spot_values = [indices for indices, _ in spots], [values for _, values in spots]
+        # The version of each parameter that last held all the values.
+        self._versions: list[int | None] = [None] * len(batch)
+        self._held = [t for t, saved in enumerate(batch) if saved.place]
+
+    def changed(self, turn: int, *, everything: bool) -> Iterator[tuple[_Saved, int]]:
+        """The parameters that do not hold the values, and how many weights were found to differ."""
+        # One parameter a step looks at its next few weights, so that over many steps all are compared.
+        t = turn % len(self._saved)
+        self._spots[t], self._spot_values[t] = self._saved[t].spots(turn // len(self._saved))
+        versions = list(map(_version, self._params))
+        indices, values = (self._indices, self._values) if everything else (self._spots, self._spot_values)
+        touched: list[int] = []
+        if versions != self._versions:
+            touched = [t for t, version in enumerate(versions) if version != self._versions[t]]
+            indices, values = indices.copy(), values.copy()
+            for t in touched:
+                indices[t], values[t] = self._indices[t], self._values[t]
+        counts = ops.count_changed(self._memories(), indices, values).tolist()
+        for t in touched:
+            if not counts[t]:
+                self._versions[t] = versions[t]
+        return ((saved, count) for saved, count in zip(self._saved, counts, strict=True) if count)
+
+    def restore(self, *, everything: bool) -> None:
+        """Writes the values back, those of parameters that the optimizer does not hold if it is to be everything."""
+        if everything or len(self._held) == len(self._saved):
+            write_memories(self._params, self._memories(), self._indices, self._values)
+            self._versions = list(map(_version, self._params))
+        else:
+            written = [self._saved[t] for t in self._held]
+            write_selected(
+                [saved.param for saved in written],
+                [saved.indices for saved in written],
+                [saved.values for saved in written],
+            )
+            for t in self._held:
+                self._versions[t] = self._params[t]._version
+
+    def _memories(self) -> list[Tensor]:
+        return self._params if self._are_memories else [memory(saved.piece) for saved in self._saved]
 
 
 class Protection:
@@ -128,9 +183,15 @@ class Protection:
         self._mask = mask
         nothing = torch.empty(0, device="cpu")
         self._saved = [
-            _Saved(name, masked_name, named[name], None, (), None, None, nothing, nothing, (nothing, nothing))
+            _Saved(name, masked_name, named[name], None, None, nothing, nothing)
             for masked_name, name in mask.resolve(named).items()
         ]
+        # The parameters of these, and of each the memory and layout that its indices are for.
+        self._params = [saved.param for saved in self._saved]
+        self._layouts: list[tuple[Any, ...]] = [()] * len(self._saved)
+        # Those of which the values can be compared and written, and the others.
+        self._batches: list[_Batch] = []
+        self._mistyped: list[_Saved] = []
         self._stepping = False
         self._turn = 0
         # What the optimizer held when the parameters were last looked for: addresses and names, per group.
@@ -177,9 +238,9 @@ class Protection:
                     )
         for saved, values in zip(self._saved, fresh, strict=True):
             saved.values = values
-            saved.cut_spots(0)
+        self._form_batches()
         self._stepping = False
-        self._write(self._saved)
+        self._write(everything=True)
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -189,7 +250,7 @@ class Protection:
             ProtectionError: a parameter is in another dtype than its saved values, or was sharded anew.
         """
         self._locate()
-        self._write(self._saved)
+        self._write(everything=True)
         self._stepping = False
 
     def remove(self) -> None:
@@ -241,7 +302,7 @@ class Protection:
         if _is_nested(optimizer):
             return
         self._locate()
-        self._write([saved for saved in self._saved if saved.place])
+        self._write(everything=False)
         # Only now, so that leaving by an interrupt in here restores.
         self._stepping = False
 
@@ -250,32 +311,37 @@ class Protection:
         groups = self._optimizer.param_groups
         held = [(list(map(id, group["params"])), group.get("param_names")) for group in groups]
         # Parameters of the mask are kept alive here, so that none of their addresses can have become another's.
-        if held != self._held:
+        moved = held != self._held
+        if moved:
             self._find(groups)
             self._held = [(ids, None if names is None else list(names)) for ids, names in held]
-        for saved in self._saved:
-            param, piece = saved.param, saved.piece
-            layout = (piece.data_ptr(), piece.dtype, param.shape, piece.shape, piece.stride(), piece.device)
-            if saved.layout != layout:
-                self._follow(saved, layout)
+        layouts = _layouts(self._params)
+        if moved or layouts != self._layouts:
+            for saved, before, now in zip(self._saved, self._layouts, layouts, strict=True):
+                if before != now:
+                    self._follow(saved, before, now)
+            self._layouts = layouts
+            self._form_batches()
 
     def _find(self, groups: Sequence[dict[str, Any]]) -> None:
         held = {id(param): (g, i) for g, group in enumerate(groups) for i, param in enumerate(group["params"])}
-        for saved in self._saved:
+        for t, saved in enumerate(self._saved):
             if saved.place and id(saved.param) not in held:
-                saved.param, saved.layout, saved.version = self._successor(saved), (), None
+                saved.param, self._layouts[t] = self._successor(saved), ()
+                self._params[t] = saved.param
             if id(saved.param) in held:
                 g, i = held[id(saved.param)]
                 saved.place = (g, i, groups[g]["param_names"][i] if "param_names" in groups[g] else None)
 
-    def _follow(self, saved: _Saved, layout: tuple[Any, ...]) -> None:
+    def _follow(self, saved: _Saved, before: tuple[Any, ...], now: tuple[Any, ...]) -> None:
         param, piece = saved.param, saved.piece
         check_plain(saved.name, param, sharded=True)
         if param.shape != self._mask.shapes[saved.masked_name]:
             raise MaskMismatchError(f"parameter {saved.name} now has the shape {tuple(param.shape)}: make a new mask")
         if overlaps_itself(piece):
             raise InvalidArgumentError(f"parameter {saved.name} has overlapping memory: make it contiguous first")
-        if saved.layout[2:] != layout[2:]:
+        # All but its address and dtype, which are the first two.
+        if before[2:] != now[2:]:
             compact = self._mask.compact(saved.masked_name)
             places, indices = held(param, compact)
             values: Tensor | None = saved.values
@@ -286,8 +352,11 @@ class Protection:
                     f"parameter {saved.name} was sharded anew: remove() this handle and protect() it anew"
                 )
             saved.places, saved.indices, saved.values = places, indices, values.to(piece.device)
-            saved.cut_spots(0)
-        saved.layout, saved.version = layout, None
+
+    def _form_batches(self) -> None:
+        self._mistyped = [saved for saved in self._saved if saved.param.dtype != saved.values.dtype]
+        typed = [saved for saved in self._saved if saved.param.dtype == saved.values.dtype]
+        self._batches = [_Batch([typed[t] for t in here]) for here in by_device([saved.values for saved in typed])]
 
     def _successor(self, saved: _Saved) -> Tensor:
         """The parameter now in the place of one that the optimizer held.
@@ -313,30 +382,10 @@ class Protection:
         return successor
 
     def _check(self, *, everything: bool) -> None:
-        moved: list[tuple[_Saved, int]] = []
-        compared: list[tuple[_Saved, bool, Tensor, Tensor]] = []
-        # One parameter a step looks at its next few weights, so that over many steps all are compared.
         self._turn += 1
-        self._saved[self._turn % len(self._saved)].cut_spots(self._turn // len(self._saved))
-        for saved in self._saved:
-            if saved.param.dtype != saved.values.dtype:
-                moved.append((saved, saved.indices.numel()))
-            elif everything or saved.version != saved.param._version:
-                compared.append((saved, True, saved.indices, saved.values))
-            else:
-                compared.append((saved, False, *saved.spots))
-        for together in by_device([values for *_, values in compared]):
-            batch = [compared[t] for t in together]
-            counts = ops.count_changed(
-                [memory(saved.piece) for saved, *_ in batch],
-                [indices for _, _, indices, _ in batch],
-                [values for *_, values in batch],
-            )
-            for (saved, whole, _, _), count in zip(batch, counts.tolist(), strict=True):
-                if count:
-                    moved.append((saved, count))
-                elif whole:
-                    saved.version = saved.param._version
+        moved = [(saved, saved.indices.numel()) for saved in self._mistyped]
+        for batch in self._batches:
+            moved += batch.changed(self._turn, everything=everything)
         if moved:
             raise ProtectionError(
                 f"{sum(count for _, count in moved):,} protected weights are not what they were, in "
@@ -345,30 +394,29 @@ class Protection:
                 + "If they were changed on purpose, outside a step, call handle.refresh(); handle.restore() undoes it"
             )
 
-    def _write(self, which: Sequence[_Saved]) -> None:
-        self._put([(saved.param, saved) for saved in which])
+    def _write(self, *, everything: bool) -> None:
+        for saved in self._mistyped:
+            if everything or saved.place:
+                raise _cannot_hold(saved.param, saved)
+        for batch in self._batches:
+            batch.restore(everything=everything)
         if self._swaps_weights():
-            self._put([(tensor, saved) for saved in which if saved.place for tensor in self._copies(saved)])
-        for saved in which:
-            saved.version = saved.param._version
+            self._write_copies()
 
-    def _put(self, targets: Sequence[tuple[Tensor, _Saved]]) -> None:
-        for tensor, saved in targets:
-            if tensor.dtype != saved.values.dtype or tensor.shape != saved.param.shape:
-                raise ProtectionError(
-                    f"the protected values of {saved.name} are in {saved.values.dtype} and cannot be written back in "
-                    f"{tensor.dtype}: call handle.refresh() after changing the model's dtype; an optimizer that keeps "
-                    "weights of its own in another one cannot be protected"
-                )
+    def _write_copies(self) -> None:
+        copies = [(copy, saved) for saved in self._saved if saved.place for copy in self._copies(saved)]
+        for copy, saved in copies:
+            if copy.dtype != saved.values.dtype or copy.shape != saved.param.shape:
+                raise _cannot_hold(copy, saved)
         write_selected(
-            [tensor for tensor, _ in targets],
-            [self._indices_in(tensor, saved) for tensor, saved in targets],
-            [saved.values for _, saved in targets],
+            [copy for copy, _ in copies],
+            [self._indices_in(copy, saved) for copy, saved in copies],
+            [saved.values for _, saved in copies],
         )
 
     def _indices_in(self, tensor: Tensor, saved: _Saved) -> Tensor:
         """Where the protected weights of a parameter lie in the memory of a tensor like it."""
-        if tensor is saved.param or local(tensor).stride() == saved.piece.stride():
+        if local(tensor).stride() == saved.piece.stride():
             return saved.indices
         return held(tensor, self._mask.compact(saved.masked_name))[1]
 
@@ -390,6 +438,29 @@ def _with_hooks(optimizer: Any) -> Optimizer:
             f"protect() uses the step hooks of a torch.optim.Optimizer, got {type(optimizer).__name__}"
         )
     return optimizer
+
+
+def _layouts(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Where the part of each parameter that this process holds lies in memory, and in what form."""
+    pieces = list(map(local, params))
+    return list(
+        zip(
+            map(_pointer, pieces),
+            map(_dtype, pieces),
+            map(_shape, params),
+            map(_extent, pieces),
+            map(_stride, pieces),
+            strict=True,
+        )
+    )
+
+
+def _cannot_hold(tensor: Tensor, saved: _Saved) -> ProtectionError:
+    return ProtectionError(
+        f"the protected values of {saved.name} are in {saved.values.dtype} and cannot be written back in "
+        f"{tensor.dtype}: call handle.refresh() after changing the model's dtype; an optimizer that keeps weights of "
+        "its own in another one cannot be protected"
+    )
 
 
 def _is_nested(optimizer: Optimizer) -> bool:
