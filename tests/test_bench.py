@@ -391,11 +391,13 @@ def test_the_command_restarts_itself_with_the_allocator_told(tmp_path):
     inherited = {key: value for key, value in os.environ.items() if key not in measure.ALLOCATOR}
     command = [sys.executable, "-m", "safekern", "bench", "--quick", "--threads", "1"]
     command += ["--elements", "70e3", "--ops", "sigma", "select", "--out", str(tmp_path / "results.json")]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=inherited)
+    pages = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**inherited, **pages})
     assert ran.returncode == 0, ran.stderr
     assert "MALLOC_MMAP_MAX_=0" in ran.stdout and "speedup" in ran.stdout
     content = json.loads((tmp_path / "results.json").read_text())
-    assert content["environment"]["allocator"].startswith("MALLOC_MMAP_MAX_=0")
+    allocator = content["environment"]["allocator"]
+    assert allocator.startswith("MALLOC_MMAP_MAX_=0") and allocator.endswith("GLIBC_TUNABLES=glibc.malloc.hugetlb=1")
     assert {(r["op"], r["dtype"]) for r in content["rows"]} == {
         ("sigma", "float32"),
         ("sigma", "bfloat16"),

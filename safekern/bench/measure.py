@@ -157,7 +157,9 @@ def threads(count: int) -> Iterator[None]:
 @cache
 def environment(device: str = "cpu") -> dict[str, str]:
     """Where figures come from: device, versions, commit, date, and what the allocator was told."""
-    told = " ".join(f"{key}={value}" for key, value in ALLOCATOR.items())
+    told = dict(ALLOCATOR) if keeps_memory() else {}
+    if tunables := os.environ.get("GLIBC_TUNABLES"):
+        told["GLIBC_TUNABLES"] = tunables
     return {
         "device": torch.cuda.get_device_name(device) if device != "cpu" else _cpu(),
         "backend": ops.BACKENDS[torch.device(device).type].backend,
@@ -165,7 +167,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
         "safekern": safekern.__version__,
         "commit": commit(Path(__file__)),
         "date": datetime.now(UTC).date().isoformat(),
-        "allocator": told if keeps_memory() else "default",
+        "allocator": " ".join(f"{key}={value}" for key, value in told.items()) or "default",
     }
 
 
