@@ -31,7 +31,6 @@ from safekern.mask import Mask
 _KIND, _VERSION = "delta", 1
 _INDICES, _VALUES = "indices:", "values:"
 _WORDS: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
-_SHOWN = 5
 
 
 def save_delta(model: nn.Module, mask: Mask, path: StrPath, base: Source | None = None) -> None:
@@ -229,7 +228,7 @@ def _with_base(
         if not all(np.array_equal(before, other) for other in others):
             several.append(name)
     if several:
-        raise DeltaMismatchError(f"base holds different values under the tied names of {_listed(several)}")
+        raise DeltaMismatchError(f"base holds different values under the tied names of {names.listed(several)}")
     if not changed:
         raise InvalidArgumentError(
             "every masked weight is what it is in base, so there is nothing to save: give the model as it was before "
@@ -272,7 +271,7 @@ def _locate(parameters: Mapping[str, _Parameter], weights: Collection[str]) -> d
     ]
     if len(fitting) != 1:
         raise DeltaMismatchError(
-            f"{len(missing):,} of {len(parameters):,} parameters are missing ({_listed(list(missing))}), "
+            f"{len(missing):,} of {len(parameters):,} parameters are missing ({names.listed(list(missing))}), "
             + ("or could be several: " if fitting else "also under any one other prefix: ")
             + "use the model that the delta was made for, or load it with from_pretrained and use it in memory"
         )
@@ -295,8 +294,8 @@ def _compare(
     ]
     if other:
         raise DeltaMismatchError(
-            f"{len(other):,} of {len(pairs):,} parameters have another dtype or shape: {_listed(other)}. A delta is "
-            "exact, so it needs the model in the dtypes that it was made in"
+            f"{len(other):,} of {len(pairs):,} parameters have another dtype or shape: {names.listed(other)}. A delta "
+            "is exact, so it needs the model in the dtypes that it was made in"
         )
     scans = _scan_all(
         {found: weights[found] for _, found in pairs},
@@ -305,8 +304,9 @@ def _compare(
     changed = [found for name, found in pairs if scans[found].rest != parameters[name].rest]
     if changed:
         raise DeltaMismatchError(
-            f"weights outside the mask differ in {len(changed):,} of {len(pairs):,} parameters: {_listed(changed)}. "
-            "Model and base must be the same there: use the right base, and tune nothing but masked weights"
+            f"weights outside the mask differ in {len(changed):,} of {len(pairs):,} parameters: "
+            f"{names.listed(changed)}. Model and base must be the same there: use the right base, and tune nothing but "
+            "masked weights"
         )
     return scans
 
@@ -329,7 +329,8 @@ def _pending(
     if unknown:
         raise DeltaMismatchError(
             f"the masked weights are neither those of the base nor those of the delta in {len(unknown):,} parameters: "
-            f"{_listed(unknown)}. Use the base that the delta was made with; another delta or tuning may have been here"
+            f"{names.listed(unknown)}. Use the base that the delta was made with; another delta or tuning may have "
+            "been here"
         )
     if not pending:
         raise DeltaAppliedError("the delta is applied already: every masked weight has the value that it would get")
@@ -377,8 +378,3 @@ def _parameter(aliases: Any, code: Any, shape: Any, rest: Any, replaced: Any) ->
     if not all(isinstance(text, str) for text in (*aliases, code, rest, "" if replaced is None else replaced)):
         raise InvalidArgumentError("a parameter's description cannot be understood")
     return _Parameter(tuple(aliases), code, tuple(shape), rest, replaced)
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _SHOWN:,} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more

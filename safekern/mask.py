@@ -89,7 +89,8 @@ class Mask(Mapping[str, Tensor]):
         sizes = {name: _size(name, shape) for name, shape in shapes.items()}
         missing = [name for name in indices if name not in sizes]
         if missing:
-            raise InvalidArgumentError(f"No shape is given for {_enumerate(missing)}; add it to shapes.")
+            listed = names.listed([*map(repr, missing)], _SHOWN)
+            raise InvalidArgumentError(f"No shape is given for {listed}; add it to shapes.")
         stored = {name: checked(name, values, sizes[name]) for name, values in indices.items()}
         stored = {name: values for name, values in stored.items() if values.numel()}
         masked = {name: sizes[name] for name in stored}
@@ -789,11 +790,6 @@ def _percent(share: float) -> str:
 
 def _text(shape: Iterable[int]) -> str:
     return str(tuple(shape))
-
-
-def _enumerate(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _SHOWN:,} more" if len(items) > _SHOWN else ""
-    return ", ".join(map(repr, items[:_SHOWN])) + more
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

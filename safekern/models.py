@@ -22,6 +22,7 @@ from safekern.errors import (
 )
 from safekern.faults import put_back
 from safekern.files import StrPath
+from safekern.names import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +31,6 @@ SMOLLM2 = "smollm2"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # What the hub accepts, but for what is clearly meant as a path.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_SHOWN = 5
 
 
 def load(
@@ -189,9 +189,8 @@ def _load_pretrained(
     model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
-        more = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
         raise FileFormatError(
-            f"{name}: the checkpoint lacks {', '.join(missing[:_SHOWN])}{more}, which would be random numbers; "
+            f"{name}: the checkpoint lacks {listed(missing)}, which would be random numbers; "
             "it is damaged, or of another kind of model"
         )
     return model, tokenizer

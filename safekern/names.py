@@ -93,6 +93,12 @@ def layer(name: str) -> int | None:
     return None if position is None else int(parts[position])
 
 
+def listed(items: Sequence[str], shown: int = 5) -> str:
+    """The first few of names for a message, and how many more there are."""
+    more = f" and {len(items) - shown:,} more" if len(items) > shown else ""
+    return ", ".join(items[:shown]) + more
+
+
 def component(name: str) -> str:
     """What a parameter is inside its layer, under the same name in every layer.
 

@@ -358,14 +358,9 @@ def check_memory(targets: Iterable[NamedPiece]) -> None:
     freed = [target.name for target in targets if not target.piece.data_ptr() and target.piece.numel()]
     if freed:
         raise StepError(
-            f"the memory of {first_few(freed)} was freed, with the parameters still in this optimizer; no weight was "
-            "changed. Make the optimizer of the parameters that the model has now"
+            f"the memory of {names.listed(freed)} was freed, with the parameters still in this optimizer; no weight "
+            "was changed. Make the optimizer of the parameters that the model has now"
         )
-
-
-def first_few(names: Sequence[str]) -> str:
-    """A few of the names, for messages."""
-    return f"{', '.join(names[:3])}{' and others' if len(names) > 3 else ''}"
 
 
 def check_strided(name: str, grad: Tensor) -> None:

@@ -17,6 +17,7 @@ from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionE
 from safekern.faults import put_back
 from safekern.layout import by_device, memory, overlaps_itself, read_selected, write_memories, write_selected
 from safekern.mask import Mask
+from safekern.names import listed
 from safekern.optim.masked import NamedParameters, Places, cut, held, named_groups
 from safekern.sharding import local
 
@@ -198,8 +199,9 @@ class Protection:
         self._held: list[tuple[list[int], list[str] | None]] = []
         self._locate()
         if not any(saved.place for saved in self._saved):
+            wanted = listed([saved.name for saved in self._saved])
             raise MaskMismatchError(
-                f"the optimizer holds none of the parameters that the mask names ({_listed(self._saved)}): pass the "
+                f"the optimizer holds none of the parameters that the mask names ({wanted}): pass the "
                 "optimizer that trains them, and the parameters of the model that it was made for"
             )
         self.refresh()
@@ -389,7 +391,7 @@ class Protection:
         if moved:
             raise ProtectionError(
                 f"{sum(count for _, count in moved):,} protected weights are not what they were, in "
-                f"{_listed([saved for saved, _ in moved], [count for _, count in moved])}. "
+                f"{listed([f'{saved.name} ({count:,})' for saved, count in moved])}. "
                 + ("The last step ended in an exception: handle.restore() puts them back. " if self._stepping else "")
                 + "If they were changed on purpose, outside a step, call handle.refresh(); handle.restore() undoes it"
             )
@@ -474,8 +476,3 @@ def _is_nested(optimizer: Optimizer) -> bool:
         running += frame.f_code is _STEP_CODE and frame.f_locals["self"] is optimizer
         frame = frame.f_back
     return running > 1
-
-
-def _listed(which: Sequence[_Saved], counts: Sequence[int] | None = None) -> str:
-    shown = [f"{saved.name}{f' ({counts[t]:,})' if counts else ''}" for t, saved in enumerate(which[:3])]
-    return ", ".join(shown) + (f" and {len(which) - 3} more parameters" if len(which) > 3 else "")

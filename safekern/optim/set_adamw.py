@@ -13,6 +13,7 @@ from safekern.eligibility import check_kept, check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
 from safekern.layout import flat_view, gather_selected, memory, overlaps_itself
 from safekern.mask import Mask
+from safekern.names import listed
 from safekern.optim.gradients import Selection, Target, check_reduced, gather, nonfinite_names
 from safekern.optim.masked import (
     MaskedOptimizer,
@@ -21,7 +22,6 @@ from safekern.optim.masked import (
     check_memory,
     check_strided,
     cut,
-    first_few,
     held,
     named_groups,
     settled_gradient,
@@ -282,7 +282,7 @@ class SETAdamW(MaskedOptimizer):
             raise _no_gradient()
         if bad:
             raise NonFiniteError(
-                f"the gradient of {first_few(bad)} holds NaN or infinity at selected weights; no weight was "
+                f"the gradient of {listed(bad)} holds NaN or infinity at selected weights; no weight was "
                 "changed. Skip this batch (zero_grad), or lower the learning rate"
             )
 
