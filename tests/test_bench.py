@@ -387,6 +387,20 @@ def test_numbers_that_cannot_be_are_refused(option, value, capsys):
     assert f"argument {option}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--memory", "--ratios", "0.1", "--plot", "folder"], "--ratios, --plot: means nothing to --memory"),
+        (["--scaling", "--ratios", "0.1"], "--ratios: means nothing to --scaling"),
+        (["--compare", "old.csv", "new.csv", "--model-params", "1e6"], "--model-params: means nothing to --compare"),
+        (["--score-memory", "1e6", "--tolerance", "0.2"], "--score-memory, --tolerance: means nothing here"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments, named, capsys):
+    assert main(["bench", *arguments]) == 1
+    assert named in capsys.readouterr().err
+
+
 def test_the_command_restarts_itself_with_the_allocator_told(tmp_path):
     inherited = {key: value for key, value in os.environ.items() if key not in measure.ALLOCATOR}
     command = [sys.executable, "-m", "safekern", "bench", "--quick", "--threads", "1"]

@@ -35,6 +35,16 @@ _RATIOS = [0.001, 0.003, 0.01, 0.03, 0.1]
 # What checking and timing hold at once: tensors like the weights, and bytes per weight beside them.
 _STREAMING = {"accumulate": (1, 12), "sigma": (1, 2), "select": (0, 6), "set": (3, 2), "spa": (5, 2)}
 _SPARSE = ("set", "protect", "select", "mask_save")
+_DTYPES = ["float32", "bfloat16"]
+# The ways of running that each option means something to: the usual one, and those that have an option of their own.
+_MEANT_FOR = {
+    **dict.fromkeys(["ratios", "no_compile"], ("usual",)),
+    **dict.fromkeys(["ops", "dtypes", "elements", "threads", "repeats", "plot"], ("usual", "scaling")),
+    **dict.fromkeys(["quick", "out"], ("usual", "scaling", "memory")),
+    "model_params": ("usual", "memory"),
+    "score_memory": ("memory",),
+    "tolerance": ("compare",),
+}
 
 
 def add_parser(commands: Any) -> None:
@@ -47,12 +57,12 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, no compiled baselines, few repeats")
     parser.add_argument("--ops", nargs="+", metavar="OP", help=f"some of {' '.join(_OPS)} (default: all)")
-    parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, help="(default: both)")
     parser.add_argument("--elements", type=options.number, help="weights per op (default: 64e6)")
     parser.add_argument(
         "--model-params", type=options.number, help="of whole models (default: 20e6; 100e6 with --memory)"
     )
-    parser.add_argument("--ratios", nargs="+", type=options.ratio, metavar="R", default=[0.001, 0.01, 0.05])
+    parser.add_argument("--ratios", nargs="+", type=options.ratio, metavar="R", help="(default: 0.001 0.01 0.05)")
     parser.add_argument(
         "--threads", nargs="+", type=options.number, metavar="N", help="(default: 1 and as many as torch uses)"
     )
@@ -65,7 +75,7 @@ def add_parser(commands: Any) -> None:
     modes.add_argument("--scaling", action="store_true", help="safekern alone, at growing sizes and ratios")
     modes.add_argument("--memory", action="store_true", help="peak memory of whole training runs, a process each")
     modes.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files written by --out")
-    parser.add_argument("--tolerance", type=float, default=0.1, help="of --compare (default: 0.1)")
+    parser.add_argument("--tolerance", type=float, help="of --compare (default: 0.1)")
     parser.add_argument("--score-memory", type=options.number, help="of --memory: bytes that scoring may take")
     parser.set_defaults(run=run)
 
@@ -80,8 +90,15 @@ def run(args: argparse.Namespace) -> int:
     from safekern import plots
     from safekern.bench import measure
 
+    mode = next((mode for mode in ("scaling", "memory", "compare") if getattr(args, mode)), "usual")
+    idle = [option for option, modes in _MEANT_FOR.items() if mode not in modes and getattr(args, option)]
+    if idle:
+        named = ", ".join(f"--{option.replace('_', '-')}" for option in idle)
+        raise InvalidArgumentError(
+            f"{named}: means nothing {'here' if mode == 'usual' else f'to --{mode}'}, leave it out"
+        )
     if args.compare:
-        return _compare(args.compare, args.tolerance)
+        return _compare(args.compare, 0.1 if args.tolerance is None else args.tolerance)
     unknown = [op for op in args.ops or () if op not in _OPS]
     if unknown:
         raise InvalidArgumentError(f"no op {', '.join(unknown)}: there are {', '.join(_OPS)}")
@@ -147,11 +164,13 @@ def _usual(args: argparse.Namespace, base: "Setting") -> "Iterable[tuple[str, Se
     from safekern.bench import cases
 
     model_params = args.model_params or (200_000 if args.quick else 20_000_000)
-    ratios = args.ratios[:1] if args.quick else args.ratios
+    ratios, dtypes = args.ratios or [0.001, 0.01, 0.05], args.dtypes or _DTYPES
+    if args.quick:
+        ratios = ratios[:1]
     for op in args.ops or cases.OPS:
         kind = cases.OPS[op]
         size = model_params if kind.whole_model else base.elements
-        for dtype in args.dtypes if kind.dtypes else args.dtypes[:1]:
+        for dtype in dtypes if kind.dtypes else dtypes[:1]:
             for ratio in ratios if kind.ratios else ratios[:1]:
                 yield op, replace(base, dtype=dtype, elements=size, ratio=ratio)
 
@@ -160,10 +179,10 @@ def _growing(args: argparse.Namespace, base: "Setting") -> "Iterable[tuple[str, 
     """Settings of growing size, as far as memory reaches, and then of growing ratio."""
     from safekern.bench import cases, measure
 
-    sizes = [10_000, 40_000, 160_000] if args.quick else _SIZES
+    sizes, dtypes = [10_000, 40_000, 160_000] if args.quick else _SIZES, args.dtypes or _DTYPES
     middle = replace(base, ratio=0.01)
     for op in [op for op in args.ops or _STREAMING if op in _STREAMING]:
-        for dtype in args.dtypes if cases.OPS[op].dtypes else args.dtypes[:1]:
+        for dtype in dtypes if cases.OPS[op].dtypes else dtypes[:1]:
             for size in sizes:
                 tensors, more = _STREAMING[op]
                 need = size * (tensors * cases.DTYPES[dtype].itemsize + more)
@@ -173,7 +192,7 @@ def _growing(args: argparse.Namespace, base: "Setting") -> "Iterable[tuple[str, 
                 yield op, replace(middle, dtype=dtype, elements=size)
     for op in [op for op in args.ops or _SPARSE if op in _SPARSE]:
         for ratio in _RATIOS:
-            yield op, replace(base, dtype=args.dtypes[-1], ratio=ratio)
+            yield op, replace(base, dtype=dtypes[-1], ratio=ratio)
 
 
 def _along(rows: "Sequence[Row]", axis: str) -> "list[Row]":
@@ -229,7 +248,7 @@ def _memory(args: argparse.Namespace) -> int:
     from safekern.bench import measure, memory, results
 
     params = args.model_params or (200_000 if args.quick else 100_000_000)
-    usages = memory.measure_memory(params, ratio=args.ratios[0] if args.quick else 0.01, score_memory=args.score_memory)
+    usages = memory.measure_memory(params, score_memory=args.score_memory)
     print(memory.table(usages))
     if args.out:
         results.write(args.out, usages, measure.environment())
