@@ -32,6 +32,9 @@ TUNING_BATCH_SIZE = 6
 # Of the loss. It moves the model between refusing too much and too little. Attack success and benign refusals after 100
 # steps, one run each: 14% and 12% at 0.16, 11% and 20% at 0.2.
 REFUSAL_WEIGHT = 0.16
+# Of the loss, beside a task. Over 200 steps on ordinary answers it kept attack success at 9 to 22%, where it rose to
+# 100% without, and the task was learned as fast (README, "Does it work?").
+REPLAY_WEIGHT = 0.1
 
 
 def in_order(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int) -> list[Batch]:
@@ -121,6 +124,66 @@ def balanced(
         _check(pairs, batch_size)
     refusals, answers = (shuffled(tokenizer, pairs, batch_size // 2, seed, skip=skip) for pairs in (harmful, benign))
     return [(refusal_weight, refusals), (1 - refusal_weight, answers)]
+
+
+def with_refusals(
+    tokenizer: "PreTrainedTokenizerBase",
+    pairs: Pairs,
+    refusals: Pairs,
+    *,
+    batch_size: int = TUNING_BATCH_SIZE,
+    refusal_weight: float = REPLAY_WEIGHT,
+    seed: int = 0,
+    skip: int = 0,
+) -> list[tuple[float, Iterator[Batch]]]:
+    """What `tune` needs to teach a model a task without unteaching it to refuse.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        pairs: the task: prompts with the responses to learn.
+        refusals: harmful prompts with refusals, as they were learned before.
+        batch_size: pairs of the task per iteration; half as many refusals come with them.
+        refusal_weight: how much of the loss the refusals are, from 0 (there are none) to less than 1.
+        seed: order of the pairs.
+        skip: iterations to leave out at the beginning.
+
+    Returns:
+        For the task and for refusals, their weight in the loss and their endless batches.
+
+    Raises:
+        InvalidArgumentError: a batch size below 1, a weight outside [0, 1), or no pairs of a kind that has weight.
+
+    Example:
+        >>> opt = safekern.SPAAdamW(model.named_parameters(), mask, lr=2e-5)                      # doctest: +SKIP
+        >>> parts = with_refusals(tokenizer, pairs, builtin("harmful", "tune"))                   # doctest: +SKIP
+        >>> losses = tune(model, opt, parts, 1000)                                                # doctest: +SKIP
+    """
+    check_replay(refusal_weight)
+    for some in (pairs, refusals) if refusal_weight else (pairs,):
+        _check(some, batch_size)
+    task = shuffled(tokenizer, pairs, batch_size, seed, skip=skip)
+    if not refusal_weight:
+        return [(1.0, task)]
+    replayed = shuffled(tokenizer, refusals, max(1, batch_size // 2), seed, skip=skip)
+    return [(1 - refusal_weight, task), (refusal_weight, replayed)]
+
+
+def check_replay(refusal_weight: float) -> None:
+    """Raises what `with_refusals` would raise, to be called before long work starts.
+
+    Args:
+        refusal_weight: how much of the loss the refusals are.
+
+    Raises:
+        InvalidArgumentError: a weight outside [0, 1).
+
+    Example:
+        >>> check_replay(1.0)
+        Traceback (most recent call last):
+        safekern.errors.InvalidArgumentError: refusal_weight is 1.0, but must be at least 0 and less than 1
+    """
+    if not 0 <= refusal_weight < 1:
+        raise InvalidArgumentError(f"refusal_weight is {refusal_weight}, but must be at least 0 and less than 1")
 
 
 def check_balance(batch_size: int, refusal_weight: float) -> None:

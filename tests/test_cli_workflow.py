@@ -216,6 +216,21 @@ class TestSpa:
             assert moved.any()
             assert name not in mask or not (moved & mask.bool(name)).any()
 
+    def test_refusals_are_learned_beside_the_data(self, folder):
+        found = {}
+        for weight in ("0.1", "0.9", "0"):
+            assert self.spa("--refusal-weight", weight, out=weight) == 0
+            report = json.loads((folder / weight / "spa.json").read_text())
+            assert report["refusal_weight"] == float(weight)
+            found[weight] = report["losses"]
+        task, mixed, mostly = (found[weight][0] for weight in ("0", "0.1", "0.9"))
+        # Linear in the weight, before the first step.
+        assert mixed - task == pytest.approx((mostly - task) / 9, rel=1e-3, abs=1e-5)
+        assert mixed != task
+        assert self.spa("--harmful", "harmful.jsonl", out="own") == 0
+        own = json.loads((folder / "own" / "spa.json").read_text())["losses"]
+        assert own[0] not in (task, mixed)
+
     def test_resumed_run_ends_with_the_same_bits(self, folder, monkeypatch):
         assert self.spa(out="whole") == 0
         with monkeypatch.context() as patch:
@@ -245,6 +260,9 @@ def test_verify(folder, capsys):
     assert [row["weights"] for row in found["rows"]] == ["none", "top", "random", "top", "random"]
 
 
+SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "new"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -266,6 +284,9 @@ def test_verify(folder, capsys):
             ["spa", "--model", "old/model", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "old"],
             "would take the place of --model",
         ),
+        ([*SPA, "--refusal-weight", "1"], "refusal_weight is 1.0"),
+        ([*SPA, "--refusal-weight", "0", "--harmful", "harmful.jsonl"], "leave one of them out"),
+        ([*SPA, "--harmful", "absent.jsonl"], "cannot be read"),
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--noise", "-1"], "noise must be"),
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--seed", "-1"], "seed must be"),
         (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),

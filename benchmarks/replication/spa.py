@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from safekern import Mask, Scores, SPAAdamW, protect, resume
 from safekern.prompts import Pairs
-from safekern.training import shuffled
+from safekern.training import REPLAY_WEIGHT, with_refusals
 
 from .aligned import ALIGNED, aligned, safety_scores, task_scores, taught
 from .lab import Lab
@@ -22,8 +22,6 @@ LONG = (10, 100, 300, 1000)
 _WATCHED = (5, 15, 30, 70, 150, 300, 500, 700)
 LR = 2e-5
 REFRESHED_EVERY = 50
-# Share of the loss that refusals have where they are replayed.
-REPLAYED = 0.1
 _BATCH_SIZE = 4
 _SCORED, _RESCORED, _HELD_OUT = 128, 32, 32
 CHAT, GSM8K = "chat", "gsm8k"
@@ -119,11 +117,16 @@ def _run(name: str, task: str, lr: float, method: str, ratio: float, seed: int, 
             return torch.optim.AdamW(lab.model.named_parameters(), lr=lr)
 
         def make_parts(skip: int) -> Parts:
-            batches = shuffled(lab.tokenizer, pairs, _BATCH_SIZE, seed, skip=skip)
-            if method != "replay":
-                return [(1.0, batches)]
-            refusals = shuffled(lab.tokenizer, lab.data.refusals, _BATCH_SIZE // 2, seed, skip=skip)
-            return [(1 - REPLAYED, batches), (REPLAYED, refusals)]
+            weight = REPLAY_WEIGHT if method == "replay" else 0.0
+            return with_refusals(
+                lab.tokenizer,
+                pairs,
+                lab.data.refusals,
+                batch_size=_BATCH_SIZE,
+                refusal_weight=weight,
+                seed=seed,
+                skip=skip,
+            )
 
         tune_and_measure(
             lab,

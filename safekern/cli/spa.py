@@ -7,16 +7,17 @@ from typing import Any
 import torch
 
 from safekern.cli import options, tuning
-from safekern.errors import ProtectionError
+from safekern.errors import InvalidArgumentError, ProtectionError
 from safekern.models import save
 from safekern.optim import SPAAdamW
-from safekern.prompts import load
+from safekern.prompts import builtin, load
 from safekern.resume import Weights
-from safekern.training import TUNING_BATCH_SIZE, shuffled
+from safekern.training import REPLAY_WEIGHT, TUNING_BATCH_SIZE, check_replay, with_refusals
 
 _DESCRIPTION = """\
 Fine-tunes an aligned model on your prompts and responses with the weights of a mask frozen, bit for bit (SPA, arXiv
-2604.08297), so that it keeps its safety. The mask has to be that of the aligned model: score that one.
+2604.08297), and with refusals of harmful prompts beside them, so that it keeps its safety. The mask has to be that of
+the aligned model: score that one.
 
 Writes to --out:
   model/      the whole fine-tuned model; all but the mask has changed, so a delta would be no smaller
@@ -30,9 +31,10 @@ example: keep what makes a model safe while it learns grade-school math
   safekern score --model ./aligned --out run
   safekern spa --model ./aligned --mask run/mask.safetensors --data math.jsonl --iterations 1000 --out run
 
---data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. Freezing
-slows the loss of safety; refusals among the data kept it in our experiments (README, "Does it work?"). If it is
-interrupted: the same command again with --resume. It ends with the same bits.
+--data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. In our
+experiments freezing slowed the loss of safety, and refusals as a tenth of the loss kept it (README, "Does it work?").
+--refusal-weight 0 leaves them out. If it is interrupted: the same command again with --resume. It ends with the same
+bits.
 """
 
 
@@ -47,6 +49,16 @@ def add_parser(commands: Any) -> None:
     )
     options.add_model(parser)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="prompts with the responses to learn")
+    parser.add_argument(
+        "--harmful", type=Path, metavar="FILE", help="harmful prompts with refusals (default: built-in)"
+    )
+    parser.add_argument(
+        "--refusal-weight",
+        type=float,
+        default=REPLAY_WEIGHT,
+        metavar="W",
+        help=f"share of the refusals in the loss, from 0 (none) to less than 1 (default: {REPLAY_WEIGHT})",
+    )
     tuning.add_training(parser, iterations=1000, lr=2e-5, batch_size=TUNING_BATCH_SIZE, every=250)
     parser.set_defaults(run=run)
 
@@ -59,6 +71,10 @@ def run(args: argparse.Namespace) -> None:
     """
     tuning.prepare(args)
     pairs = load(args.data)
+    if args.harmful and not args.refusal_weight:
+        raise InvalidArgumentError("--harmful: means nothing with --refusal-weight 0, leave one of them out")
+    refusals = tuning.read_pairs(args.harmful, builtin("harmful", "tune"))
+    check_replay(args.refusal_weight)
     model, tokenizer = options.load_model(args)
     mask, base = options.load_mask(args.mask, model)
     protected = Weights(mask.parameters(model))
@@ -70,8 +86,23 @@ def run(args: argparse.Namespace) -> None:
         Weights({name: (param, None) for name, param in model.named_parameters()}),
         # Second moments in bfloat16 could not decay.
         lambda: SPAAdamW(model.named_parameters(), mask, lr=args.lr, state_dtype=torch.float32),
-        lambda skip: [(1.0, shuffled(tokenizer, pairs, args.batch_size, args.seed, skip=skip))],
-        {"command": "spa", "model": base, "mask": mask.fingerprint, "data": tuning.digest(pairs)},
+        lambda skip: with_refusals(
+            tokenizer,
+            pairs,
+            refusals,
+            batch_size=args.batch_size,
+            refusal_weight=args.refusal_weight,
+            seed=args.seed,
+            skip=skip,
+        ),
+        {
+            "command": "spa",
+            "model": base,
+            "mask": mask.fingerprint,
+            "data": tuning.digest(pairs),
+            "refusals": tuning.digest(refusals),
+            "refusal_weight": args.refusal_weight,
+        },
     )
     for name, value in protected.read().items():
         if not torch.equal(value.view(torch.uint8), original[name].view(torch.uint8)):
@@ -84,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         base,
         mask,
         losses,
-        {"data": options.without_folders(args.data), "pairs": len(pairs)},
+        {"data": options.without_folders(args.data), "pairs": len(pairs), "refusal_weight": args.refusal_weight},
         checked="Every weight of the mask was checked to be bit-identical.",
         written=["model/", "spa.json"],
     )
