@@ -270,11 +270,11 @@ class SETAdamW(MaskedOptimizer):
         """Those that hold parts of the masked parameters."""
         return Processes.of([param for _, name, param in self._named() if name in self._masked])
 
-    def _agree(self, targets: list[Target], bad: list[str]) -> None:
+    def _agree(self, processes: Processes, targets: list[Target], bad: list[str]) -> None:
         """Refuses a step in every process that takes part in it, or in none."""
-        count, names = len(targets), list(self._masked)
-        processes = self._processes()
+        count = len(targets)
         if processes.size > 1:
+            names = list(self._masked)
             votes = torch.tensor([count, *(name in bad for name in names)], dtype=torch.int32, device="cpu")
             count, *flags = processes.total(votes).tolist()
             bad = [name for name, flag in zip(names, flags, strict=True) if flag]
@@ -319,9 +319,10 @@ class SETAdamW(MaskedOptimizer):
         self._averaged = False
         flags = [*gather(targets), *check_reduced(targets)]
         # Where no other device or process has a say, the device itself skips the update, and never waits for the host.
-        alone = len(flags) == 1 and self._processes().size == 1
+        processes = self._processes()
+        alone = len(flags) == 1 and processes.size == 1
         if not alone:
-            self._agree(targets, nonfinite_names(targets, flags))
+            self._agree(processes, targets, nonfinite_names(targets, flags))
         together: dict[tuple[int, torch.device], list[Target]] = {}
         for target in targets:
             together.setdefault((id(target.group), target.piece.device), []).append(target)
@@ -330,7 +331,7 @@ class SETAdamW(MaskedOptimizer):
             for arguments in updates:
                 ops.set_adamw_(*arguments, flags[0].on_device if alone else None)
             if alone:
-                self._agree(targets, nonfinite_names(targets, flags))
+                self._agree(processes, targets, nonfinite_names(targets, flags))
         return loss
 
     @_disable_dynamo
