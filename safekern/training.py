@@ -32,9 +32,8 @@ TUNING_BATCH_SIZE = 6
 # Of the loss. It moves the model between refusing too much and too little. Attack success and benign refusals after 100
 # steps, one run each: 14% and 12% at 0.16, 11% and 20% at 0.2.
 REFUSAL_WEIGHT = 0.16
-# Of the loss, beside a task. Over 200 steps on ordinary answers it kept attack success at 9 to 22%, where it rose to
-# 100% without, and the task was learned as fast (README, "Does it work?").
-REPLAY_WEIGHT = 0.1
+# Of the loss, beside a task.
+REHEARSAL = 0.3
 
 
 def in_order(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int) -> list[Batch]:
@@ -126,64 +125,76 @@ def balanced(
     return [(refusal_weight, refusals), (1 - refusal_weight, answers)]
 
 
-def with_refusals(
+def with_rehearsal(
     tokenizer: "PreTrainedTokenizerBase",
     pairs: Pairs,
-    refusals: Pairs,
+    harmful: Pairs,
+    benign: Pairs,
     *,
     batch_size: int = TUNING_BATCH_SIZE,
-    refusal_weight: float = REPLAY_WEIGHT,
+    rehearsal: float = REHEARSAL,
+    refusal_weight: float = REFUSAL_WEIGHT,
     seed: int = 0,
     skip: int = 0,
 ) -> list[tuple[float, Iterator[Batch]]]:
-    """What `tune` needs to teach a model a task without unteaching it to refuse.
+    """What `tune` needs to teach a model a task while it keeps refusing what is harmful, and that alone.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         pairs: the task: prompts with the responses to learn.
-        refusals: harmful prompts with refusals, as they were learned before.
-        batch_size: pairs of the task per iteration; half as many refusals come with them.
-        refusal_weight: how much of the loss the refusals are, from 0 (there are none) to less than 1.
+        harmful: harmful prompts with refusals.
+        benign: ordinary prompts with helpful answers. Beside a narrow task, refusals alone teach a model to refuse all
+            else.
+        batch_size: pairs of the task per iteration; half as many of either kind come with them.
+        rehearsal: how much of the loss these two kinds are, from 0 (there are none) to less than 1.
+        refusal_weight: how much of that the refusals are, see `balanced`.
         seed: order of the pairs.
         skip: iterations to leave out at the beginning.
 
     Returns:
-        For the task and for refusals, their weight in the loss and their endless batches.
+        For the task, refusals and helpful answers, their weight in the loss and their endless batches.
 
     Raises:
-        InvalidArgumentError: a batch size below 1, a weight outside [0, 1), or no pairs of a kind that has weight.
+        InvalidArgumentError: a batch size below 1, a weight out of range, or no pairs of a kind that has weight.
 
     Example:
-        >>> opt = safekern.SPAAdamW(model.named_parameters(), mask, lr=2e-5)                      # doctest: +SKIP
-        >>> parts = with_refusals(tokenizer, pairs, builtin("harmful", "tune"))                   # doctest: +SKIP
-        >>> losses = tune(model, opt, parts, 1000)                                                # doctest: +SKIP
+        >>> opt = safekern.SPAAdamW(model.named_parameters(), mask, lr=2e-5)                       # doctest: +SKIP
+        >>> harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")                # doctest: +SKIP
+        >>> losses = tune(model, opt, with_rehearsal(tokenizer, pairs, harmful, benign), 1000)     # doctest: +SKIP
     """
-    check_replay(refusal_weight)
-    for some in (pairs, refusals) if refusal_weight else (pairs,):
-        _check(some, batch_size)
+    check_rehearsal(rehearsal)
+    _check(pairs, batch_size)
     task = shuffled(tokenizer, pairs, batch_size, seed, skip=skip)
-    if not refusal_weight:
+    if not rehearsal:
         return [(1.0, task)]
-    replayed = shuffled(tokenizer, refusals, max(1, batch_size // 2), seed, skip=skip)
-    return [(1 - refusal_weight, task), (refusal_weight, replayed)]
+    both = balanced(
+        tokenizer,
+        harmful,
+        benign,
+        batch_size=2 * max(1, batch_size // 2),
+        refusal_weight=refusal_weight,
+        seed=seed,
+        skip=skip,
+    )
+    return [(1 - rehearsal, task), *((rehearsal * weight, batches) for weight, batches in both)]
 
 
-def check_replay(refusal_weight: float) -> None:
-    """Raises what `with_refusals` would raise, to be called before long work starts.
+def check_rehearsal(rehearsal: float) -> None:
+    """Raises what `with_rehearsal` would raise, to be called before long work starts.
 
     Args:
-        refusal_weight: how much of the loss the refusals are.
+        rehearsal: how much of the loss it is.
 
     Raises:
-        InvalidArgumentError: a weight outside [0, 1).
+        InvalidArgumentError: a share outside [0, 1).
 
     Example:
-        >>> check_replay(1.0)
+        >>> check_rehearsal(1.0)
         Traceback (most recent call last):
-        safekern.errors.InvalidArgumentError: refusal_weight is 1.0, but must be at least 0 and less than 1
+        safekern.errors.InvalidArgumentError: rehearsal is 1.0, but must be at least 0 and less than 1
     """
-    if not 0 <= refusal_weight < 1:
-        raise InvalidArgumentError(f"refusal_weight is {refusal_weight}, but must be at least 0 and less than 1")
+    if not 0 <= rehearsal < 1:
+        raise InvalidArgumentError(f"rehearsal is {rehearsal}, but must be at least 0 and less than 1")
 
 
 def check_balance(batch_size: int, refusal_weight: float) -> None:

@@ -216,20 +216,19 @@ class TestSpa:
             assert moved.any()
             assert name not in mask or not (moved & mask.bool(name)).any()
 
-    def test_refusals_are_learned_beside_the_data(self, folder):
+    def test_alignment_is_rehearsed_beside_the_data(self, folder):
         found = {}
-        for weight in ("0.1", "0.9", "0"):
-            assert self.spa("--refusal-weight", weight, out=weight) == 0
-            report = json.loads((folder / weight / "spa.json").read_text())
-            assert report["refusal_weight"] == float(weight)
-            found[weight] = report["losses"]
-        task, mixed, mostly = (found[weight][0] for weight in ("0", "0.1", "0.9"))
-        # Linear in the weight, before the first step.
-        assert mixed - task == pytest.approx((mostly - task) / 9, rel=1e-3, abs=1e-5)
-        assert mixed != task
-        assert self.spa("--harmful", "harmful.jsonl", out="own") == 0
-        own = json.loads((folder / "own" / "spa.json").read_text())["losses"]
-        assert own[0] not in (task, mixed)
+        for share in ("0.1", "0.9", "0"):
+            assert self.spa("--rehearsal", share, out=share) == 0
+            report = json.loads((folder / share / "spa.json").read_text())
+            assert report["rehearsal"] == float(share)
+            found[share] = report["losses"][0]
+        # Linear in the share, before the first step.
+        assert found["0.1"] - found["0"] == pytest.approx((found["0.9"] - found["0"]) / 9, rel=1e-3, abs=1e-5)
+        assert found["0.1"] != found["0"]
+        for option in ("--harmful", "--benign"):
+            assert self.spa("--rehearsal", "0.1", option, f"{option[2:]}.jsonl", out="own") == 0
+            assert json.loads((folder / "own" / "spa.json").read_text())["losses"][0] not in found.values()
 
     def test_resumed_run_ends_with_the_same_bits(self, folder, monkeypatch):
         assert self.spa(out="whole") == 0
@@ -284,8 +283,8 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
             ["spa", "--model", "old/model", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "old"],
             "would take the place of --model",
         ),
-        ([*SPA, "--refusal-weight", "1"], "refusal_weight is 1.0"),
-        ([*SPA, "--refusal-weight", "0", "--harmful", "harmful.jsonl"], "leave one of them out"),
+        ([*SPA, "--rehearsal", "1"], "rehearsal is 1.0"),
+        ([*SPA, "--rehearsal", "0", "--harmful", "harmful.jsonl"], "leave them out"),
         ([*SPA, "--harmful", "absent.jsonl"], "cannot be read"),
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--noise", "-1"], "noise must be"),
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--seed", "-1"], "seed must be"),

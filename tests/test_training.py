@@ -7,7 +7,7 @@ from language_models import byte_tokenizer, tiny_llama
 from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.objectives import refusal
 from safekern.prompts import Pairs
-from safekern.training import balanced, in_order, shuffled, tune, with_refusals
+from safekern.training import balanced, in_order, shuffled, tune, with_rehearsal
 
 
 def pairs(tag, count):
@@ -106,25 +106,31 @@ def test_balanced_mixes_both_kinds():
         balanced(tokenizer, pairs("a", 4), pairs("b", 0))
 
 
-def test_refusals_come_with_a_task():
+def test_rehearsal_comes_with_a_task():
     tokenizer = byte_tokenizer()
-    task, refusals = pairs("task", 4), pairs("bad", 3)
-    (rest, learned), (weight, replayed) = with_refusals(tokenizer, task, refusals, batch_size=4, skip=2)
-    assert (rest, weight) == (0.9, 0.1)
-    for tag, count, batches in (("TASK", 4, learned), ("BAD", 2, replayed)):
+    task, harmful, benign = pairs("task", 5), pairs("bad", 4), pairs("good", 3)
+    parts = with_rehearsal(
+        tokenizer, task, harmful, benign, batch_size=5, rehearsal=0.4, refusal_weight=0.25, seed=3, skip=2
+    )
+    assert [weight for weight, _ in parts] == pytest.approx([0.6, 0.1, 0.3])
+    for tag, count, (_, batches) in zip(("TASK", "BAD", "GOOD"), (5, 2, 2), parts, strict=True):
         rows = texts(tokenizer, next(batches))
         assert len(rows) == count and all(tag in row for row in rows)
-    ((whole, alone),) = with_refusals(tokenizer, task, pairs("bad", 0), batch_size=4, refusal_weight=0, seed=5)
+    both = balanced(tokenizer, harmful, benign, batch_size=4, seed=3, skip=3)
+    assert [texts(tokenizer, next(batches)) for _, batches in parts[1:]] == [
+        texts(tokenizer, next(batches)) for _, batches in both
+    ]
+    ((whole, alone),) = with_rehearsal(tokenizer, task, harmful, benign, batch_size=4, rehearsal=0, seed=5)
     assert whole == 1
     assert texts(tokenizer, next(alone)) == texts(tokenizer, next(shuffled(tokenizer, task, 4, seed=5)))
-    (_, _), (_, one) = with_refusals(tokenizer, task, refusals, batch_size=1)
-    assert len(texts(tokenizer, next(one))) == 1
-    for wrong in ({"batch_size": 0}, {"refusal_weight": 1.0}, {"refusal_weight": -0.1}):
+    smallest = with_rehearsal(tokenizer, task, harmful, benign, batch_size=1)
+    assert [len(texts(tokenizer, next(batches))) for _, batches in smallest] == [1, 1, 1]
+    for wrong in ({"batch_size": 0}, {"rehearsal": 1.0}, {"rehearsal": -0.1}, {"refusal_weight": 2}):
         with pytest.raises(InvalidArgumentError):
-            with_refusals(tokenizer, task, refusals, **wrong)
-    for empty in ((task, pairs("bad", 0)), (pairs("task", 0), refusals)):
+            with_rehearsal(tokenizer, task, harmful, benign, **wrong)
+    for kinds in ((pairs("task", 0), harmful, benign), (task, pairs("bad", 0), benign), (task, harmful, pairs("b", 0))):
         with pytest.raises(InvalidArgumentError, match="no pairs"):
-            with_refusals(tokenizer, *empty)
+            with_rehearsal(tokenizer, *kinds)
 
 
 def test_tune_goes_on_from_what_is_done():

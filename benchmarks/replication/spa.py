@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from safekern import Mask, Scores, SPAAdamW, protect, resume
 from safekern.prompts import Pairs
-from safekern.training import REPLAY_WEIGHT, with_refusals
+from safekern.training import shuffled, with_rehearsal
 
 from .aligned import ALIGNED, aligned, safety_scores, task_scores, taught
 from .lab import Lab
@@ -22,6 +22,9 @@ LONG = (10, 100, 300, 1000)
 _WATCHED = (5, 15, 30, 70, 150, 300, 500, 700)
 LR = 2e-5
 REFRESHED_EVERY = 50
+# Shares of the loss: of refusals alone, and of what alignment was taught, refusals with ordinary answers.
+REPLAYED = 0.1
+REHEARSED = {"rehearse-0.3": 0.3, "rehearse-0.5": 0.5}
 _BATCH_SIZE = 4
 _SCORED, _RESCORED, _HELD_OUT = 128, 32, 32
 CHAT, GSM8K = "chat", "gsm8k"
@@ -34,7 +37,7 @@ def spa_runs(plan: Plan) -> list[Run]:
     main = [("nothing", 0.0), ("esi", 0.01), ("random", 0.01)]
     ratios = [("esi", 0.05), ("random", 0.05), ("esi", 0.1), ("esi", 0.03)]
     variants = [("project", 0.01), ("project", 1.0), ("conflict", 0.01), ("conflict", 0.05)]
-    variants += [("replay", 0.0), ("replay", 0.01)]
+    variants += [("replay", 0.0), ("replay", 0.01), *((method, 0.0) for method in REHEARSED)]
     variants += [("refresh", 0.01), ("refresh", 0.05), ("signed", 0.01), ("not-task", 0.01), ("not-task", 0.05)]
     for task in plan.tasks:
         runs += [_run("set", task, LR, *kind, first, steps) for kind in [*main, *ratios, *variants]]
@@ -117,13 +120,17 @@ def _run(name: str, task: str, lr: float, method: str, ratio: float, seed: int, 
             return torch.optim.AdamW(lab.model.named_parameters(), lr=lr)
 
         def make_parts(skip: int) -> Parts:
-            weight = REPLAY_WEIGHT if method == "replay" else 0.0
-            return with_refusals(
+            if method == "replay":
+                batches = shuffled(lab.tokenizer, pairs, _BATCH_SIZE, seed, skip=skip)
+                refusals = shuffled(lab.tokenizer, lab.data.refusals, _BATCH_SIZE // 2, seed, skip=skip)
+                return [(1 - REPLAYED, batches), (REPLAYED, refusals)]
+            return with_rehearsal(
                 lab.tokenizer,
                 pairs,
                 lab.data.refusals,
+                taught(lab),
                 batch_size=_BATCH_SIZE,
-                refusal_weight=weight,
+                rehearsal=REHEARSED.get(method, 0.0),
                 seed=seed,
                 skip=skip,
             )

@@ -12,7 +12,7 @@ from safekern.models import save
 from safekern.optim import SPAAdamW
 from safekern.prompts import builtin, load
 from safekern.resume import Weights
-from safekern.training import REPLAY_WEIGHT, TUNING_BATCH_SIZE, check_replay, with_refusals
+from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, with_rehearsal
 
 _DESCRIPTION = """\
 Fine-tunes an aligned model on your prompts and responses with the weights of a mask frozen, bit for bit (SPA, arXiv
@@ -52,12 +52,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--harmful", type=Path, metavar="FILE", help="harmful prompts with refusals (default: built-in)"
     )
+    parser.add_argument("--benign", type=Path, metavar="FILE", help="prompts with helpful answers (default: built-in)")
     parser.add_argument(
-        "--refusal-weight",
+        "--rehearsal",
         type=float,
-        default=REPLAY_WEIGHT,
+        default=REHEARSAL,
         metavar="W",
-        help=f"share of the refusals in the loss, from 0 (none) to less than 1 (default: {REPLAY_WEIGHT})",
+        help=f"share of these two in the loss, from 0 (none) to less than 1 (default: {REHEARSAL})",
     )
     tuning.add_training(parser, iterations=1000, lr=2e-5, batch_size=TUNING_BATCH_SIZE, every=250)
     parser.set_defaults(run=run)
@@ -71,10 +72,11 @@ def run(args: argparse.Namespace) -> None:
     """
     tuning.prepare(args)
     pairs = load(args.data)
-    if args.harmful and not args.refusal_weight:
-        raise InvalidArgumentError("--harmful: means nothing with --refusal-weight 0, leave one of them out")
-    refusals = tuning.read_pairs(args.harmful, builtin("harmful", "tune"))
-    check_replay(args.refusal_weight)
+    if (args.harmful or args.benign) and not args.rehearsal:
+        raise InvalidArgumentError("--harmful and --benign mean nothing with --rehearsal 0: leave them out")
+    harmful = tuning.read_pairs(args.harmful, builtin("harmful", "tune"))
+    benign = tuning.read_pairs(args.benign, builtin("benign", "tune"))
+    check_rehearsal(args.rehearsal)
     model, tokenizer = options.load_model(args)
     mask, base = options.load_mask(args.mask, model)
     protected = Weights(mask.parameters(model))
@@ -86,12 +88,13 @@ def run(args: argparse.Namespace) -> None:
         Weights({name: (param, None) for name, param in model.named_parameters()}),
         # Second moments in bfloat16 could not decay.
         lambda: SPAAdamW(model.named_parameters(), mask, lr=args.lr, state_dtype=torch.float32),
-        lambda skip: with_refusals(
+        lambda skip: with_rehearsal(
             tokenizer,
             pairs,
-            refusals,
+            harmful,
+            benign,
             batch_size=args.batch_size,
-            refusal_weight=args.refusal_weight,
+            rehearsal=args.rehearsal,
             seed=args.seed,
             skip=skip,
         ),
@@ -100,8 +103,9 @@ def run(args: argparse.Namespace) -> None:
             "model": base,
             "mask": mask.fingerprint,
             "data": tuning.digest(pairs),
-            "refusals": tuning.digest(refusals),
-            "refusal_weight": args.refusal_weight,
+            "harmful": tuning.digest(harmful),
+            "benign": tuning.digest(benign),
+            "rehearsal": args.rehearsal,
         },
     )
     for name, value in protected.read().items():
@@ -115,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         base,
         mask,
         losses,
-        {"data": options.without_folders(args.data), "pairs": len(pairs), "refusal_weight": args.refusal_weight},
+        {"data": options.without_folders(args.data), "pairs": len(pairs), "rehearsal": args.rehearsal},
         checked="Every weight of the mask was checked to be bit-identical.",
         written=["model/", "spa.json"],
     )
