@@ -222,11 +222,12 @@ def _spa_table(runs: Sequence[Found], start: Row) -> Table:
         ]
     columns += [
         Column("last attack success", "{}", "attack success at the last step"),
+        Column("last benign refusals", "{}", "benign refusals at the last step"),
         Column("task NLL at the last step"),
     ]
     rows: list[list[Any]] = [["(start)", None, None]]
     rows[0] += [0, start["refusal_nll"][0], start["attack_success"][0]] * len(levels)
-    rows[0] += [_percent([start]), _number([start], "task_nll")]
+    rows[0] += [_percent([start]), _percent([start], "benign_refusals"), _number([start], "task_nll")]
     kinds = list(dict.fromkeys((run["settings"]["method"], run["settings"]["ratio"]) for run in _in_order(runs)))
     for method, ratio in kinds:
         mine = [run for run in runs if (run["settings"]["method"], run["settings"]["ratio"]) == (method, ratio)]
@@ -236,7 +237,7 @@ def _spa_table(runs: Sequence[Found], start: Row) -> Table:
                 row.append(_mean([crossing([start, *run["rows"]], "task_nll", level, key) for run in mine]))
         last = [[one for one in run["rows"] if "attack_success" in one][-1:] for run in mine]
         ends = [one for some in last for one in some]
-        rows.append([*row, _percent(ends), _number(ends, "task_nll")])
+        rows.append([*row, _percent(ends), _percent(ends, "benign_refusals"), _number(ends, "task_nll")])
     return Table(columns, rows)
 
 

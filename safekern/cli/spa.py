@@ -16,8 +16,8 @@ from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, wit
 
 _DESCRIPTION = """\
 Fine-tunes an aligned model on your prompts and responses with the weights of a mask frozen, bit for bit (SPA, arXiv
-2604.08297), and with refusals of harmful prompts beside them, so that it keeps its safety. The mask has to be that of
-the aligned model: score that one.
+2604.08297), and rehearses refusals of harmful prompts and helpful answers beside them, so that it keeps its safety. The
+mask has to be that of the aligned model: score that one.
 
 Writes to --out:
   model/      the whole fine-tuned model; all but the mask has changed, so a delta would be no smaller
@@ -32,9 +32,8 @@ example: keep what makes a model safe while it learns grade-school math
   safekern spa --model ./aligned --mask run/mask.safetensors --data math.jsonl --iterations 1000 --out run
 
 --data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. In our
-experiments freezing slowed the loss of safety, and refusals as a tenth of the loss kept it (README, "Does it work?").
---refusal-weight 0 leaves them out. If it is interrupted: the same command again with --resume. It ends with the same
-bits.
+experiments freezing slowed the loss of safety and rehearsal kept it (README, "Does it work?"); --rehearsal 0 leaves it
+out. If it is interrupted: the same command again with --resume. It ends with the same bits.
 """
 
 
