@@ -32,8 +32,8 @@ TUNING_BATCH_SIZE = 6
 # Of the loss. It moves the model between refusing too much and too little. Attack success and benign refusals after 100
 # steps, one run each: 14% and 12% at 0.16, 11% and 20% at 0.2.
 REFUSAL_WEIGHT = 0.16
-# Of the loss, beside a task. After 200 steps on GSM8K attack success was 3% and benign refusals were 11%, where it was
-# 52% without. A share of 0.3 did it there as well, but not beside ordinary answers, which unteach refusing more (README,
+# Of the loss, beside a task. After 200 steps on GSM8K attack success was 3% and benign refusals were 11%; it was 52%
+# without. A share of 0.3 did it there as well, but not beside ordinary answers, which unteach refusing more (README,
 # "Does it work?").
 REHEARSAL = 0.5
 
