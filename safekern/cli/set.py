@@ -1,7 +1,6 @@
 """``safekern set``: Safety Enhancement Tuning, which makes a model refuse by updating the weights of a mask alone."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from safekern.checkpoint import Patched, fingerprint
@@ -10,7 +9,6 @@ from safekern.delta import save_delta
 from safekern.errors import SafekernError
 from safekern.models import save
 from safekern.optim import SETAdamW
-from safekern.prompts import builtin
 from safekern.resume import Weights
 from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, check_balance
 
@@ -48,10 +46,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_model(parser)
-    parser.add_argument(
-        "--harmful", type=Path, metavar="FILE", help="harmful prompts with refusals (default: built-in)"
-    )
-    parser.add_argument("--benign", type=Path, metavar="FILE", help="prompts with helpful answers (default: built-in)")
+    tuning.add_pairs(parser)
     parser.add_argument(
         "--refusal-weight",
         type=float,
@@ -72,8 +67,7 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
     """
     tuning.prepare(args)
-    harmful = tuning.read_pairs(args.harmful, builtin("harmful", "tune"))
-    benign = tuning.read_pairs(args.benign, builtin("benign", "tune"))
+    harmful, benign = tuning.read_pairs(args)
     check_balance(args.batch_size, args.refusal_weight)
     model, tokenizer = options.load_model(args)
     mask, base = options.load_mask(args.mask, model)

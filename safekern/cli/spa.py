@@ -10,7 +10,7 @@ from safekern.cli import options, tuning
 from safekern.errors import InvalidArgumentError, ProtectionError
 from safekern.models import save
 from safekern.optim import SPAAdamW
-from safekern.prompts import builtin, load
+from safekern.prompts import load
 from safekern.resume import Weights
 from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, with_rehearsal
 
@@ -48,10 +48,7 @@ def add_parser(commands: Any) -> None:
     )
     options.add_model(parser)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="prompts with the responses to learn")
-    parser.add_argument(
-        "--harmful", type=Path, metavar="FILE", help="harmful prompts with refusals (default: built-in)"
-    )
-    parser.add_argument("--benign", type=Path, metavar="FILE", help="prompts with helpful answers (default: built-in)")
+    tuning.add_pairs(parser)
     parser.add_argument(
         "--rehearsal",
         type=float,
@@ -73,8 +70,7 @@ def run(args: argparse.Namespace) -> None:
     pairs = load(args.data)
     if (args.harmful or args.benign) and not args.rehearsal:
         raise InvalidArgumentError("--harmful and --benign mean nothing with --rehearsal 0: leave them out")
-    harmful = tuning.read_pairs(args.harmful, builtin("harmful", "tune"))
-    benign = tuning.read_pairs(args.benign, builtin("benign", "tune"))
+    harmful, benign = tuning.read_pairs(args)
     check_rehearsal(args.rehearsal)
     model, tokenizer = options.load_model(args)
     mask, base = options.load_mask(args.mask, model)

@@ -14,7 +14,7 @@ from safekern.checkpoint import fingerprint
 from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
-from safekern.prompts import Pairs, load
+from safekern.prompts import Pairs, builtin, load
 from safekern.tables import printable
 from safekern.training import Batch, tune
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FILE = "training.safetensors"
+
+
+def add_pairs(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of what aligns a model: refusals, and helpful answers."""
+    parser.add_argument(
+        "--harmful", type=Path, metavar="FILE", help="harmful prompts with refusals (default: built-in)"
+    )
+    parser.add_argument("--benign", type=Path, metavar="FILE", help="prompts with helpful answers (default: built-in)")
 
 
 def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float, batch_size: int, every: int) -> None:
@@ -71,9 +79,11 @@ def prepare(args: argparse.Namespace) -> None:
         )
 
 
-def read_pairs(path: Path | None, otherwise: Pairs) -> Pairs:
-    """The pairs of a file, or the built-in ones."""
-    return otherwise if path is None else load(path)
+def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
+    """Refusals and helpful answers, from the files that the options of `add_pairs` name or built-in."""
+    harmful = load(args.harmful) if args.harmful else builtin("harmful", "tune")
+    benign = load(args.benign) if args.benign else builtin("benign", "tune")
+    return harmful, benign
 
 
 def digest(pairs: Pairs) -> str:
