@@ -41,8 +41,9 @@ def spa_runs(plan: Plan) -> list[Run]:
     variants += [("refresh", 0.01), ("refresh", 0.05), ("signed", 0.01), ("not-task", 0.01), ("not-task", 0.05)]
     for task in plan.tasks:
         runs += [_run("set", task, LR, *kind, first, steps) for kind in [*main, *ratios, *variants]]
+    repeated = [*main, ("replay", 0.0), ("rehearse-0.5", 0.0)]
     for task in plan.tasks:
-        runs += [_run("set", task, LR, *kind, seed, steps) for seed in others for kind in [*main, ("replay", 0.0)]]
+        runs += [_run("set", task, LR, *kind, seed, steps) for seed in others for kind in repeated]
         runs += [_run("firm", task, LR, *kind, first, steps) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
         runs += [_run("set", task, lr, *kind, first, steps) for lr in (5e-6, 1e-4) for kind in [*main, ("esi", 0.05)]]
         long = plan.steps or LONG
