@@ -144,7 +144,8 @@ def _run(name: str, task: str, lr: float, method: str, ratio: float, seed: int, 
             make_parts,
             steps,
             watched=_WATCHED,
-            extra=lambda: {"task_nll": lab.nll(held_out)},
+            # The chat task's held-out answers are those that every row has measured.
+            extra=lambda row: {"task_nll": row["benign_nll"] if task == CHAT else lab.nll(held_out)},
         )
 
     return Run("spa", f"{name}-{task}-lr{lr:g}-{method}-{ratio:g}-seed{seed}-{steps[-1]}steps", settings, perform)

@@ -1,7 +1,6 @@
 """Training that is measured on the way, and goes on where it was interrupted."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -10,7 +9,7 @@ from safekern import Mask, SETAdamW, resume
 from safekern.training import Batch, tune
 
 from .lab import Lab
-from .runs import Record
+from .runs import Record, Row
 
 # Between the steps at which everything is measured; at these, forward passes only.
 WATCHED = (20, 50, 70, 200, 500, 700)
@@ -43,7 +42,7 @@ def tune_and_measure(
     steps: Sequence[int],
     *,
     watched: Sequence[int] = WATCHED,
-    extra: Callable[[], dict[str, Any]] = dict,
+    extra: Callable[[Row], Row] = lambda row: {},
 ) -> None:
     """Takes as many steps as the last of ``steps``, with a row of the record at each of them and each watched one.
 
@@ -55,7 +54,7 @@ def tune_and_measure(
         make_parts: the data after so many steps.
         steps: when to measure everything.
         watched: when to do forward passes only.
-        extra: further measurements of every row.
+        extra: adds measurements to those of every row.
     """
     path = lab.path(f"{record.path.parent.name}-{record.path.stem}-training")
     settings = {"steps": list(steps)}
@@ -74,7 +73,7 @@ def tune_and_measure(
             return
         measured = lab.measure() if step in steps else lab.watch()
         recent = losses[-10:]
-        record.add({"step": step, "loss": round(sum(recent) / len(recent), 4), **measured, **extra()})
+        record.add({"step": step, "loss": round(sum(recent) / len(recent), 4), **measured, **extra(measured)})
         if step in steps and _WORTH_SAVING <= step < steps[-1]:
             resume.save(path, weights.read(), optimizer, losses, settings)
 
