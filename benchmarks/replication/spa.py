@@ -47,8 +47,10 @@ def spa_runs(plan: Plan) -> list[Run]:
         runs += [_run("firm", task, LR, *kind, first, steps) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
         runs += [_run("set", task, lr, *kind, first, steps) for lr in (5e-6, 1e-4) for kind in [*main, ("esi", 0.05)]]
         long = plan.steps or LONG
+        runs += [_run("set", task, LR, *kind, first, long) for kind in [("nothing", 0.0), ("rehearse-0.5", 0.0)]]
         runs += [_run("firm", task, 5e-6, *kind, first, long) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
-    return runs
+    # Long runs and others are the same ones where --steps says how long.
+    return list({run.name: run for run in runs}.values())
 
 
 class Comparison(NamedTuple):
