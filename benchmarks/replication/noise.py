@@ -17,9 +17,13 @@ SELECTIONS: dict[str, Callable[[Lab, int], Mask]] = {
     "random": lambda lab, seed: safety_scores(lab, _ALIGNED).random(RATIO, seed=seed),
     "top but utility 1%": lambda lab, seed: _without_utility(lab, RATIO, 0.01),
     "top but utility 10%": lambda lab, seed: _without_utility(lab, RATIO, 0.1),
-    # The same number of weights as the top 1%, or about that.
+    # Half as many weights again as the top 1%.
     "top 3% but utility 10%": lambda lab, seed: _without_utility(lab, 0.03, 0.1),
     "utility": lambda lab, seed: utility_scores(lab, _ALIGNED).top(RATIO),
+    # As many weights as "top but utility 1%", and of like scores: what of its effect is safety's?
+    "utility but top 1%": lambda lab, seed: (
+        utility_scores(lab, _ALIGNED).top(RATIO) - safety_scores(lab, _ALIGNED).top(RATIO)
+    ),
     "trained": lambda lab, seed: lab.base_scores().top(RATIO),
     "bottom": lambda lab, seed: safety_scores(lab, _ALIGNED).bottom(RATIO),
 }
