@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from safekern import plots
 
+from .noise import SELECTIONS
 from .runs import Found, Row
 from .set import METHODS, by_recipe, untouched_row
 from .spa import comparisons
@@ -52,32 +53,46 @@ def _set(found: Sequence[Found], folder: Path) -> "Figure | None":
 
 
 def _perturb(found: Sequence[Found], folder: Path) -> "Figure | None":
-    """Attack success and benign NLL against noise."""
-    figure, grid = _panels(1, 2)
-    clean = [row for run in found for row in run["rows"] if row["noise"] == 0]
-    for number, run in enumerate(run for run in found if run["settings"]["weights"] != "none"):
-        for axes, key in zip(grid[0], ("attack_success", "benign_nll"), strict=True):
-            points = [(row["noise"], row[key][0]) for row in [*clean[:1], *run["rows"]]]
-            _line(axes, points, number, run["settings"]["weights"])
-            axes.set(xlabel="noise, in sigma of each tensor", ylabel=key.replace("_", " ").replace("nll", "NLL"))
+    """Attack success, benign NLL and broken answers against noise."""
+    labels = {"attack_success": "attack success", "benign_nll": "benign NLL", "broken": "broken answers"}
+    figure, grid = _panels(1, len(labels))
+
+    def measured(weights: str) -> list[list[Row]]:
+        return [
+            [{**row, "broken": [row["broken_harmful"] + row["broken_benign"]]} for row in run["rows"]]
+            for run in found
+            if run["settings"]["weights"] == weights
+        ]
+
+    clean = [row for rows in measured("none") for row in rows]
+    for number, weights in enumerate(SELECTIONS):
+        for axes, (key, label) in zip(grid[0], labels.items(), strict=True):
+            _line(axes, _mean_line([clean + rows for rows in measured(weights)], key, "noise"), number, weights)
+            axes.set(xlabel="noise, in sigma of each tensor", ylabel=label)
     _finish(figure, grid)
     return figure
 
 
 def _spa(found: Sequence[Found], folder: Path) -> "Figure | None":
-    """Refusal NLL against the task's NLL, which falls to the right: what is below the line of nothing saves safety."""
+    """Refusal NLL against the task's NLL, which falls to the right: what is below the line of nothing saves safety.
+
+    Up to where the task is learned best: what is overfitted is of no use to anyone.
+    """
     groups = comparisons(found)
     if not groups:
         return None
     figure, grid = _panels((len(groups) + 1) // 2, 2)
-    tuned = [run["settings"] for run in found if "method" in run["settings"]]
     # Of all panels, so that a method has one colour.
+    tuned = [run["settings"] for group in groups for run in group.runs]
     kinds = list(dict.fromkeys((settings["method"], settings["ratio"]) for settings in tuned))
     for group, axes in zip(groups, [axes for panels in grid for axes in panels], strict=False):
-        for run in group.runs:
-            kind = run["settings"]["method"], run["settings"]["ratio"]
-            points = [(row["task_nll"][0], row["refusal_nll"][0]) for row in [group.start, *run["rows"]]]
-            _line(axes, points, kinds.index(kind), f"{kind[0]} {kind[1]:.0%}" if kind[1] else kind[0])
+        for number, kind in enumerate(kinds):
+            runs = [run for run in group.runs if (run["settings"]["method"], run["settings"]["ratio"]) == kind]
+            rows = [[group.start, *run["rows"]] for run in runs]
+            learned, refused = (_mean_line(rows, key) for key in ("task_nll", "refusal_nll"))
+            points = [(task, refusal) for (_, task), (_, refusal) in zip(learned, refused, strict=True)]
+            best = min(range(len(points)), key=lambda i: points[i][0], default=0)
+            _line(axes, points[: best + 1], number, f"{kind[0]} {kind[1]:.0%}" if kind[1] else kind[0])
         axes.set(title=f"{group.aligned}, {group.task}, lr {group.lr}")
         axes.set(xlabel="task NLL", ylabel="refusal NLL, held out")
         axes.invert_xaxis()
@@ -88,9 +103,9 @@ def _spa(found: Sequence[Found], folder: Path) -> "Figure | None":
 _FIGURES: dict[str, Callable[[Sequence[Found], Path], Any]] = {"set": _set, "perturb": _perturb, "spa": _spa}
 
 
-def _mean_line(runs: Sequence[Sequence[Row]], key: str) -> list[tuple[float, float]]:
-    """The mean over runs at every step that all of them have."""
-    values = [{row["step"]: row[key][0] for row in rows if key in row} for rows in runs]
+def _mean_line(runs: Sequence[Sequence[Row]], key: str, along: str = "step") -> list[tuple[float, float]]:
+    """The mean over runs at every step, or level of noise, that all of them have."""
+    values = [{row[along]: row[key][0] for row in rows if key in row} for rows in runs]
     steps = sorted(set.intersection(*map(set, values))) if values else []
     return [(step, sum(one[step] for one in values) / len(values)) for step in steps]
 
@@ -103,7 +118,8 @@ def _panels(rows: int, columns: int) -> "tuple[Figure, list[list[Axes]]]":
 
 def _line(axes: "Axes", points: Sequence[tuple[float, float]], number: int, label: str) -> None:
     if points:
-        color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+        # The markers move on with every round of colours, so that no two lines look alike.
+        color, marker = _COLORS[number % len(_COLORS)], _MARKERS[(number + number // len(_COLORS)) % len(_MARKERS)]
         axes.plot(*zip(*points, strict=True), marker, ls="-", color=color, label=label, markersize=4, linewidth=1.2)
 
 

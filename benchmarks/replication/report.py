@@ -26,7 +26,8 @@ _SHORT_NOISE = (0.0, 0.1, 0.28)
 _LEVELS = (0.5, 0.8)
 _INTERVALS = (
     "In brackets 95% bootstrap intervals over prompts (over several seeds: from the lowest to the highest bound). "
-    "Broken answers (empty or looping) count neither as successful attacks nor as refusals; NLL is in nats per token."
+    "Broken answers (empty or looping) count neither as successful attacks nor as refusals; NLL is in nats per token. "
+    "What lies between two measurements, steps to a level above all, is read off a straight line."
 )
 
 
@@ -101,7 +102,7 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
 
     Args:
         runs: of one recipe and learning rate.
-        untouched: what was measured before.
+        untouched: what was measured before; without it there is nothing to count steps from.
         compact: without the columns that can be missed.
         kept: one that is shown all the same.
     """
@@ -135,6 +136,7 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
         Column("steps to the refusal NLL that random has at last", "{:.0f}"),
     ]
     missed = tuple({"ratio", "AUC"} - {kept}) if compact else ()
+    missed += ("steps",) if untouched is None else ()
     shown = [i for i, column in enumerate(columns) if not column.key.startswith(missed)]
     return Table([columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
@@ -184,20 +186,21 @@ def _where(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]
 def _perturb(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     columns = [
         Column("weights"),
+        Column("seeds"),
         Column("noise", "{:g}"),
         Column("attack success"),
         Column("benign refusals"),
         Column("benign NLL"),
         Column("refusal NLL"),
         Column("AUC", "{:.3f}"),
-        Column("broken", "{:g}"),
+        Column("broken", "{:.3g}"),
     ]
-    rows = [
-        [run["settings"]["weights"], row["noise"], _percent([row]), *_costs([row])]
-        for run in sorted(found, key=lambda run: ["none", *SELECTIONS].index(run["settings"]["weights"]))
-        for row in run["rows"]
-        if not compact or row["noise"] in _SHORT_NOISE
-    ]
+    rows = []
+    for weights in ["none", *SELECTIONS]:
+        measured = [row for run in found if run["settings"]["weights"] == weights for row in run["rows"]]
+        for noise in sorted({row["noise"] for row in measured if not compact or row["noise"] in _SHORT_NOISE}):
+            at = [row for row in measured if row["noise"] == noise]
+            rows.append([weights, len(at), noise, _percent(at), *_costs(at)])
     yield "noise in units of each tensor's sigma", Table(columns, rows)
 
 
@@ -228,15 +231,15 @@ def _spa_table(runs: Sequence[Found], start: Row) -> Table:
     rows: list[list[Any]] = [["(start)", None, None]]
     rows[0] += [0, start["refusal_nll"][0], start["attack_success"][0]] * len(levels)
     rows[0] += [_percent([start]), _percent([start], "benign_refusals"), _number([start], "task_nll")]
-    kinds = list(dict.fromkeys((run["settings"]["method"], run["settings"]["ratio"]) for run in _in_order(runs)))
+    kinds = list(dict.fromkeys((run["settings"]["method"], run["settings"]["ratio"]) for run in runs))
     for method, ratio in kinds:
         mine = [run for run in runs if (run["settings"]["method"], run["settings"]["ratio"]) == (method, ratio)]
         row: list[Any] = [method, ratio or None, len(mine)]
         for level in levels:
             for key in ("step", "refusal_nll", "attack_success"):
                 row.append(_mean([crossing([start, *run["rows"]], "task_nll", level, key) for run in mine]))
-        last = [[one for one in run["rows"] if "attack_success" in one][-1:] for run in mine]
-        ends = [one for some in last for one in some]
+        # What a run under way has measured last is not comparable.
+        ends = [run["rows"][-1] for run in mine if run["finished"]]
         rows.append([*row, _percent(ends), _percent(ends, "benign_refusals"), _number(ends, "task_nll")])
     return Table(columns, rows)
 
@@ -301,18 +304,6 @@ def crossing(rows: Sequence[Row], along: str, level: float | None, key: str) -> 
         if level is not None and before > level >= after:
             return start + (before - level) / (before - after) * (end - start)
     return None
-
-
-def _in_order(runs: Sequence[Found]) -> list[Found]:
-    first = ("nothing", "esi", "random")
-    return sorted(
-        runs,
-        key=lambda run: (
-            first.index(run["settings"]["method"]) if run["settings"]["method"] in first else len(first),
-            run["settings"]["method"],
-            run["settings"]["ratio"],
-        ),
-    )
 
 
 def _with_start(run: Found, start: Row | None) -> list[Row]:

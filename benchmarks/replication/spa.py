@@ -74,8 +74,16 @@ class Comparison(NamedTuple):
 
 
 def comparisons(found: Iterable[Found]) -> list[Comparison]:
-    """The runs in groups to be compared; those whose start is not measured yet are left out."""
-    measured = [run for run in found if run["rows"]]
+    """The runs in groups to be compared, in order of method and ratio; those whose start is not measured yet are left
+    out.
+    """
+    first = ("nothing", "esi", "random")
+
+    def order(run: Found) -> tuple[Any, ...]:
+        method = run["settings"].get("method", "")
+        return first.index(method) if method in first else len(first), method, run["settings"].get("ratio", 0.0)
+
+    measured = sorted((run for run in found if run["rows"]), key=order)
     starts = {run["settings"]["aligned"]: run["rows"][0] for run in measured if "task" not in run["settings"]}
     groups: dict[tuple[str, ...], Comparison] = {}
     for run in measured:
