@@ -1,6 +1,7 @@
 """Prompts and answers as the tokens a chat model sees: the chat template, batches with labels, padding."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import torch
@@ -84,7 +85,8 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
         fp32 logits of shape [tokens, vocabulary] and int64 labels of shape [tokens], row by row of the batch.
 
     Raises:
-        InvalidArgumentError: The batch has no ``labels``, or they hold no answer token.
+        InvalidArgumentError: The batch has no ``labels``, or they hold no answer token, or is longer than the model
+            takes.
     """
     if batch.get("labels") is None:
         raise InvalidArgumentError("the batch has no 'labels': build it with safekern.objectives.encode")
@@ -96,9 +98,33 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
             "safekern.objectives.encode, and check that truncation did not cut the answers off"
         )
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    with length_explained(model, targets.numel() // len(batch["labels"])):
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
     # index_select, because a boolean index has the slower backward.
     return logits.index_select(0, positions.to(logits.device)).float(), targets[positions].to(logits.device)
+
+
+@contextmanager
+def length_explained(model: torch.nn.Module, length: int) -> Iterator[None]:
+    """Turns the IndexError of a model that has a table of positions, and fewer than a batch has, into one that says so.
+
+    Args:
+        model: A language model.
+        length: Tokens per row, those to be generated included.
+
+    Raises:
+        InvalidArgumentError: The block failed, and the model has fewer positions.
+    """
+    try:
+        yield
+    except IndexError as error:
+        most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        if most is None or length <= most:
+            raise
+        raise InvalidArgumentError(
+            f"a prompt with its answer has up to {length} tokens, but the model takes {most} at most: shorten it or "
+            "leave it out"
+        ) from error
 
 
 def answer_targets(labels: Tensor) -> Tensor:
@@ -174,13 +200,22 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], re
     """Return the chat template's text for messages: up to where the assistant speaks, or with its finished answer.
 
     Raises:
-        InvalidArgumentError: The tokenizer has no chat template.
+        InvalidArgumentError: The tokenizer has no chat template, or its template refuses the messages.
     """
+    from jinja2 import TemplateError
+
     require_template(tokenizer)
     turns = [dict(message) for message in messages]
     if response is not None:
         turns.append({"role": "assistant", "content": response})
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=response is None)
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=response is None)
+    except TemplateError as error:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise InvalidArgumentError(
+            f"the tokenizer's chat template refuses messages of {roles}: {error}; give a conversation that it takes, "
+            "without a system message above all, or set tokenizer.chat_template"
+        ) from error
     return cast(str, text)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from safekern.chat import end_of_turn, padding_id
+from safekern.chat import end_of_turn, length_explained, padding_id
 from safekern.faults import put_back
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ def generate(
 
     Returns:
         The tokens of each answer, without the token that ended it.
+
+    Raises:
+        InvalidArgumentError: The model has fewer positions than prompt and answer take.
     """
     pad, stops = padding_id(tokenizer), _stop_ids(model, tokenizer)
     input_ids, attention_mask = _pad_left(prompts, pad)
@@ -61,7 +64,7 @@ def generate(
     if sample:
         options |= {"min_p": None, "typical_p": 1.0}
     device = model_device(model)
-    with inference(model):
+    with inference(model), length_explained(model, length + max_new_tokens):
         generated: Tensor = cast(Any, model).generate(
             input_ids.to(device), attention_mask=attention_mask.to(device), **options
         )

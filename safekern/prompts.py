@@ -262,7 +262,7 @@ def _prompt_in(rows: _Rows, row: Mapping[str, Any], field: str) -> Prompt:
     extra = row.get("input") if field == "instruction" else None
     if extra is not None and not isinstance(extra, str):
         rows.fail(f"'input' is a {type(extra).__name__}, but must be a str")
-    return f"{text}\n\n{extra}" if extra and extra.strip() else text
+    return f"{text}\n\n{_text(rows, extra, 'input')}" if extra and extra.strip() else text
 
 
 def _one_field(rows: _Rows, row: Mapping[str, Any], fields: tuple[str, ...]) -> str | None:
@@ -291,6 +291,12 @@ def _text(rows: _Rows, value: object, field: str) -> str:
         rows.fail(f"'{field}' is a {type(value).__name__}, but must be a text")
     if not value.strip():
         rows.fail(f"'{field}' is empty; fill it in or leave the row out")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        # JSON can escape one half alone; tokenizers take no such text.
+        half = value[error.start].encode("unicode-escape").decode()
+        rows.fail(f"'{field}' holds {half}, half of a surrogate pair, which is no character; remove it")
     return value
 
 
@@ -329,7 +335,7 @@ def _read_json(text: str) -> Iterator[tuple[str, Any]]:
         return
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         hint = "; a file with an object per line must be named .jsonl" if "Extra data" in str(error) else ""
         raise _BrokenError(f"line {getattr(error, 'lineno', 1)}: is not valid JSON: {error}{hint}") from error
     if not isinstance(rows, list):
@@ -343,7 +349,7 @@ def _read_jsonl(text: str) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise _BrokenError(f"line {number}: is not valid JSON: {error}") from error
 
 

@@ -5,6 +5,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from safekern.chat import encode, end_of_turn, padding_id, prompt_ids
 from safekern.errors import InvalidArgumentError
+from safekern.evaluation import attack_success_rate
 from safekern.objectives import refusal
 
 
@@ -135,6 +136,22 @@ def test_a_conversation_as_prompt(tokenizer):
 def test_wrong_texts(tokenizer, prompt, response, message):
     with pytest.raises(InvalidArgumentError, match=message):
         encode(tokenizer, prompt, response)
+
+
+def test_a_template_that_refuses_a_system_message():
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    with pytest.raises(InvalidArgumentError, match="refuses messages of system, user: no system role"):
+        encode(byte_tokenizer(template), turns, "No.")
+
+
+def test_longer_than_the_models_positions():
+    config = GPT2Config(vocab_size=260, n_embd=8, n_layer=1, n_head=1, n_positions=32)
+    model, tokenizer = GPT2LMHeadModel(config), byte_tokenizer()
+    with pytest.raises(InvalidArgumentError, match=r"up to \d+ tokens, but the model takes 32 at most"):
+        refusal(model, encode(tokenizer, "Hi" * 40, "No."))
+    with pytest.raises(InvalidArgumentError, match=r"up to \d+ tokens, but the model takes 32 at most"):
+        attack_success_rate(model, tokenizer, ["Hi" * 40])
 
 
 def test_no_chat_template():

@@ -205,6 +205,18 @@ def test_what_an_attack_wants_to_hear_is_not_learnt():
         ("a.json", "", r"holds no rows"),
         ("a.json", "[]", r"holds no rows"),
         ("a.jsonl", "\n", r"holds no rows"),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "response": "b\\ud83d"}',
+            r"line 1: 'response' holds \\ud83d, half of a surrogate",
+        ),
+        (
+            "a.jsonl",
+            '{"instruction": "a", "input": "\\udc00", "output": "b"}',
+            r"line 1: 'input' holds \\udc00, half of a surrogate",
+        ),
+        ("a.json", "[" * 100_000, r"line 1: is not valid JSON"),
+        ("a.jsonl", "\n" + "[" * 100_000, r"line 2: is not valid JSON"),
         ("a.parquet", "x", r"must end in one of \.json, \.jsonl, \.csv, \.txt"),
     ],
 )

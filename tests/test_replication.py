@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.replication import report, spa, tuning
 from benchmarks.replication.__main__ import main
-from benchmarks.replication.lab import Data, LeakError
+from benchmarks.replication.lab import Data, LeakError, label
 from benchmarks.replication.runs import OtherSettingsError
 
 SMALL = ["--held-out", "3", "--seeds", "0"]
@@ -47,9 +47,21 @@ def replicate(tiny, tmp_path):
             str(tiny),
         ]
         main([*arguments, *SMALL, "--steps", *map(str, steps), *folders])
-        return tmp_path / out / "tiny"
+        return tmp_path / out / label(str(tiny))
 
     return run
+
+
+def test_two_models_in_folders_of_one_name_are_two(tmp_path):
+    folders = [tmp_path / name / "model" for name in "abc"]
+    for folder, content in zip(folders, ("1", "2", "1"), strict=True):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text(content)
+    first, other, same = (label(str(folder)) for folder in folders)
+    assert first.startswith("model-")
+    assert first == same != other
+    assert label("org/model") == "model"
+    assert label(str(folders[0] / "model.safetensors")) != label(str(folders[1] / "model.safetensors"))
 
 
 def results(folder, experiment):

@@ -25,7 +25,7 @@ from safekern.errors import SafekernError
 
 from . import judge, masks, noise, report, spa
 from . import set as set_experiment
-from .lab import Data, Lab
+from .lab import Data, Lab, label
 from .runs import Plan, Run, execute
 
 _RESULTS = Path(__file__).parent.parent / "results" / "replication"
@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--readme", type=Path, metavar="FILE", help="also put tables between the marks in this file")
     args = parser.parse_args(arguments)
-    folder = args.out / Path(args.model).name
+    model = label(args.model)
+    folder = args.out / model
 
     names = list(EXPERIMENTS) if "all" in args.experiment else [name for name in args.experiment if name != "table"]
     if names and args.jobs > 1:
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = Data.read(args.pairs, args.goals, args.gsm8k, args.held_out)
         tasks = [spa.CHAT, *([spa.GSM8K] if data.gsm8k is not None else [])]
         plan = Plan(args.seeds, sorted(set(args.steps)) if args.steps else None, tasks, args.guard)
-        shared = {"model": Path(args.model).name, "data": data.digest, "precision": args.precision}
+        shared = {"model": model, "data": data.digest, "precision": args.precision}
         runs = [run for name in names for run in EXPERIMENTS[name](plan) if args.only.search(run.name)]
         lab = functools.cache(lambda: Lab(args.model, data, args.device, args.precision, args.cache))
         execute(runs, folder, shared, lab)

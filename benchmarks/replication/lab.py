@@ -126,7 +126,7 @@ class Lab:
         self._precision = precision
         # Around each forward pass: what autocast has cast once, it takes for unchanged until its context ends.
         self.model.forward = self._computing()(self.model.forward)
-        self._cache = cache / f"{Path(name).name}-{data.digest}-{precision}"
+        self._cache = cache / f"{label(name)}-{data.digest}-{precision}"
         self._cache.mkdir(parents=True, exist_ok=True)
         self._start = {key: param.detach().clone() for key, param in self.model.named_parameters()}
         self._openings = sorted(
@@ -234,6 +234,19 @@ class Lab:
     def _first_token(self, prompt: Prompt, response: str) -> int:
         labels = encode(self.tokenizer, prompt, response)["labels"]
         return int(labels[labels != -100][0])
+
+
+def label(name: str) -> str:
+    """What results and caches call a model: files by their contents as well, since many folders are called model."""
+    path = Path(name)
+    if not path.exists():
+        return path.name
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return f"{path.resolve().name}-{digest.hexdigest()[:8]}"
 
 
 def load_model(name: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
