@@ -187,8 +187,8 @@ def test_reads_one_measurement_where_another_falls_to_a_level():
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}', "\x80"])
-def test_a_damaged_file_of_a_run_is_named(replicate, tmp_path, content):
-    path = tmp_path / "out" / "tiny" / "set" / "untouched.json"
+def test_a_damaged_file_of_a_run_is_named(replicate, tiny, tmp_path, content):
+    path = tmp_path / "out" / label(str(tiny)) / "set" / "untouched.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(content.encode("latin-1"))
     for command in (["set", "--only", "untouched"], ["table"]):
