@@ -197,6 +197,10 @@ def test_a_damaged_file_of_a_run_is_named(replicate, tiny, tmp_path, content):
 
 
 def test_wrong_options_are_explained(replicate, tmp_path, capsys):
+    with pytest.raises(safekern.InvalidArgumentError, match="out/tiny-.*: there are no results"):
+        replicate("table")
+    with pytest.raises(safekern.InvalidArgumentError, match="--only nothing-here: .* no run of set, ratio"):
+        replicate("set", "ratio", "--only", "nothing-here")
     with pytest.raises(SystemExit, match="2"):
         replicate("set", "--only", "(")
     assert "argument --only: not a regular expression" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from safekern.cli import options
-from safekern.errors import SafekernError
+from safekern.errors import InvalidArgumentError, SafekernError
 
 from . import judge, masks, noise, report, spa
 from . import set as set_experiment
@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan = Plan(args.seeds, sorted(set(args.steps)) if args.steps else None, tasks, args.guard)
         shared = {"model": model, "data": data.digest, "precision": args.precision}
         runs = [run for name in names for run in EXPERIMENTS[name](plan) if args.only.search(run.name)]
+        if not runs:
+            raise InvalidArgumentError(f"--only {args.only.pattern}: found in the name of no run of {', '.join(names)}")
         lab = functools.cache(lambda: Lab(args.model, data, args.device, args.precision, args.cache))
         execute(runs, folder, shared, lab)
     report.write(folder)

@@ -32,7 +32,13 @@ _INTERVALS = (
 
 
 def write(folder: Path) -> None:
-    """Writes ``NAME.md``, ``NAME.csv`` and the plots of every experiment that has results."""
+    """Writes ``NAME.md``, ``NAME.csv`` and the plots of every experiment that has results.
+
+    Raises:
+        InvalidArgumentError: None has.
+    """
+    if not any(folder.glob("*/*.json")):
+        raise InvalidArgumentError(f"{folder}: there are no results; run an experiment first")
     for experiment, sections in _SECTIONS.items():
         found = read(folder, experiment)
         if not found:
