@@ -216,6 +216,12 @@ class TestSpa:
             assert moved.any()
             assert name not in mask or not (moved & mask.bool(name)).any()
 
+    def test_what_16_bit_weights_do_is_said(self, folder, capsys):
+        assert self.spa("--iterations", "1") == 0
+        assert "16-bit weights round most steps of --lr 0.01 away" in capsys.readouterr().err
+        assert self.spa("--iterations", "1", "--dtype", "float32", out="wide") == 0
+        assert "16-bit" not in capsys.readouterr().err
+
     def test_alignment_is_rehearsed_beside_the_data(self, folder):
         found = {}
         for share in ("0.1", "0.9", "0"):

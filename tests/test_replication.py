@@ -197,9 +197,9 @@ def test_a_damaged_file_of_a_run_is_named(replicate, tiny, tmp_path, content):
 
 
 def test_wrong_options_are_explained(replicate, tmp_path, capsys):
-    with pytest.raises(safekern.InvalidArgumentError, match="out/tiny-.*: there are no results"):
+    with pytest.raises(safekern.InvalidArgumentError, match=r"out/tiny-.*: there are no results"):
         replicate("table")
-    with pytest.raises(safekern.InvalidArgumentError, match="--only nothing-here: .* no run of set, ratio"):
+    with pytest.raises(safekern.InvalidArgumentError, match=r"--only nothing-here: .* no run of set, ratio"):
         replicate("set", "ratio", "--only", "nothing-here")
     with pytest.raises(SystemExit, match="2"):
         replicate("set", "--only", "(")
@@ -207,7 +207,7 @@ def test_wrong_options_are_explained(replicate, tmp_path, capsys):
     with pytest.raises(safekern.InvalidArgumentError, match="--device abacus: not available"):
         replicate("set", "--device", "abacus")
     with pytest.raises(safekern.FileAccessError, match=r"absent.md: no such file"):
-        replicate("table", "--readme", str(tmp_path / "absent.md"))
+        replicate("set", "--only", "untouched", "--readme", str(tmp_path / "absent.md"))
 
 
 def test_processes_share_the_runs(replicate, capfd):
