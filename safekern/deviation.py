@@ -30,7 +30,7 @@ def deviations(params: Mapping[str, Tensor], per: SigmaPer) -> dict[str, Tensor]
     """
     experts = {name: names.fused_experts(name, p.shape) if per == "expert" else None for name, p in params.items()}
     counts = [experts[name] or 1 for name in params]
-    sigma = torch.empty(sum(counts), device="cpu")
+    sigma = torch.empty(sum(counts), dtype=torch.float32, device="cpu")
     rows = dict(zip(params, torch.arange(len(sigma), device="cpu").split(counts), strict=True))
     sharded = [name for name, param in params.items() if is_sharded(param)]
     if sharded:
@@ -51,7 +51,7 @@ def deviations(params: Mapping[str, Tensor], per: SigmaPer) -> dict[str, Tensor]
 
 
 def _here(tensors: Sequence[Tensor]) -> Tensor:
-    sigma = torch.empty(len(tensors), device="cpu")
+    sigma = torch.empty(len(tensors), dtype=torch.float32, device="cpu")
     for here in by_device(tensors):
         dense = [i for i in here if tensors[i].is_contiguous()]
         # Those that have to be copied, one at a time: together, the copies could be as large as the model.

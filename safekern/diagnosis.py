@@ -203,11 +203,16 @@ def _run(op: Op, device: torch.device, *, large: bool) -> tuple[int, str | None]
 
 
 def _made_on_cpu(cases: Iterable[Case]) -> Iterator[Case]:
-    """The cases, made on the CPU whatever the caller's default device."""
+    """The cases, made on the CPU and in fp32 whatever the caller's defaults."""
     remaining = iter(cases)
     while True:
-        with torch.device("cpu"):
-            case = next(remaining, None)
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                case = next(remaining, None)
+        finally:
+            torch.set_default_dtype(dtype)
         if case is None:
             return
         yield case

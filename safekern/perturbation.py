@@ -114,7 +114,7 @@ def _select(model: nn.Module, mask: Mask) -> list[_Selected]:
                 f"parameter {name} is not contiguous, so noise cannot be added in place: "
                 "make it so first (param.data = param.data.contiguous())"
             )
-        selected.append(_Selected(name, param, param.shape, indices.to(param.device), torch.empty(0)))
+        selected.append(_Selected(name, param, param.shape, indices.to(param.device), param.detach().new_empty(0)))
     return selected
 
 

@@ -50,8 +50,8 @@ class Held:
     @classmethod
     def nothing(cls, device: torch.device) -> "Held":
         """Of a parameter that is held, or spoken for, elsewhere."""
-        values = torch.empty(0, device=device)
-        return cls(values, [values], torch.zeros(1, device="cpu"))
+        values = torch.empty(0, dtype=torch.float32, device=device)
+        return cls(values, [values], torch.zeros(1, dtype=torch.float32, device="cpu"))
 
     def esi(self, positions: Tensor | None = None) -> Tensor:
         """The scores, fp32, of all values or of those at some positions."""

@@ -417,7 +417,8 @@ class TopScores(Scores):
     """The top candidates of scores whose accumulators did not fit into the ``memory`` of :func:`safekern.score`.
 
     ``top(ratio)`` up to a ratio of :attr:`keep` gives exactly the mask that all scores would have given. What needs the
-    others (``scores[name]``, ``gradient``, ``bottom``, ``random``, a larger ratio, ``per="tensor"``) raises.
+    others (``scores[name]``, ``gradient``, ``bottom``, ``random``, ``selected``, ``report``, a larger ratio,
+    ``per="tensor"``) raises.
 
     Attributes:
         keep: the largest ratio for :meth:`top`.
@@ -454,7 +455,7 @@ class TopScores(Scores):
         """The weights of the largest ESI, exactly, as :meth:`Scores.top`.
 
         Args:
-            ratio: share of the model's weights, in (0, :attr:`keep`].
+            ratio: share of the model's weights, no more of them than :attr:`keep` is.
             per: only ``"model"``.
 
         Returns:
@@ -466,7 +467,7 @@ class TopScores(Scores):
         counts = self._counts(_checked(ratio), per)
         if per == "tensor":
             raise self._unavailable("a ranking inside every tensor")
-        if ratio > self.keep:
+        if counts[0] > count_of(self.keep, self.model_numel, self.numel):
             raise self._unavailable(f"the top {ratio:.3g}")
         candidates = ranking.held_candidates(self._gradients, self._indices, self.sigma, self._shapes)
         picks = ranking.select_here(candidates, counts[0], True)
@@ -480,6 +481,14 @@ class TopScores(Scores):
     def random(self, ratio: float, *, per: Per = "model", seed: int = 0) -> Mask:
         """Raises: see the class."""
         raise self._unavailable("a random selection, the control of a complete ranking,")
+
+    def selected(self, mask: Mask) -> Distribution:
+        """Raises: see the class."""
+        raise self._unavailable("the scores of a mask's weights")
+
+    def report(self) -> "ScoreReport":
+        """Raises: see the class."""
+        raise self._unavailable("a report on all scores")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the candidates (8 bytes each) to a file for :meth:`Scores.load`.

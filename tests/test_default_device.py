@@ -1,13 +1,38 @@
-"""A model on the CPU works while torch's default device is another, as after ``torch.set_default_device("cuda")``.
+"""A model on the CPU works while torch's default device or dtype is another, as after ``set_default_device("cuda")``.
 
 The meta device stands for it here: it is always there, and a tensor that was made on it by mistake cannot be computed.
 """
+
+from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from small_net import Net, full_mask, random_mask
 
 import safekern
+
+
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.fixture(
+    params=[
+        partial(torch.device, "meta"),
+        *(partial(default_dtype, dtype) for dtype in (torch.bfloat16, torch.float64)),
+    ],
+    ids=["device", "bfloat16", "float64"],
+)
+def otherwise(request):
+    """Makes a context in which torch's defaults are others."""
+    return request.param
 
 
 @pytest.fixture
@@ -40,10 +65,10 @@ def train(model, optimizer, batches):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("in_backward", [False, True])
-def test_set_adamw(model, mask, batches, in_backward, transposed):
+def test_set_adamw(otherwise, model, mask, batches, in_backward, transposed):
     if transposed:
         model.first.weight.data = model.first.weight.data.t().contiguous().t()
-    with torch.device("meta"):
+    with otherwise():
         optimizer = safekern.SETAdamW(model.named_parameters(), mask, in_backward=in_backward)
         train(model, optimizer, batches)
         optimizer.load_state_dict(optimizer.state_dict())
@@ -51,30 +76,30 @@ def test_set_adamw(model, mask, batches, in_backward, transposed):
     assert all(value.device.type == "cpu" for state in optimizer.state.values() for value in state.values())
 
 
-def test_spa_adamw(model, mask, batches):
-    with torch.device("meta"):
+def test_spa_adamw(otherwise, model, mask, batches):
+    with otherwise():
         optimizer = safekern.SPAAdamW(model.named_parameters(), mask)
         train(model, optimizer, batches)
         optimizer.load_state_dict(optimizer.state_dict())
         train(model, optimizer, batches)
 
 
-def test_protect(model, mask, batches):
-    with torch.device("meta"):
+def test_protect(otherwise, model, mask, batches):
+    with otherwise():
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with safekern.protect(optimizer, mask, model.named_parameters()):
             train(model, optimizer, batches)
 
 
-def test_perturb(model, mask):
+def test_perturb(otherwise, model, mask):
     before = model.first.weight.detach().clone()
-    with torch.device("meta"), safekern.perturb(model, mask):
+    with otherwise(), safekern.perturb(model, mask):
         assert not torch.equal(model.first.weight, before)
     assert torch.equal(model.first.weight, before)
 
 
-def test_score_and_masks(model, batches, tmp_path):
-    with torch.device("meta"):
+def test_score_and_masks(otherwise, model, batches, tmp_path):
+    with otherwise():
         scores = safekern.score(model, batches, objective)
         scores.save(tmp_path / "scores.safetensors")
         loaded = safekern.Scores.load(tmp_path / "scores.safetensors")
@@ -84,5 +109,23 @@ def test_score_and_masks(model, batches, tmp_path):
             assert safekern.Mask.load(tmp_path / "mask.safetensors") == mask
             assert all(mask.bool(name).device.type == "cpu" for name in mask)
         assert masks[0] == scores.top(0.1)
+        assert scores.report().distribution.total == pytest.approx(scores.selected(scores.top(1.0)).total)
         assert safekern.Mask.from_indices({"w": [1, 3]}, {"w": (2, 2)}).numel == 2
     assert full_mask(model).numel == scores.model_numel
+
+
+def test_steps_are_counted_beyond_256(otherwise):
+    weight = torch.nn.Parameter(torch.zeros(4))
+    mask = safekern.Mask.from_indices({"w": range(4)}, {"w": (4,)})
+    with otherwise():
+        optimizer = safekern.SETAdamW([("w", weight)], mask)
+        for _ in range(300):
+            weight.grad = torch.ones(4, dtype=torch.float32, device="cpu")
+            optimizer.step()
+    assert optimizer.state[weight]["step"] == 300
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_selftest_does_not_blame_kernels_for_a_default_dtype(dtype):
+    with default_dtype(dtype):
+        assert not safekern.selftest(device="cpu", quick=True).failures

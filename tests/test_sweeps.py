@@ -189,17 +189,22 @@ def test_what_only_all_scores_can_answer():
     assert list(scores) == ["first.weight", "mixer.weight", "second.weight", "unused.weight"]
     assert len(scores) == 4 and "mixer.weight" in scores and "absent" not in scores
     calls = {
-        "the top 0.0501": lambda: scores.top(0.0501),
+        "the top 0.06": lambda: scores.top(0.06),
         "inside every tensor": lambda: scores.top(0.01, per="tensor"),
         "smallest": lambda: scores.bottom(0.01),
         "random": lambda: scores.random(0.01),
         "per-weight": lambda: scores["mixer.weight"],
         "per-weight values": lambda: scores.gradient("mixer.weight"),
         "values": lambda: dict(scores),
+        "scores of a mask": lambda: scores.selected(scores.top(0.05)),
+        "report": scores.report,
     }
     for what, call in calls.items():
         with pytest.raises(InvalidArgumentError, match=rf"{what}.* several sweeps, .* top 0\.05 .*offload=True"):
             call()
+    # A larger ratio that comes to as many weights.
+    kept = scores.top(0.05)
+    assert scores.top((kept.numel + 0.5) / scores.model_numel) == kept
     with pytest.raises(UnknownNameError, match="absent"):
         scores["absent"]
     for ratio in (0, -1, float("nan"), "all"):

@@ -22,7 +22,7 @@ def reference(params: Sequence[Tensor]) -> Tensor:
         fp32 [len(params)].
     """
     if not params:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
     return torch.stack(
         [
             (param.double().std() if param.numel() > 1 else param.new_zeros((), dtype=torch.float64)).float()

@@ -105,7 +105,7 @@ def check_reduced(targets: list[Target]) -> list[NonfiniteFlag]:
     flags = []
     for members in by_device(reduced):
         together = [reduced[t] for t in members]
-        found, one = (torch.full((1,), value, device=together[0].device) for value in (0.0, 1.0))
+        found, one = (torch.full((1,), value, dtype=torch.float32, device=together[0].device) for value in (0.0, 1.0))
         # Multiplies by one, which changes nothing.
         torch._amp_foreach_non_finite_check_and_unscale_(together, found, one)
         flags.append(NonfiniteFlag(found.bool()))

@@ -19,7 +19,7 @@ from safekern.mask import Mask
 from safekern.sharding import Shard, is_sharded, local
 
 # Made once: a plain number would be made a tensor anew for every parameter.
-_ONE = torch.ones(())
+_ONE = torch.ones((), dtype=torch.float32)
 
 Places = slice | Tensor
 Named = tuple[dict[str, Any], str, Tensor]

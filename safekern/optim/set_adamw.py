@@ -150,7 +150,7 @@ class SETAdamW(MaskedOptimizer):
         else:
             check_kept(name, param, sharded=True)
             # Strict checkpoint loaders want an entry for every parameter: those outside the mask have a step too.
-            self._states.setdefault(name, {"step": torch.tensor(0.0, device="cpu")})
+            self._states.setdefault(name, {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")})
         if self._hooks is not None:
             self._hooks.place(name, param)
 
@@ -187,7 +187,7 @@ class SETAdamW(MaskedOptimizer):
         return moved
 
     def _initial_state(self, piece: Tensor, selection: Selection) -> dict[str, Tensor]:
-        state = {"step": torch.tensor(0.0, device="cpu")}
+        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
         state["exp_avg"] = torch.zeros(selection.indices.numel(), dtype=torch.float32, device=piece.device)
         state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if self._master_weights and piece.element_size() == 2:
@@ -366,7 +366,11 @@ class SETAdamW(MaskedOptimizer):
         alone = processes.size == 1
         mine = [target.selected for target in targets if alone or target.selection.owner]
         device = targets[0].selected.device if targets else torch.device("cpu")
-        norms = [norm.to(device) for norm in torch._foreach_norm(mine)] if mine else [torch.zeros((), device=device)]
+        norms = (
+            [norm.to(device) for norm in torch._foreach_norm(mine)]
+            if mine
+            else [torch.zeros((), dtype=torch.float32, device=device)]
+        )
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if not alone:
             norm = processes.total(norm.double().square()).sqrt().float()
@@ -466,7 +470,7 @@ def _no_gradient() -> StepError:
 def _arguments(targets: list[Target]) -> tuple[Any, ...]:
     """What ``set_adamw_`` takes for targets that share a group and a device."""
     group, states = targets[0].group, [target.state for target in targets]
-    none = torch.empty(0, device=targets[0].piece.device)
+    none = torch.empty(0, dtype=torch.float32, device=targets[0].piece.device)
     return (
         [memory(target.piece) for target in targets],
         [target.selected for target in targets],

@@ -35,7 +35,7 @@ MERGED = 32
 def sigma(params: Sequence[Tensor]) -> Tensor:
     """See :func:`safekern.ops.sigma.reference`. The same bits as the CPU kernel's."""
     if not params:
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32)
     device = params[0].device
     for param in params:
         check_float(param, device, "a parameter")
