@@ -253,9 +253,9 @@ def set_in_backward(model, mask):
     ("make", "most"),
     [
         (lambda model, mask: safekern.SPAAdamW(model.named_parameters(), mask), 0),
-        # One read that tells whether to step at all.
-        (lambda model, mask: safekern.SETAdamW(model.named_parameters(), mask), 1),
-        (set_in_backward, 1),
+        # Whether it stepped at all they learn from an event, after they have launched everything.
+        (lambda model, mask: safekern.SETAdamW(model.named_parameters(), mask), 0),
+        (set_in_backward, 0),
         (protected, 1),
         (adamw, 0),
     ],
