@@ -17,7 +17,7 @@ python=${PYTHON:-python3}
 out=${OUT:-$here/benchmarks/results}/gpu
 numel=${NUMEL:-1000000000}
 read -r -a sizes <<<"${SIZES:-1b 8b}"
-deadline=$((SECONDS + ${SECONDS_IN_ALL:-525}))
+deadline=$((SECONDS + ${SECONDS_IN_ALL:-515}))
 device=cuda
 case ${1:-} in
   --dry-run) device=cpu ;;
@@ -70,7 +70,8 @@ stage() {
     return
   fi
   said=$(mktemp -p "$scratch")
-  timeout --kill-after=5 "$limit" "$@" >"$said" 2>&1
+  # As with Ctrl-C, after which pytest still says what passed and what failed.
+  timeout --signal=INT --kill-after=15 "$limit" "$@" >"$said" 2>&1
   verdict $? "$said"
   { printf '\n===== %s: %s\n' "$name" "$*" && cat "$said"; } >>"$log"
   note "$name" "$result" $((SECONDS - begin)) "$detail"
