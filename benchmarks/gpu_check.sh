@@ -155,7 +155,8 @@ elif "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
   tests triton 250 "$scratch/plain" &
   background+=($!)
   build
-  tests cuda 120 "$tree"
+  # Its tests of large tensors may wait a minute each for memory that those of Triton hold.
+  tests cuda 200 "$tree"
   sanitize memcheck cuda
   sanitize racecheck cuda
   wait
@@ -181,7 +182,7 @@ if [ ${#backends[@]} -gt 0 ]; then
     stage "long batches" 60 "$python" "$tree/benchmarks/gpu_models.py" --device cuda --sizes 1b --tokens 4 1024 \
       --out "$out/long_batches.csv"
   fi
-  stage doctor 90 "$python" -X faulthandler -c "$diagnosed" "$out/doctor.json"
+  stage doctor 150 "$python" -X faulthandler -c "$diagnosed" "$out/doctor.json"
 fi
 
 # The table comes last, and in a file of its own.
