@@ -97,7 +97,7 @@ tests() {
 # A few cases per op: under a sanitizer a kernel takes many times as long.
 sanitized='
 import itertools, sys, torch
-from safekern import diagnosis
+from safekern import diagnosis, ops
 from safekern.ops.registry import OPS
 wrong = 0
 for name, op in OPS.items():
@@ -106,6 +106,10 @@ for name, op in OPS.items():
         if problem:
             wrong += 1
             print(name, case.name, problem)
+# Many enough for select to sample them, and for a second round where sigma combines its chunks.
+scores = [torch.randn(2**24 + 5, device="cuda")]
+(chosen,) = ops.select(scores, torch.ones(1, device="cuda"), 10**5, True)
+wrong += len(chosen) != 10**5 or not torch.isclose(ops.sigma(scores), torch.ones((), device="cuda"), rtol=1e-2).all()
 print(f"{len(OPS)} ops, {wrong} wrong")
 sys.exit(wrong > 0)
 '
@@ -131,7 +135,7 @@ sanitize() {
     note "$name" skipped 0 "no compute-sanitizer on PATH or in CUDA_HOME/bin"
     return
   fi
-  stage "$name" 45 env -C "$tree" PYTHONPATH="$tree" SAFEKERN_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+  stage "$name" 60 env -C "$tree" PYTHONPATH="$tree" SAFEKERN_BACKEND="$2" PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     "$program" --tool "$1" --error-exitcode 99 --print-limit 20 "$python" -c "$sanitized"
 }
 
