@@ -27,7 +27,7 @@ from small_net import (
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 
-from safekern import InvalidArgumentError, Mask, MaskMismatchError, NonFiniteError, SETAdamW, StepError
+from safekern import InvalidArgumentError, Mask, MaskMismatchError, NonFiniteError, SETAdamW, StepError, ops
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -333,6 +333,21 @@ def test_gradients_may_lie_otherwise_in_memory_than_their_parameters():
             optimizer.step()
             optimizer.zero_grad()
     assert_same(weights(models[0]), weights(models[1]))
+
+
+def test_selected_gradients_begin_at_multiples_of_16_bytes(monkeypatch):
+    """Elsewhere, kernels on a GPU would move them one by one."""
+    model, addresses, step = Net(), [], ops.set_adamw_
+
+    def noted(params, grads, *rest):
+        addresses.extend(grad.data_ptr() for grad in grads)
+        step(params, grads, *rest)
+
+    monkeypatch.setattr(ops, "set_adamw_", noted)
+    mask = random_mask(model)
+    assert all(len(mask[name]) % 4 for name in MASKED)
+    train(model, SETAdamW(model.named_parameters(), mask), range(1))
+    assert len(addresses) == len(MASKED) and not any(address % 16 for address in addresses)
 
 
 def test_an_autograd_graph_over_the_old_weights_is_refused():

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from gpu_device import DEVICE, require_device
+from gpu_device import DEVICE, on_cuda, require_device
 
 from safekern import ops
 
@@ -12,6 +12,7 @@ require_device()
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 import test_ops  # noqa: E402
+from cuda_on_cpu import cases  # noqa: E402
 from test_ops import *  # noqa: E402, F403
 
 # Kernels on a device cannot look at indices without waiting for it, and have no threads or instruction sets of ours.
@@ -19,6 +20,9 @@ _OF_THE_CPU = ("threads", "_is_checked", "would_corrupt_memory", "instruction_se
 for _name in [name for name in globals() if name.endswith(_OF_THE_CPU)]:
     del globals()[_name]
 del test_spa_adamw_refuses_moments_of_two_dtypes  # noqa: F821
+
+# Those of the CPU refuse such an index.
+test_a_wrong_index_is_skipped = on_cuda(cases.test_a_wrong_index_is_skipped)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -139,10 +139,11 @@ def test_masked_optimizers_step_as_on_the_cpu(make, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_set_in_backward_frees_dense_gradients(dtype):
-    models_ = [models(dtype)[1] for _ in range(2)]
+    models_, lr, trained = [models(dtype)[1] for _ in range(2)], 1e-3, []
     mask = random_mask(models_[0])
     for model, in_backward in zip(models_, (True, False), strict=True):
-        optimizer = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-3, in_backward=in_backward)
+        before = {name: model.get_parameter(name).detach().clone() for name in mask}
+        optimizer = safekern.SETAdamW(model.named_parameters(), mask, lr=lr, in_backward=in_backward)
         for batch in batches():
             model(**{key: value.to(DEVICE) for key, value in batch.items()}).loss.backward()
             if in_backward:
@@ -151,9 +152,15 @@ def test_set_in_backward_frees_dense_gradients(dtype):
             optimizer.clip_grad_norm_(1.0)
             optimizer.step()
             optimizer.zero_grad()
-    # Device kernels of torch may add up in another order in each run.
-    for mine, other in zip(models_[0].parameters(), models_[1].parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=2e-2, atol=5e-3)
+        values = []
+        for name, old in before.items():
+            param, chosen = model.get_parameter(name), mask.bool(name).to(DEVICE)
+            assert (param - old)[chosen].abs().max() > lr
+            # A 16-bit weight would round a difference away, or make a unit in its last place of it.
+            values.append(optimizer.state[param].get("master", param.detach()[chosen]))
+        trained.append(torch.cat(values))
+    # Device kernels of torch may add up in another order in each run, and AdamW divides by the size of a gradient.
+    assert ((trained[0] - trained[1]).abs() <= 0.1 * lr).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,16 +214,24 @@ def test_perturb_adds_the_noise_of_the_cpu_and_takes_it_away():
 
 
 def waits(action):
-    """How often an action made the host wait for the device."""
+    """What made the host wait for the device in an action, but for events, which torch's mode does not look at."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        # Of the mode itself, at its first use in a process: a prototype.
+        warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
         torch.cuda.set_sync_debug_mode("warn")
         try:
             action()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+
+
+@on_cuda
+def test_waits_are_noticed():
+    number = torch.ones((), device=DEVICE)
+    assert waits(number.item) and not waits(number.neg)
 
 
 def adamw(model, mask):
@@ -238,9 +253,9 @@ def set_in_backward(model, mask):
     ("make", "most"),
     [
         (lambda model, mask: safekern.SPAAdamW(model.named_parameters(), mask), 0),
-        # One read that tells whether to step at all.
-        (lambda model, mask: safekern.SETAdamW(model.named_parameters(), mask), 1),
-        (set_in_backward, 1),
+        # Whether it stepped at all they learn from an event, after they have launched everything.
+        (lambda model, mask: safekern.SETAdamW(model.named_parameters(), mask), 0),
+        (set_in_backward, 0),
         (protected, 1),
         (adamw, 0),
     ],
