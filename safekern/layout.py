@@ -99,8 +99,16 @@ def write_memories(
 ) -> None:
     """:func:`write_selected` for parameters on one device, with the :func:`memory` of each."""
     ops.restore_(memories, indices, values)
-    # A custom op does not tell autograd that it wrote: a graph that saved the old weights would go on.
+    mark_written(params)
+
+
+def mark_written(params: Sequence[Tensor]) -> None:
+    """Tells torch that a custom op has written to parameters, which it does not see by itself.
+
+    A graph that saved the old weights would go on, and autocast would go on with its casts of them.
+    """
     torch.autograd.graph.increment_version(params)
+    torch.clear_autocast_cache()
 
 
 def gather_selected(tensor: Tensor, param: Tensor, indices: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from safekern.claims import claimed
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, NonFiniteError, ProtectionError
 from safekern.faults import put_back
-from safekern.layout import by_device, read_selected, write_selected
+from safekern.layout import by_device, mark_written, read_selected, write_selected
 from safekern.mask import Mask
 
 
@@ -81,8 +81,7 @@ def _noise_on(selected: "list[_Selected]", noise: float, seed: int) -> Iterator[
                 [entry.stream for entry in group],
                 seed,
             )
-            # A custom op does not tell autograd that it wrote: without this, a graph with the old weights would go on.
-            torch.autograd.graph.increment_version([entry.param for entry in group])
+            mark_written([entry.param for entry in group])
         yield
     finally:
         put_back(lambda: _restore(selected))

@@ -48,6 +48,15 @@ def test_only_masked_weights_move_and_all_come_back(dtype):
     assert_weights(model, before)
 
 
+def test_an_autocast_around_it_sees_the_noise_and_its_end():
+    model, batch = Net(torch.float32), torch.randn(4, 13)
+    with torch.autocast("cpu", torch.bfloat16):
+        clean = model(batch)
+        with perturb(model, full_mask(model), noise=3.0):
+            assert not torch.equal(model(batch), clean)
+        assert torch.equal(model(batch), clean)
+
+
 def test_noise_has_the_standard_deviation_asked_for():
     model = nn.Sequential(nn.Linear(300, 400, bias=False), nn.Linear(400, 300, bias=False)).double()
     with torch.no_grad():

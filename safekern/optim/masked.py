@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from safekern import names
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
-from safekern.layout import memory_indices
+from safekern.layout import mark_written, memory_indices
 from safekern.mask import Mask
 from safekern.sharding import Shard, is_sharded, local
 
@@ -332,8 +332,7 @@ def step_counted(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]
         raise
     finally:
         if updated:
-            # A custom op does not tell autograd that it wrote: a graph that saved the old weights would go on.
-            torch.autograd.graph.increment_version(params)
+            mark_written(params)
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
