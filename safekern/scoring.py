@@ -101,7 +101,7 @@ def score(
             raise at once; an error in forward or backward, and Ctrl-C, the others hear of at their next batch, or
             where they wait for that process in a collective, when it has ended or after the process group's timeout.
         ModelInUseError: another thread is scoring or perturbing the model.
-        NonFiniteError: a weight, or a gradient of some batch, is NaN or infinite.
+        NonFiniteError: a weight, or the loss or a gradient of some batch, is NaN or infinite.
 
     Example:
         >>> batches = [safekern.objectives.encode(tokenizer, p, r) for p, r in pairs]      # doctest: +SKIP
@@ -396,11 +396,10 @@ class _GradientFold:
             for name, tensor in held.items()
         }
         self.num_batches = 0
-        # One flag per accumulator, on its device: read once per batch, since a read waits for the device.
-        self._nonfinite = {
-            device: torch.zeros(len(part), dtype=torch.bool, device=device)
-            for device in dict.fromkeys(acc.device for acc in self.accs.values())
-        }
+        # On each device a flag per accumulator, and one for the loss: read once per batch, since a read waits for it.
+        self._nonfinite: dict[torch.device, Tensor] = {}
+        for acc in self.accs.values():
+            self._flags_on(acc.device)
         self._arrived: set[str] = set()
         self._backward_of: int | None = None  # the thread that runs it
         self._found: list[tuple[nn.Parameter, bool, dict[str, Any]]] = []
@@ -408,7 +407,7 @@ class _GradientFold:
 
     def __enter__(self) -> Self:
         chosen = {id(param): name for name, param in self._params.items()}
-        flags = {name: self._nonfinite[acc.device][i : i + 1] for i, (name, acc) in enumerate(self.accs.items())}
+        flags = {name: self._flags_on(acc.device)[i : i + 1] for i, (name, acc) in enumerate(self.accs.items())}
         try:
             for param in self._model.parameters():
                 aside = {attribute: getattr(param, attribute) for attribute in _SET_ASIDE}
@@ -433,11 +432,17 @@ class _GradientFold:
 
     def backward(self, loss: Tensor) -> None:
         """The one backward pass whose gradients are folded."""
+        self._flags_on(loss.device)[-1].logical_or_(~local(loss.detach()).isfinite().all())
         self._backward_of = threading.get_ident()
         try:
             loss.backward()
         finally:
             self._backward_of = None
+
+    def _flags_on(self, device: torch.device) -> Tensor:
+        if device not in self._nonfinite:
+            self._nonfinite[device] = torch.zeros(len(self.accs) + 1, dtype=torch.bool, device=device)
+        return self._nonfinite[device]
 
     def _restore(self) -> None:
         for handle in self._handles:
@@ -483,14 +488,21 @@ class _GradientFold:
             )
         self._arrived.clear()
         read = [flags.tolist() for flags in self._nonfinite.values()]
-        names = [name for name, *flags in zip(self.accs, *read, strict=True) if any(flags)]
-        if not self.processes.every(not names):
-            names = names or ["a parameter in another process"]
+        *flags, is_bad_loss = [any(each) for each in zip(*read, strict=True)]
+        names = [name for name, flag in zip(self.accs, flags, strict=True) if flag]
+        if not self.processes.every(not names and not is_bad_loss):
             more = f" (and of {len(names) - 1} more)" if len(names) > 1 else ""
+            if names:
+                found = f"the gradient of {names[0]}{more} holds NaN or infinity (or its sum over batches overflowed)"
+            elif is_bad_loss:
+                # Where no label counts, the mean over none is NaN, of which every gradient is an exact zero.
+                found = "the loss is NaN or infinite"
+            else:
+                found = "the loss or a gradient in another process holds NaN or infinity"
             raise NonFiniteError(
-                f"batch {self.num_batches}: the gradient of {names[0]}{more} holds NaN or infinity (or its sum over "
-                "batches overflowed); look for an empty or fully masked example in this batch, or score in bfloat16 or "
-                "float32 instead of float16"
+                f"batch {self.num_batches}: {found}; look for an empty or fully masked example in this batch (labels "
+                "that are all -100, as where truncation cut the answers off), or score in bfloat16 or float32 instead "
+                "of float16"
             )
         self.num_batches += 1
 

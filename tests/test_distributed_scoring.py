@@ -293,6 +293,8 @@ def fail(how: str, wrap: str) -> None:
             raise ValueError("of this process alone")
         if how == "interrupt" and rank == 1 and seen == 3:
             raise KeyboardInterrupt
+        if how == "infinite loss" and rank == 1 and seen == 3:
+            return loss + torch.inf
         # Infinite in the gradient of one row, which one process holds.
         return loss * torch.inf if how == "infinite" else loss
 
@@ -330,6 +332,13 @@ ALONE = "of this process alone"
             "ScoringError: 1 of 2 processes had no",
         ),
         ("infinite", "sharded", "NonFiniteError", "NonFiniteError"),
+        (
+            "infinite loss",
+            "sharded",
+            "NonFiniteError: batch 2: the loss or a gradient in another process",
+            "NonFiniteError: batch 2: the loss is NaN",
+        ),
+        ("infinite loss", "replicated", "ScoringError: process 1 failed", "NonFiniteError: batch 2: the loss is NaN"),
         ("memory", "sharded", "InvalidArgumentError: memory=", "InvalidArgumentError: memory="),
         ("loader", "sharded", f"ScoringError: process 1 failed: OSError: {ALONE}", f"OSError: {ALONE}"),
         # The other one waits in a collective of the model, and hears that process 1 is gone.

@@ -630,6 +630,17 @@ SCENARIOS = {
         NonFiniteError,
         r"^batch 2: the gradient of mixer\.weight holds .* overflowed",
     ),
+    "all labels masked": scenario(
+        lambda: [*token_batches(1), {**token_batches(1)[0], "labels": torch.full((3, 5), -100)}],
+        error=NonFiniteError,
+        message=r"^batch 1: the loss is NaN or infinite; look for .* fully masked example .*labels that are all -100",
+    ),
+    "infinite loss": scenario(
+        objective=lambda model, batch: model(**batch).loss.reshape(1, 1) + float("inf"),
+        error=NonFiniteError,
+        message="^batch 0: the loss is NaN or infinite",
+        offload=True,
+    ),
     "objective raises": scenario(objective=lambda model, batch: 1 / 0, error=ZeroDivisionError),
     "objective raises later": scenario(
         functools.partial(marked, 2), lambda model, batch: model(**batch).loss, IndexError, "index out of range"
