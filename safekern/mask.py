@@ -38,7 +38,8 @@ class Mask(Mapping[str, Tensor]):
     the parameters with at least one selected weight. A mask never changes: what it hands out are copies.
 
     Made by :meth:`from_indices`, :meth:`from_bool`, :meth:`load`, the ranking methods of the scores, and ``&``, ``|``
-    and ``-`` between masks. ``==`` compares indices and shapes, not :attr:`meta`.
+    and ``-`` between masks of one model, which see through wrapped names; the result has those of the mask on the left.
+    ``==`` compares names, indices and shapes, not :attr:`meta`.
 
     Example:
         >>> from safekern.mask import Mask
@@ -336,10 +337,44 @@ class Mask(Mapping[str, Tensor]):
             found[name] = (param, union(found[name][1], indices) if name in found else indices)
         return found
 
+    def named_like(self, other: "Mask") -> "Mask":
+        """This mask under the names that another one has for the same parameters, so that the two can be combined.
+
+        The operators and :meth:`jaccard` do this with the mask on the right.
+
+        Args:
+            other: A mask over the same model, whose names may be wrapped otherwise by DDP, ``torch.compile`` or PEFT.
+
+        Returns:
+            A mask in which parameters that only this one has keep their names.
+
+        Raises:
+            MaskMismatchError: If a parameter has another shape in the other mask, or a name is ambiguous.
+
+        Example:
+            >>> from safekern.mask import Mask
+            >>> wrapped, plain = (Mask.from_indices({name: [1]}, {name: (4,)}) for name in ("_orig_mod.w", "w"))
+            >>> list(wrapped.named_like(plain)), (plain - wrapped).numel
+            (['w'], 0)
+        """
+        # A name that both have is the same parameter, whatever else it may resemble.
+        new = names.resolve([name for name in self if name not in other], [name for name in other if name not in self])
+        shapes = {new.get(name, name): shape for name, shape in self._shapes.items()}
+        for name, shape in shapes.items():
+            if other._shapes.get(name, shape) != shape:
+                raise MaskMismatchError(
+                    f"{name!r} has shape {_text(other._shapes[name])} in one mask and {_text(shape)} in the other; "
+                    f"combine masks of the same model."
+                )
+        if not new:
+            return self
+        indices = {new.get(name, name): values for name, values in self._indices.items()}
+        return Mask(indices, shapes, self._model_numel, self._meta)
+
     def __and__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
             return NotImplemented
-        self._check_shapes(other)
+        other = other.named_like(self)
         common = {
             name: indices[contains(other._indices[name], indices)]
             for name, indices in self._indices.items()
@@ -350,7 +385,7 @@ class Mask(Mapping[str, Tensor]):
     def __or__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
             return NotImplemented
-        self._check_shapes(other)
+        other = other.named_like(self)
         both = dict(self._indices)
         for name, indices in other._indices.items():
             mine = self._indices.get(name)
@@ -360,7 +395,7 @@ class Mask(Mapping[str, Tensor]):
     def __sub__(self, other: "Mask") -> "Mask":
         if not isinstance(other, Mask):
             return NotImplemented
-        self._check_shapes(other)
+        other = other.named_like(self)
         rest = {
             name: indices[~contains(other._indices[name], indices)] if name in other else indices
             for name, indices in self._indices.items()
@@ -381,13 +416,13 @@ class Mask(Mapping[str, Tensor]):
         """The share of the weights selected by either mask that both select.
 
         Args:
-            other: A mask over the same model.
+            other: A mask over the same model; its names may be wrapped otherwise, as for :meth:`named_like`.
 
         Returns:
             Between 0 and 1; 1 for two empty masks.
 
         Raises:
-            MaskMismatchError: If a parameter has another shape in the other mask.
+            MaskMismatchError: If a parameter has another shape in the other mask, or a name is ambiguous.
 
         Example:
             >>> from safekern.mask import Mask
@@ -395,7 +430,7 @@ class Mask(Mapping[str, Tensor]):
             >>> Mask.from_indices({"w": [0, 1]}, shapes).jaccard(Mask.from_indices({"w": [1]}, shapes))
             0.5
         """
-        self._check_shapes(other)
+        other = other.named_like(self)
         common = sum(
             int(contains(other._indices[name], indices).sum())
             for name, indices in self._indices.items()
@@ -597,14 +632,6 @@ class Mask(Mapping[str, Tensor]):
         return SummaryRow(
             layer, component, selected, numel, selected / self.numel, density, density / self.density, expert
         )
-
-    def _check_shapes(self, other: "Mask") -> None:
-        for name, shape in self._shapes.items():
-            if other._shapes.get(name, shape) != shape:
-                raise MaskMismatchError(
-                    f"{name!r} has shape {_text(shape)} in one mask and {_text(other._shapes[name])} in the other; "
-                    f"combine masks of the same model."
-                )
 
     def _combined(self, other: "Mask", operation: str, indices: dict[str, Tensor]) -> "Mask":
         indices = {name: values for name, values in indices.items() if values.numel()}

@@ -1,6 +1,5 @@
 """How far two masks agree, beside what chance would give."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,7 +65,7 @@ class Comparison:
         Raises:
             MaskMismatchError: If a parameter has another shape in the other mask, or a name is ambiguous.
         """
-        b = _renamed(b, names.resolve(b, a))
+        b = b.named_like(a)
         self.equal = a == b
         self.total = Overlap()
         self._cells: dict[tuple[int | None, str], Overlap] = {}
@@ -105,14 +104,6 @@ def row(found: Overlap) -> tuple[int, int, int, float, float]:
 
 def _selected(mask: Mask, name: str) -> int:
     return mask.compact(name).numel() if name in mask else 0
-
-
-def _renamed(mask: Mask, new: Mapping[str, str]) -> Mask:
-    if all(name == other for name, other in new.items()):
-        return mask
-    indices = {new.get(name, name): mask.compact(name) for name in mask}
-    shapes = {new.get(name, name): shape for name, shape in mask.shapes.items()}
-    return Mask.from_indices(indices, shapes, model_numel=mask.model_numel, meta=mask.meta)
 
 
 def _jaccard(a: int, b: int, shared: float) -> float:

@@ -277,12 +277,44 @@ class TestSets:
         assert both.model_numel == 30
         assert list(both) == ["a", "b"]
 
+    @pytest.mark.parametrize("wrapper", ["module.{}", "_orig_mod.{}", "base_model.model.{}"])
+    def test_wrapped_names_are_the_same_parameters(self, wrapper, tmp_path):
+        shapes = {"a": (2, 3), "b": (4,), "c": (5,)}
+        left, right = {"a": [0, 1], "b": [3]}, {"b": [2, 3], "a": [1, 5], "c": [4]}
+        plain = Mask.from_indices(right, shapes)
+        wrapped = Mask.from_indices(
+            {wrapper.format(name): values for name, values in right.items()},
+            {wrapper.format(name): shape for name, shape in shapes.items()},
+        )
+        wrapped.save(tmp_path / "mask")
+        mask = Mask.from_indices(left, shapes)
+        for other in (wrapped, Mask.load(tmp_path / "mask")):
+            assert mask & other == mask & plain
+            assert mask - other == mask - plain
+            assert as_sets(mask | other) == {"a": {0, 1, 5}, "b": {2, 3}, wrapper.format("c"): {4}}
+            assert mask.jaccard(other) == mask.jaccard(plain)
+            assert list(other & mask) == [wrapper.format("b"), wrapper.format("a")]
+            assert other != plain
+
+    def test_a_name_of_both_masks_is_no_wrapped_one(self):
+        both = Mask.from_indices({"w": [0], "module.w": [1]}, {"w": (2,), "module.w": (2,)})
+        assert as_sets(one([0], 2) & both) == {"w": {0}}
+        assert as_sets(both - one([0], 2)) == {"module.w": {1}}
+
+    @pytest.mark.parametrize("use", [Mask.__and__, Mask.__or__, Mask.__sub__, Mask.jaccard])
+    def test_ambiguous_names(self, use):
+        both = Mask.from_indices({"_orig_mod.w": [0], "module.w": [1]}, {"_orig_mod.w": (2,), "module.w": (2,)})
+        for left, right in ((one([0], 2), both), (both, one([0], 2))):
+            with pytest.raises(MaskMismatchError, match="Keep one of them|Use the full name"):
+                use(left, right)
+
     @pytest.mark.parametrize("use", [Mask.__and__, Mask.__or__, Mask.__sub__, Mask.jaccard])
     def test_other_shapes(self, use):
         left = Mask.from_indices({"w": [0]}, {"w": (2, 3)})
-        right = Mask.from_indices({"w": [0]}, {"w": (3, 2)})
-        with pytest.raises(MaskMismatchError, match=r"'w' has shape \(2, 3\) in one mask and \(3, 2\)"):
-            use(left, right)
+        for name in ("w", "module.w"):
+            right = Mask.from_indices({name: [0]}, {name: (3, 2)})
+            with pytest.raises(MaskMismatchError, match=r"'w' has shape \(2, 3\) in one mask and \(3, 2\)"):
+                use(left, right)
 
     def test_other_types(self):
         mask = one([1])
