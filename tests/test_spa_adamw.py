@@ -436,6 +436,28 @@ def test_loading_matches_parameters_by_name():
     assert_same_weights(model, other)
 
 
+@pytest.mark.parametrize("before", ["the first step", "a parameter's first gradient"])
+def test_a_state_from_before_a_first_gradient_takes_the_optimizer_back(before):
+    model, other = make_model(), make_model()
+    mask = make_mask(model)
+    optimizer = SPAAdamW(model.named_parameters(), mask, lr=1e-2)
+    if before != "the first step":
+        model[0](torch.ones(2, 7)).sum().backward()
+        optimizer.step()
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(model.state_dict())
+    train(model, optimizer, 3)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["state"].keys() == saved["state"].keys()
+
+    other.load_state_dict(weights)
+    fresh = SPAAdamW(other.named_parameters(), mask, lr=1e-2)
+    fresh.load_state_dict(saved)
+    train(model, optimizer, 2)
+    train(other, fresh, 2)
+    assert_same_weights(model, other)
+
+
 def test_states_that_do_not_fit_are_refused_and_change_nothing():
     model = make_model(torch.bfloat16)
     mask = make_mask(model)

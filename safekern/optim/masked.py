@@ -147,7 +147,7 @@ class MaskedOptimizer(Optimizer):
         return self._states[name]
 
     def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A copy of a saved state in the form this optimizer keeps it; an error if it does not fit."""
+        """A copy of a saved state in the form this optimizer keeps it, empty for none; an error if it does not fit."""
         raise NotImplementedError
 
     @_disable_dynamo
@@ -199,7 +199,8 @@ class MaskedOptimizer(Optimizer):
                     # torch.distributed.checkpoint leaves out what does not train.
                     states.update({name: self._states[name]} if name in self._states else {})
                 elif values is not None or name in self._states:
-                    states[name] = self._loaded_state(name, param, values or {})
+                    loaded = self._loaded_state(name, param, values or {})
+                    states.update({name: loaded} if loaded else {})
         self.param_groups, self._states = groups, states
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

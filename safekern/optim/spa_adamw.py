@@ -222,7 +222,8 @@ class SPAAdamW(MaskedOptimizer):
 
         Parameters are matched by name, whatever their order. The next step equals that of the uninterrupted run bit for
         bit: moments keep their dtype, where torch's own loading would cast them to the parameter's. Whole moments are
-        cut down to the part of a sharded parameter that this process holds.
+        cut down to the part of a sharded parameter that this process holds. A parameter without a saved state, as
+        before its first gradient, has none afterwards.
 
         Args:
             state_dict: what ``state_dict()`` returned, also after a trip through ``torch.distributed.checkpoint``.
@@ -234,6 +235,9 @@ class SPAAdamW(MaskedOptimizer):
         super().load_state_dict(state_dict)
 
     def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+        if not saved:
+            # Saved before the parameter's first gradient: its next one starts anew, as with torch.optim.AdamW.
+            return {}
         if "step" not in saved or any(moment not in saved or saved[moment].shape != param.shape for moment in _MOMENTS):
             raise MaskMismatchError(f"the optimizer state of parameter {name} is incomplete or of another shape")
         dtype = self._state_dtype or param.dtype
