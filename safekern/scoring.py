@@ -1,8 +1,10 @@
 """``score``: passes of forward and backward that fold gradients into ESI accumulators."""
 
+import copy
 import itertools
 import threading
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -580,8 +582,23 @@ def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
+        return _with_items(batch, {key: _to_device(value, device) for key, value in batch.items()})
     if isinstance(batch, (tuple, list)):
         moved = [_to_device(value, device) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
+
+
+def _with_items(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the type of another one, whose keys may be its attributes too; a plain dict where that fails."""
+    # A copy of any other mapping may share its items with the original.
+    if type(batch) is dict or not isinstance(batch, (dict, UserDict)):
+        return items
+    try:
+        copied: Any = copy.copy(batch)
+        for key, value in items.items():
+            copied[key] = value
+    except Exception:
+        # The type's own, and of any class: FrozenDict of diffusers raises a bare Exception.
+        return items
+    return cast(Mapping[Any, Any], copied)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 import warnings
 import weakref
 from collections import UserDict
@@ -328,6 +329,41 @@ def test_batches_reach_the_objective_as_they_are():
     assert isinstance(seen[1], Pair)
     assert seen[2] == "text"
     assert seen[0]["pair"].labels is batch["pair"].labels
+
+
+class Attributes(dict):
+    """A batch as some loaders make them: keys are attributes, and there is more."""
+
+    def __init__(self, source, **items):
+        super().__init__(items)
+        self.source = source
+
+    @property
+    def labels(self):
+        return self["labels"]
+
+
+class Frozen(dict):
+    def __setitem__(self, key, value):
+        raise Exception("frozen")
+
+
+def test_mappings_reach_the_objective_in_their_own_types():
+    items = {"input_ids": torch.ones(2), "labels": torch.zeros(2)}
+    batches = [
+        transformers.BatchEncoding(items),
+        transformers.BatchFeature(items),
+        transformers.modeling_outputs.CausalLMOutput(loss=torch.ones(1), logits=torch.ones(2)),
+        Attributes("here", **items),
+        Frozen(items),
+        types.MappingProxyType(items),
+    ]
+    moved = [scoring._to_device(batch, torch.device("meta")) for batch in batches]
+    assert [type(batch) for batch in moved] == [*map(type, batches[:4]), dict, dict]
+    assert moved[0].input_ids.is_meta and moved[1].labels.is_meta and moved[2].logits.is_meta
+    assert moved[3].labels.is_meta and moved[3].source == "here"
+    assert all(value.is_meta for batch in moved for value in batch.values())
+    assert not any(value.is_meta for batch in batches for value in batch.values())
 
 
 def test_batches_move_to_the_models_device():
