@@ -215,7 +215,17 @@ def replace_data(model, values):
     model.weight.data = values.clone()
 
 
-@pytest.mark.parametrize("edit", [load_state_dict, copy_into_data, replace_data])
+def load_by_swapping(model, values):
+    grad = model.weight.grad
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.load_state_dict({"weight": values})
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    model.weight.grad = grad
+
+
+@pytest.mark.parametrize("edit", [load_state_dict, copy_into_data, replace_data, load_by_swapping])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_loaded_after_construction_are_noticed(dtype, edit):
     model = nn.Linear(8, 9, bias=False, dtype=dtype)

@@ -167,6 +167,24 @@ def test_a_parameter_laid_out_anew_stays_protected():
     assert same_bits(models[1].weight.detach()[mask.bool("weight")], before[mask.bool("weight")])
 
 
+def test_parameters_that_torch_swaps_in_place_stay_protected():
+    models = [make_model(), make_model()]
+    mask = make_mask(models[0])
+    optimizers = [SPAAdamW(model.named_parameters(), mask, lr=1e-2) for model in models]
+    for swap, model, optimizer in zip((False, True), models, optimizers, strict=True):
+        train(model, optimizer, 2)
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            model.load_state_dict(make_model(seed=1).state_dict())
+            model.double()
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        before = snapshot(model)
+        train(model, optimizer, 2)
+        assert_protected(model, before, mask)
+    assert_same_weights(*models)
+
+
 @pytest.mark.parametrize("param", [torch.zeros(4, 6)[:, :3], torch.zeros(1, 3).expand(4, 3)])
 def test_layouts_that_share_memory_are_refused(param):
     mask = Mask.from_indices({"ok": [0]}, {"ok": (3,)})

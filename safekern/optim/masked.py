@@ -2,7 +2,6 @@
 
 import copy
 import math
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -85,7 +84,9 @@ class MaskedOptimizer(Optimizer):
         # The name in the mask of each masked parameter.
         self._masked = {given: masked for masked, given in mask.resolve(named).items()}
         self._states: dict[str, dict[str, Tensor]] = {}
-        self._seen: dict[str, tuple[weakref.ref[Tensor], tuple[Any, ...]]] = {}
+        # The id and form that each parameter had. No weak reference, of which torch.utils.swap_tensors allows none: if
+        # a new parameter has the id of a freed one, what depends on its memory shows in its form.
+        self._seen: dict[str, tuple[int, tuple[Any, ...]]] = {}
         super().__init__(groups, {**defaults, "mask_fingerprint": mask.fingerprint})
 
     @property  # type: ignore[override]
@@ -129,11 +130,11 @@ class MaskedOptimizer(Optimizer):
 
     def _bind_one(self, name: str, param: Tensor) -> None:
         before, form = self._seen.get(name, (None, None))
-        swapped = before is not None and before() is not param
+        swapped = before is not None and before != id(param)
         now = form_of(param)
         if swapped or form != now:
             self._follow(name, param, swapped=swapped)
-            self._seen[name] = weakref.ref(param), now
+            self._seen[name] = id(param), now
 
     def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
         """Works out what depends on the memory of a parameter; an error leaves everything as it was."""
@@ -245,7 +246,7 @@ class MaskedOptimizer(Optimizer):
 def form_of(param: Tensor) -> tuple[Any, ...]:
     """What positions in a parameter's memory hold for."""
     piece = local(param)
-    return param.shape, piece.stride(), piece.dtype, piece.device
+    return type(param), param.shape, piece.shape, piece.stride(), piece.dtype, piece.device
 
 
 def settled_gradient(param: Tensor) -> Tensor:
