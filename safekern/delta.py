@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from safekern import checkpoint, files, names
+from safekern.arguments import check_mask
 from safekern.checkpoint import OnDisk, Source, Weights
 from safekern.eligibility import check_plain
 from safekern.errors import (
@@ -62,6 +63,7 @@ def save_delta(model: nn.Module, mask: Mask, path: StrPath, base: Source | None 
     Example:
         >>> safekern.save_delta(model, mask, "delta.safetensors", base="base_model")      # doctest: +SKIP
     """
+    check_mask(mask)
     files.check_writable(path)
     selected = mask.parameters(model)
     for name, (param, _) in selected.items():

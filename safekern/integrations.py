@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from safekern.arguments import check_mask
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError
 from safekern.faults import put_back
@@ -77,6 +78,7 @@ def leave_to_set(model: nn.Module, mask: Mask) -> None:
     The Trainer and ``Accelerator.prepare`` wrap the model themselves: call this after ``TrainingArguments`` or the
     ``Accelerator`` was made, and before them.
     """
+    check_mask(mask)
     masked = mask.parameters(model)
     for name, (param, _) in masked.items():
         check_plain(name, param)
@@ -125,6 +127,7 @@ def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
         >>> merged = safekern.merge_lora(peft_model, mask)          # doctest: +SKIP
         >>> merged.save_pretrained("merged")                        # doctest: +SKIP
     """
+    check_mask(mask)
     if not hasattr(peft_model, "merge_and_unload"):
         raise InvalidArgumentError(
             f"a peft.PeftModel is needed, got {type(peft_model).__name__}: a model without adapters needs no merging"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from safekern import names, ops
+from safekern.arguments import check_mask, is_number, is_whole_number
 from safekern.claims import claimed
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, NonFiniteError, ProtectionError
@@ -56,10 +57,12 @@ def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) ->
         >>> with safekern.perturb(model, mask, noise=0.38):                                     # doctest: +SKIP
         ...     noisy = safekern.attack_success_rate(model, tokenizer, prompts)
     """
-    if not (isinstance(noise, int | float) and 0 <= noise < math.inf):
-        raise InvalidArgumentError(f"noise must be a finite number of at least 0, got {noise}")
-    if not (isinstance(seed, int) and -(2**63) <= seed < 2**63):
-        raise InvalidArgumentError(f"seed must be a whole number of 64 bits, got {seed}")
+    check_mask(mask)
+    if not (is_number(noise) and 0 <= noise < math.inf):
+        raise InvalidArgumentError(f"noise must be a finite number of at least 0, got {noise!r}")
+    if not (is_whole_number(seed) and -(2**63) <= seed < 2**63):
+        raise InvalidArgumentError(f"seed must be a whole number of 64 bits, got {seed!r}")
+    noise, seed = float(noise), int(seed)
     selected = _select(model, mask)
     with claimed({entry.name: entry.param for entry in selected}, "perturbed"), _noise_on(selected, noise, seed):
         yield

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from safekern import names
+from safekern.arguments import check_mask, is_scalar
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
 from safekern.layout import mark_written, memory_indices
 from safekern.mask import Mask
@@ -79,6 +80,7 @@ class MaskedOptimizer(Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], mask: Mask, defaults: dict[str, Any]) -> None:
+        check_mask(mask)
         named = {name: param for group in groups for name, param in group["params"]}
         self._mask = mask
         # The name in the mask of each masked parameter.
@@ -312,7 +314,7 @@ def step_arguments(
         beta1,
         beta2,
         float(group["eps"]),
-        1 - lr * group["weight_decay"],
+        1 - lr * float(group["weight_decay"]),
     )
 
 
@@ -338,12 +340,17 @@ def step_counted(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Refuses hyperparameters of AdamW that are out of range."""
+    """Refuses hyperparameters of AdamW that are no numbers or out of range."""
     for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
-            raise InvalidArgumentError(f"{name} must be a finite number of at least 0, got {group[name]}")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise InvalidArgumentError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+        value = group[name]
+        if not (is_scalar(value) and 0 <= value < math.inf):
+            hint = " (YAML reads 1e-2 as text, and 1.0e-2 as a number)" if isinstance(value, str) else ""
+            raise InvalidArgumentError(f"{name} must be a finite number of at least 0, got {value!r}{hint}")
+    betas = group["betas"]
+    if not (
+        isinstance(betas, Sequence) and len(betas) == 2 and all(is_scalar(beta) and 0 <= beta < 1 for beta in betas)
+    ):
+        raise InvalidArgumentError(f"betas must be two numbers in [0, 1), got {betas!r}")
 
 
 class NamedPiece(Protocol):

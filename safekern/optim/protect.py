@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safekern import ops
+from safekern.arguments import check_mask
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.faults import put_back
@@ -179,6 +180,7 @@ class Protection:
     """
 
     def __init__(self, optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters) -> None:
+        check_mask(mask)
         self._optimizer = _with_hooks(optimizer)
         named = dict(pair for group in named_groups(named_parameters) for pair in group["params"])
         self._mask = mask

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from safekern import ops
+from safekern.arguments import is_scalar
 from safekern.eligibility import check_kept, check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, NonFiniteError, StepError
 from safekern.layout import flat_view, gather_selected, memory, overlaps_itself
@@ -350,7 +351,7 @@ class SETAdamW(MaskedOptimizer):
             The norm before clipping, a 0-d fp32 tensor.
 
         Raises:
-            InvalidArgumentError: ``max_norm`` is negative or NaN.
+            InvalidArgumentError: ``max_norm`` is no number, negative or NaN.
             StepError: no selected weight received a gradient.
 
         Example:
@@ -358,8 +359,9 @@ class SETAdamW(MaskedOptimizer):
             >>> norm = opt.clip_grad_norm_(1.0)                                   # doctest: +SKIP
             >>> opt.step()                                                        # doctest: +SKIP
         """
-        if not max_norm >= 0:
-            raise InvalidArgumentError(f"max_norm must be at least 0, got {max_norm}")
+        if not (is_scalar(max_norm) and max_norm >= 0):
+            raise InvalidArgumentError(f"max_norm must be a number of at least 0, got {max_norm!r}")
+        max_norm = float(max_norm)
         targets = self._targets()
         gather(targets)
         processes = self._processes()
