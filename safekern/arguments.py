@@ -1,13 +1,9 @@
-"""What arguments have to be where several functions take their like."""
+"""Which arguments are numbers, for functions that take them from configurations and arrays."""
 
 from numbers import Integral, Real
-from os import PathLike
 from typing import TypeGuard
 
 from torch import Tensor
-
-from safekern.errors import InvalidArgumentError
-from safekern.mask import Mask
 
 
 def is_number(value: object) -> TypeGuard[float]:
@@ -29,24 +25,3 @@ def is_scalar(value: object) -> TypeGuard[float | Tensor]:
 def is_whole_number(value: object) -> TypeGuard[int]:
     """Whether it is an integer, NumPy's too, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def check_mask(mask: object) -> None:
-    """Refuses what is no mask.
-
-    Raises:
-        InvalidArgumentError: as above; the message says how to make one of it.
-
-    Example:
-        >>> from safekern.arguments import check_mask
-        >>> check_mask("mask.safetensors")
-        Traceback (most recent call last):
-        safekern.errors.InvalidArgumentError: a mask is needed, got str: pass Mask.load(path) for a file
-    """
-    if not isinstance(mask, Mask):
-        hint = (
-            "Mask.load(path) for a file"
-            if isinstance(mask, (str, bytes, PathLike))
-            else ("what scores.top(ratio), Mask.load(path), Mask.from_indices or Mask.from_bool returns")
-        )
-        raise InvalidArgumentError(f"a mask is needed, got {type(mask).__name__}: pass {hint}")

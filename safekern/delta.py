@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from safekern import checkpoint, files, names
-from safekern.arguments import check_mask
 from safekern.checkpoint import OnDisk, Source, Weights
 from safekern.eligibility import check_plain
 from safekern.errors import (
@@ -27,7 +26,7 @@ from safekern.errors import (
 )
 from safekern.files import StrPath
 from safekern.layout import memory_indices, overlaps_itself, write_selected
-from safekern.mask import Mask
+from safekern.mask import Mask, check_mask
 
 _KIND, _VERSION = "delta", 1
 _INDICES, _VALUES = "indices:", "values:"

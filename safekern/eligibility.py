@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safekern.errors import InvalidArgumentError
@@ -30,8 +31,16 @@ def eligible_parameters(
         select: ``select(name, param) -> bool`` replaces the default choice.
 
     Raises:
-        InvalidArgumentError: nothing is chosen, or a chosen parameter cannot be scored.
+        InvalidArgumentError: nothing is chosen, or a chosen parameter cannot be scored; ``select`` is no function; or
+            the model has lazy modules that have seen no batch yet.
     """
+    if select is not None and not callable(select):
+        raise InvalidArgumentError(
+            f"select must be a function select(name, param) -> bool, got {type(select).__name__}: for a list of names "
+            "pass select=lambda name, param: name in names"
+        )
+    for name, param in model.named_parameters():
+        check_initialized(name, param)
     if select is None:
         excluded = {id(param) for param in _excluded(model)}
 
@@ -46,6 +55,22 @@ def eligible_parameters(
     for name, param in chosen.items():
         check_plain(name, param, sharded=True)
     return chosen
+
+
+def check_initialized(name: str, param: Tensor) -> None:
+    """Refuses parameters of lazy modules, whose shape is known only after the first batch.
+
+    Args:
+        name: of the parameter, for messages.
+        param: the parameter.
+
+    Raises:
+        InvalidArgumentError: as above.
+    """
+    if is_lazy(param):
+        raise InvalidArgumentError(
+            f"parameter {name} is of a lazy module and has no shape yet: run the model on a batch first"
+        )
 
 
 def check_plain(name: str, param: Tensor, *, sharded: bool = False) -> None:

@@ -42,6 +42,8 @@ def checked(name: str, values: Tensor | Sequence[int] | NDArray[Any], shape: tor
         given = torch.as_tensor(copied, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InvalidArgumentError(f"{name!r}: the indices are not integers ({error}).") from error
+    if given.layout != torch.strided:
+        raise InvalidArgumentError(f"{name!r}: the indices are a sparse tensor; use its to_dense().")
     dtype = index_dtype(shape.numel())
     if given.dim() != 1:
         raise InvalidArgumentError(f"{name!r}: flat indices are needed (1-D), got shape {tuple(given.shape)}.")

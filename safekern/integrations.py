@@ -14,12 +14,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from safekern.arguments import check_mask
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError
 from safekern.faults import put_back
 from safekern.layout import memory_indices, read_selected, write_selected
-from safekern.mask import Mask
+from safekern.mask import Mask, check_mask
 
 
 def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Callable[..., Optimizer]]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from safekern import files, names
+from safekern.arguments import is_whole_number
 from safekern.errors import FileFormatError, InvalidArgumentError, MaskMismatchError, UnknownNameError
 from safekern.files import StrPath
 from safekern.indices import checked, contains, decode, encode, union
@@ -79,14 +81,16 @@ class Mask(Mapping[str, Tensor]):
             A mask that shares no memory with what was given.
 
         Raises:
-            InvalidArgumentError: If indices are not integers, repeat or lie outside the shape, if a shape is missing
-                or ``model_numel`` is too small.
+            InvalidArgumentError: If indices are not integers, repeat or lie outside the shape, if a shape is missing,
+                a name is not a string or ``model_numel`` is too small.
 
         Example:
             >>> from safekern.mask import Mask
             >>> Mask.from_indices({"w": [3, 1]}, {"w": (2, 2)})
             Mask(2 of 4 weights, 50%, in 1 parameter)
         """
+        for given in (indices, shapes):
+            _check_names(given)
         sizes = {name: _size(name, shape) for name, shape in shapes.items()}
         missing = [name for name in indices if name not in sizes]
         if missing:
@@ -97,9 +101,10 @@ class Mask(Mapping[str, Tensor]):
         masked = {name: sizes[name] for name in stored}
         known = sum(map(_numel, sizes.values()))
         least = sum(map(_numel, masked.values()))
-        if model_numel is not None and model_numel < least:
+        if model_numel is not None and not (is_whole_number(model_numel) and model_numel >= least):
             raise InvalidArgumentError(
-                f"model_numel is {model_numel:,}, but the masked parameters alone have {least:,} weights."
+                f"model_numel is {model_numel!r}, but must be a whole number of at least {least:,}, the weights of the "
+                "masked parameters alone."
             )
         return cls(
             stored, masked, known if model_numel is None else int(model_numel), json.loads(files.dump_json(meta or {}))
@@ -118,7 +123,7 @@ class Mask(Mapping[str, Tensor]):
             A mask that shares no memory with what was given.
 
         Raises:
-            InvalidArgumentError: If a tensor is not boolean.
+            InvalidArgumentError: If one is not a dense bool tensor with values, or a name is not a string.
 
         Example:
             >>> import torch
@@ -126,10 +131,17 @@ class Mask(Mapping[str, Tensor]):
             >>> Mask.from_bool({"w": torch.tensor([[True, False], [False, True]])})["w"]
             tensor([0, 3])
         """
+        _check_names(masks)
         for name, tensor in masks.items():
-            if tensor.dtype != torch.bool:
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise InvalidArgumentError(
-                    f"{name!r}: a bool tensor is needed, got {tensor.dtype}; for indices there is Mask.from_indices."
+                    f"{name!r}: a bool tensor is needed, got {got}; for indices there is Mask.from_indices."
+                )
+            if tensor.is_meta or tensor.layout != torch.strided:
+                raise InvalidArgumentError(
+                    f"{name!r}: a bool tensor with a value for every weight is needed, got one "
+                    + ("on the meta device." if tensor.is_meta else "that is sparse; use its to_dense().")
                 )
         # On the CPU, because CUDA's nonzero stops at 2^31 elements.
         indices = {name: tensor.detach().cpu().reshape(-1).nonzero().view(-1) for name, tensor in masks.items()}
@@ -754,12 +766,41 @@ def _shade(level: float) -> str:
     return " ░▒▓█"[min(4, int(level * 4 + 0.999))]
 
 
+def check_mask(mask: object) -> None:
+    """Refuses what is no mask.
+
+    Raises:
+        InvalidArgumentError: as above; the message says how to make one of it.
+
+    Example:
+        >>> from safekern.mask import check_mask
+        >>> check_mask("mask.safetensors")
+        Traceback (most recent call last):
+        safekern.errors.InvalidArgumentError: a mask is needed, got str: pass Mask.load(path) for a file
+    """
+    if not isinstance(mask, Mask):
+        is_path = isinstance(mask, (str, bytes, PathLike))
+        hint = "Mask.load(path) for a file" if is_path else "what scores.top(ratio) or Mask.from_bool(...) returns"
+        raise InvalidArgumentError(f"a mask is needed, got {type(mask).__name__}: pass {hint}")
+
+
+def _check_names(given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise InvalidArgumentError(f"A mapping by parameter name is needed, got {type(given).__name__}.")
+    for name in given:
+        if not isinstance(name, str):
+            raise InvalidArgumentError(
+                f"{name!r} is not the name of a parameter, which is a string; use those of model.named_parameters()."
+            )
+
+
 def _size(name: str, shape: Any) -> torch.Size:
-    if not isinstance(shape, Sequence) or not all(isinstance(dim, int) and dim >= 0 for dim in shape):
+    if not isinstance(shape, Sequence) or not all(is_whole_number(dim) and dim >= 0 for dim in shape):
         raise InvalidArgumentError(f"{name!r}: {shape!r} is not a shape; use a sequence of sizes.")
-    if math.prod(shape) >= 2**63 or any(dim >= 2**63 for dim in shape):
-        raise InvalidArgumentError(f"{name!r}: the shape {_text(shape)} is larger than a tensor can be.")
-    return torch.Size(shape)
+    sizes = [int(dim) for dim in shape]
+    if math.prod(sizes) >= 2**63 or any(size >= 2**63 for size in sizes):
+        raise InvalidArgumentError(f"{name!r}: the shape {_text(sizes)} is larger than a tensor can be.")
+    return torch.Size(sizes)
 
 
 def _numel(shape: Iterable[int]) -> int:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from safekern import names, ops
-from safekern.arguments import check_mask, is_number, is_whole_number
+from safekern.arguments import is_number, is_whole_number
 from safekern.claims import claimed
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, NonFiniteError, ProtectionError
 from safekern.faults import put_back
 from safekern.layout import by_device, mark_written, read_selected, write_selected
-from safekern.mask import Mask
+from safekern.mask import Mask, check_mask
 
 
 @contextmanager

@@ -110,6 +110,8 @@ def score(
         >>> scores = safekern.score(model, batches, safekern.objectives.refusal)           # doctest: +SKIP
         >>> mask = scores.top(0.01)                                                        # doctest: +SKIP
     """
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(f"a model is a torch.nn.Module, got {type(model).__name__}")
     # Its gradients would be averaged over processes batch by batch; once, at the end, is enough.
     replicated = isinstance(model, nn.parallel.DistributedDataParallel)
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -124,7 +126,9 @@ def score(
     compute = objective or _model_loss
     with failing_together("score", together=everyone.size > 1) as check_others:
         params, parts, k = everyone.alike(
-            partial(_planned, model, loader, reduction, select, memory, keep, offload, sigma_per, sharded.size),
+            partial(
+                _planned, model, loader, objective, reduction, select, memory, keep, offload, sigma_per, sharded.size
+            ),
             lambda plan: (
                 reduction,
                 sigma_per,
@@ -176,6 +180,7 @@ def score(
 def _planned(
     model: nn.Module,
     loader: Iterable[Any],
+    objective: Objective | None,
     reduction: str,
     select: Callable[[str, nn.Parameter], bool] | None,
     memory: float | None,
@@ -192,6 +197,11 @@ def _planned(
     if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
         raise InvalidArgumentError(
             f"loader must yield batches, got {type(loader).__name__}: to score a single batch, pass [batch]"
+        )
+    if objective is not None and not callable(objective):
+        raise InvalidArgumentError(
+            f"objective must be a function objective(model, batch) -> loss, got {type(objective).__name__}: for "
+            "refusals there is safekern.objectives.refusal"
         )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise InvalidArgumentError(
@@ -571,6 +581,8 @@ def _check_loss(loss: object, index: int) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ScoringError(f"batch {index}: the objective must return a scalar tensor, got {got}")
+    if loss.is_complex():
+        raise ScoringError(f"batch {index}: the objective must return a real number, got {loss.dtype}: take its .real")
     if not loss.requires_grad:
         raise ScoringError(
             f"batch {index}: the objective's result has no graph to the model's parameters: was it detached, or "

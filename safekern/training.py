@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from safekern.arguments import is_number
 from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.faults import out_of_memory_explained
 from safekern.objectives import encode, refusal
@@ -246,7 +247,7 @@ def tune(
         The loss of every iteration, before its step.
 
     Raises:
-        InvalidArgumentError: the batches ran out.
+        InvalidArgumentError: the parts are no pairs of a weight and batches, or the batches ran out.
         NonFiniteError: a loss is NaN or infinite.
         OutOfMemoryError: memory ran out in a step; the message says what takes it, and what to lower.
 
@@ -255,8 +256,8 @@ def tune(
         >>> refusals, answers = (shuffled(tokenizer, pairs, 2, 0) for pairs in (harmful, benign))  # doctest: +SKIP
         >>> losses = tune(model, opt, [(0.2, refusals), (0.8, answers)], 100)                      # doctest: +SKIP
     """
+    weights, streams = zip(*_checked(parts), strict=True)
     device = next(model.parameters()).device
-    weights, streams = zip(*parts, strict=True)
     losses = list(done)
     left = max(0, iterations - len(losses))
     # disable=None shows the bar on a terminal only.
@@ -283,6 +284,24 @@ def tune(
     if len(losses) < iterations:
         raise InvalidArgumentError(f"the batches ran out after {len(losses)} of {iterations} iterations")
     return losses
+
+
+def _checked(parts: object) -> list[tuple[float, Iterable[Batch]]]:
+    found = list(parts) if isinstance(parts, Iterable) else []
+    for part in found or [None]:
+        if not (
+            isinstance(part, (tuple, list))
+            and len(part) == 2
+            and is_number(part[0])
+            and isinstance(part[1], Iterable)
+            # The keys of a single batch.
+            and not isinstance(part[1], Mapping)
+        ):
+            raise InvalidArgumentError(
+                "parts must be pairs of a weight in the loss and batches, got "
+                f"{type(part).__name__ if found else 'none'}: for batches of one kind, pass [(1.0, batches)]"
+            )
+    return found
 
 
 def _memory_explained(model: torch.nn.Module, optimizer: Optimizer) -> AbstractContextManager[None]:

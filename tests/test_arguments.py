@@ -5,10 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from language_models import byte_tokenizer, tiny_llama
 from small_net import Net, full_mask, loss_of, random_mask, train, weights
+from torch import nn
 
 import safekern
-from safekern import InvalidArgumentError, SETAdamW, SPAAdamW, perturb, protect
+from safekern import InvalidArgumentError, Mask, ScoringError, SETAdamW, SPAAdamW, perturb, protect, score
+from safekern.prompts import Pairs
+from safekern.training import in_order, tune
 
 MASKLESS = {
     "SETAdamW": lambda model, mask: SETAdamW(model.named_parameters(), mask),
@@ -93,3 +97,84 @@ def test_perturb_takes_numbers_of_numpy():
         with perturb(model, full_mask(model), noise=noise, seed=seed):
             noisy.append(model.first.weight.detach().clone())
     assert torch.equal(*noisy)
+
+
+DENSE = torch.ones(2, 2, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        ({"w": [[True]]}, "'w': a bool tensor is needed, got list"),
+        ({"w": np.ones((2, 2), dtype=bool)}, "'w': a bool tensor is needed, got ndarray"),
+        ({"w": DENSE.to("meta")}, "'w': .* on the meta device"),
+        ({"w": DENSE.to_sparse()}, "'w': .* sparse"),
+        ({1: DENSE}, "1 is not the name of a parameter"),
+        ([DENSE], "mapping by parameter name is needed, got list"),
+        (None, "mapping by parameter name is needed, got NoneType"),
+    ],
+)
+def test_what_makes_no_mask_of_bools(masks, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        Mask.from_bool(masks)
+
+
+@pytest.mark.parametrize(
+    ("indices", "shapes", "model_numel", "message"),
+    [
+        ({1: [0]}, {1: (2,)}, None, "1 is not the name of a parameter"),
+        ({"w": [0]}, {"w": (2,), None: (2,)}, None, "None is not the name of a parameter"),
+        ({"w": [0]}, None, None, "mapping by parameter name is needed, got NoneType"),
+        ([0], {"w": (2,)}, None, "mapping by parameter name is needed, got list"),
+        ({"w": torch.tensor([0, 1]).to_sparse()}, {"w": (2,)}, None, "'w': .* sparse"),
+        ({"w": [0]}, {"w": (2,)}, "2", "model_numel is '2'"),
+        ({"w": [0]}, {"w": (2,)}, 2.5, "model_numel is 2.5"),
+    ],
+)
+def test_what_makes_no_mask_of_indices(indices, shapes, model_numel, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        Mask.from_indices(indices, shapes, model_numel=model_numel)
+
+
+def test_masks_take_integers_of_numpy():
+    mask = Mask.from_indices({"w": [np.int64(3)]}, {"w": tuple(np.array([2, 2]))}, model_numel=np.int32(9))
+    assert mask == Mask.from_indices({"w": [3]}, {"w": (2, 2)})
+    assert type(mask.model_numel) is int
+
+
+def test_a_model_of_lazy_modules():
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4))
+    mask = Mask.from_indices({"0.weight": [0]}, {"0.weight": (3, 3)})
+    for use in (
+        lambda: score(model, [torch.ones(2, 3)], lambda model, batch: model(batch).sum()),
+        lambda: SETAdamW(model.named_parameters(), mask),
+        lambda: protect(torch.optim.SGD(model[0].parameters()), mask, model.named_parameters()),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"parameter 1\.weight is of a lazy module"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"select": ["first.weight"]}, InvalidArgumentError, "select must be a function .* got list"),
+        ({"objective": "refusal"}, InvalidArgumentError, "objective must be a function .* got str"),
+        ({"model": loss_of}, InvalidArgumentError, r"a model is a torch\.nn\.Module, got function"),
+        ({"objective": lambda model, step: loss_of(model, step) * 1j}, ScoringError, "batch 0: .* real number"),
+    ],
+)
+def test_what_cannot_be_scored(options, error, message):
+    with pytest.raises(error, match=message):
+        score(**{"model": Net(), "loader": [0], "objective": loss_of, **options})
+
+
+def test_tune_explains_what_its_parts_are():
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = in_order(byte_tokenizer(), Pairs(["a", "b"], ["x", "y"], ["", ""]), 1)
+    before = weights(model)
+    for parts in (batches, batches[0], [], None, (1.0, batches), [("1", batches)], [(1.0, batches[0])], [(1.0, 2)]):
+        with pytest.raises(InvalidArgumentError, match=r"pass \[\(1\.0, batches\)\]"):
+            tune(model, optimizer, parts, 1)
+    assert all(torch.equal(weights(model)[name], value) for name, value in before.items())
+    assert len(tune(model, optimizer, [(np.float32(1.0), batches)], 2)) == 2

@@ -12,10 +12,11 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from safekern import names
-from safekern.arguments import check_mask, is_scalar
+from safekern.arguments import is_scalar
+from safekern.eligibility import check_initialized
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
 from safekern.layout import mark_written, memory_indices
-from safekern.mask import Mask
+from safekern.mask import Mask, check_mask
 from safekern.sharding import Shard, is_sharded, local
 
 # Made once: a plain number would be made a tensor anew for every parameter.
@@ -60,6 +61,7 @@ def named_groups(named_parameters: NamedParameters) -> list[dict[str, Any]]:
                 raise InvalidArgumentError(
                     f"parameter {name} was given twice{alias}: give every parameter once, under a name of its own"
                 )
+            check_initialized(name, param)
             names.add(name)
             given[param] = name
         group["params"] = [tuple(entry) for entry in group["params"]]

@@ -12,12 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from safekern import ops
-from safekern.arguments import check_mask
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.faults import put_back
 from safekern.layout import by_device, memory, overlaps_itself, read_selected, write_memories, write_selected
-from safekern.mask import Mask
+from safekern.mask import Mask, check_mask
 from safekern.names import listed
 from safekern.optim.masked import NamedParameters, Places, cut, held, named_groups
 from safekern.sharding import local
