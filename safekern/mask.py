@@ -31,6 +31,8 @@ _Default = TypeVar("_Default")
 _KIND, _VERSION = "mask", 2
 _SHOWN = 10
 _MOST_EXPERTS = 1 << 16
+# Of a mask made of masks, how many operations deep its meta says what they were made of.
+_MOST_OPERATIONS = 8
 
 
 class Mask(Mapping[str, Tensor]):
@@ -252,7 +254,11 @@ class Mask(Mapping[str, Tensor]):
 
     @property
     def meta(self) -> dict[str, Any]:
-        """Where the mask comes from, such as ratio, reduction, objective, batches and versions."""
+        """Where the mask comes from, such as ratio, reduction, objective, batches and versions.
+
+        Of a mask made by ``&``, ``|`` or ``-``, the operation and the meta of both masks (``"left"``, ``"right"``), up
+        to 8 operations in one another.
+        """
         return copy.deepcopy(self._meta)
 
     @cached_property
@@ -651,7 +657,7 @@ class Mask(Mapping[str, Tensor]):
         shapes = {name: shapes[name] for name in indices}
         # Masks over disjoint parts of a model may each know only their own part.
         model_numel = max(self._model_numel, other._model_numel, sum(map(_numel, shapes.values())))
-        meta = {"operation": operation, "left": self.meta, "right": other.meta}
+        meta = _pruned({"operation": operation, "left": self._meta, "right": other._meta}, _MOST_OPERATIONS)
         return Mask(indices, shapes, model_numel, meta)
 
 
@@ -801,6 +807,15 @@ def _size(name: str, shape: Any) -> torch.Size:
     if math.prod(sizes) >= 2**63 or any(size >= 2**63 for size in sizes):
         raise InvalidArgumentError(f"{name!r}: the shape {_text(sizes)} is larger than a tensor can be.")
     return torch.Size(sizes)
+
+
+def _pruned(meta: Mapping[str, Any], depth: int) -> dict[str, Any]:
+    """A copy of meta in which no more than so many operations lie in one another, as a long chain would have them."""
+    operands = [key for key in ("left", "right") if "operation" in meta and isinstance(meta.get(key), dict)]
+    pruned = copy.deepcopy({key: value for key, value in meta.items() if key not in operands})
+    if depth:
+        pruned |= {key: _pruned(meta[key], depth - 1) for key in operands}
+    return pruned
 
 
 def _numel(shape: Iterable[int]) -> int:

@@ -1,5 +1,7 @@
 import copy
+import functools
 import math
+import operator
 import re
 import sys
 from collections.abc import Mapping
@@ -260,6 +262,22 @@ class TestSets:
         assert (make(left) != make(right)) == (pairs[0] != pairs[1])
         assert (make(left).fingerprint == make(right).fingerprint) == (pairs[0] == pairs[1])
 
+    def test_long_chains(self, tmp_path):
+        masks = [Mask.from_indices({"w": [i]}, {"w": (5000,)}, meta={"number": i}) for i in range(2000)]
+        for operate in (operator.or_, operator.sub, lambda chain, mask: mask | chain):
+            chain = functools.reduce(operate, masks)
+            chain.save(tmp_path / "mask")
+            loaded = Mask.load(tmp_path / "mask")
+            assert loaded == chain and loaded.meta == chain.meta
+        assert chain.numel == 2000
+        assert chain.meta["left"] == {"number": 1999}
+        assert chain.meta["right"]["right"]["left"] == {"number": 1997}
+
+    def test_meta_that_only_looks_like_an_operation(self):
+        metas = {"operation": "x", "left": 3, "right": [1]}, {"left": {"left": {}}, "a": {"b": 1}}
+        both = functools.reduce(operator.or_, [make({}, meta=meta) for meta in metas])
+        assert both.meta == {"operation": "|", "left": metas[0], "right": metas[1]}
+
     def test_operands_stay_as_they_were(self):
         left, right = one([1, 2, 3]), one([3, 4])
         _ = left & right, left | right, left - right
@@ -305,7 +323,7 @@ class TestSets:
     def test_ambiguous_names(self, use):
         both = Mask.from_indices({"_orig_mod.w": [0], "module.w": [1]}, {"_orig_mod.w": (2,), "module.w": (2,)})
         for left, right in ((one([0], 2), both), (both, one([0], 2))):
-            with pytest.raises(MaskMismatchError, match="Keep one of them|Use the full name"):
+            with pytest.raises(MaskMismatchError, match=r"Keep one of them|Use the full name"):
                 use(left, right)
 
     @pytest.mark.parametrize("use", [Mask.__and__, Mask.__or__, Mask.__sub__, Mask.jaccard])
