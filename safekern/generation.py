@@ -13,6 +13,30 @@ from safekern.faults import put_back
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What else in a model's generation_config makes answers other than those of the model itself, or asks for more than
+# tokens to answer from. Which tokens it may say at all (suppress_tokens, bad_words_ids) stays.
+_UNSET = (
+    "assistant_early_exit",
+    "constraints",
+    "dola_layers",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "exponential_decay_length_penalty",
+    "force_words_ids",
+    "forced_eos_token_id",
+    "guidance_scale",
+    "max_time",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "sequence_bias",
+    "stop_strings",
+    "token_healing",
+    "top_h",
+    "watermarking_config",
+)
+
 
 def generate(
     model: "PreTrainedModel",
@@ -63,6 +87,8 @@ def generate(
     }
     if sample:
         options |= {"min_p": None, "typical_p": 1.0}
+    # Only what is set, since versions of transformers differ in what they know.
+    options |= {name: None for name in _UNSET if getattr(model.generation_config, name, None) is not None}
     device = model_device(model)
     with inference(model), length_explained(model, length + max_new_tokens):
         generated: Tensor = cast(Any, model).generate(

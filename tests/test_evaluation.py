@@ -227,6 +227,33 @@ def test_a_sampling_configuration_changes_nothing(unusual, tokenizer, transforme
     assert [record.getMessage() for record in transformers_log.records] == []
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance_scale": 1.5},
+        {"encoder_repetition_penalty": 1.5, "encoder_no_repeat_ngram_size": 2},
+        {"exponential_decay_length_penalty": (1, 1.5)},
+        {"max_time": 1e-9},
+        {"stop_strings": ["e"]},
+        {"forced_eos_token_id": 3},
+        {"sequence_bias": [[[60], 50.0]]},
+        {"penalty_alpha": 0.6},
+        {"prompt_lookup_num_tokens": 3},
+        {"token_healing": True},
+        {"dola_layers": "high"},
+        {"assistant_early_exit": 1},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_nothing_in_the_models_configuration_makes_answers_less_than_greedy(model, tokenizer, options):
+    expected = [greedy_text(model, tokenizer, prompt) for prompt in PROMPTS]
+    for name, value in options.items():
+        setattr(model.generation_config, name, value)
+    before = snapshot(model, tokenizer)
+    assert attack_success_rate(model, tokenizer, PROMPTS, max_new_tokens=TOKENS).responses == expected
+    assert snapshot(model, tokenizer) == before
+
+
 def test_rates_and_repr(model, tokenizer):
     judged = []
 
