@@ -1,5 +1,6 @@
 """SETAdamW against torch.optim.AdamW, and as a torch.optim.Optimizer among the tools that use one."""
 
+import collections
 import copy
 import functools
 import gc
@@ -27,7 +28,7 @@ from small_net import (
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 
-from safekern import InvalidArgumentError, Mask, MaskMismatchError, NonFiniteError, SETAdamW, StepError, ops
+from safekern import InvalidArgumentError, Mask, MaskMismatchError, NonFiniteError, SETAdamW, SPAAdamW, StepError, ops
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -502,6 +503,49 @@ def test_copies_with_their_model_go_their_own_way(duplicate):
     assert_same(weights(model), before)
     train(model, optimizer, range(2, 4))
     assert_same(snapshot(model, optimizer), snapshot(other_model, other))
+
+
+def assign_nothing(optimizer):
+    optimizer.state = collections.defaultdict(dict)
+
+
+def delete_each(optimizer):
+    for param in list(optimizer.state):
+        del optimizer.state[param]
+
+
+def pop_each(optimizer):
+    state = optimizer.state
+    for param in list(state):
+        assert "step" in state.pop(param)
+
+
+def empty_each(optimizer):
+    for param in optimizer.state:
+        optimizer.state[param] = {}
+
+
+@pytest.mark.parametrize(
+    "reset", [assign_nothing, lambda optimizer: optimizer.state.clear(), delete_each, pop_each, empty_each]
+)
+@pytest.mark.parametrize(
+    "make", [SETAdamW, SPAAdamW, functools.partial(SETAdamW, in_backward=True)], ids=["set", "spa", "in backward"]
+)
+def test_without_its_state_it_starts_anew(make, reset):
+    model = Net(torch.bfloat16)
+    optimizer = make(model.named_parameters(), random_mask(model), lr=1e-2)
+    train(model, optimizer, range(3))
+    other = copy.deepcopy(model)
+    optimizer.zero_grad()
+    kept = copy.deepcopy(optimizer.state)
+    assert type(kept) is dict and len(kept) == len(list(model.parameters()))
+    reset(optimizer)
+    if make is not SPAAdamW:
+        assert all(state["step"] == 0 for state in optimizer.state.values())
+    fresh = make(other.named_parameters(), random_mask(other), lr=1e-2)
+    train(model, optimizer, range(3, 6))
+    train(other, fresh, range(3, 6))
+    assert_same(snapshot(model, optimizer), snapshot(other, fresh))
 
 
 def test_repr_shows_hyperparameters():

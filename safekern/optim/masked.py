@@ -95,15 +95,17 @@ class MaskedOptimizer(Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> dict[Tensor, dict[str, Tensor]]:
-        """The state of every parameter that has one; it is made when it is first asked for."""
+        """The state of every parameter that has one; it is made when it is first asked for, and anew once taken out."""
         self._bind()
         for _, name, param in self._named():
             self._ensure_state(name, param)
-        return {param: self._states[name] for _, name, param in self._named() if name in self._states}
+        return _State(self, {param: self._states[name] for _, name, param in self._named() if name in self._states})
 
     @state.setter
     def state(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
-        self._states = {name: state[param] for _, name, param in self._named() if param in state}
+        self._states = {name: state[param] for _, name, param in self._named() if state.get(param)}
+        # So that the next use makes what is missing.
+        self._seen.clear()
 
     def _checked_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """A group to be added, in the form torch keeps names in; an error if it repeats what is given already."""
@@ -245,6 +247,35 @@ class MaskedOptimizer(Optimizer):
         super().__setstate__(state)
         # A copy has parameters of its own, to which it binds anew.
         self.__dict__.setdefault("_seen", {})
+
+
+class _State(dict[Tensor, dict[str, Tensor]]):
+    """The state by parameter. As with torch's optimizers, clearing it or taking entries out resets the optimizer."""
+
+    def __init__(self, optimizer: MaskedOptimizer, states: dict[Tensor, dict[str, Tensor]]) -> None:
+        super().__init__(states)
+        self._optimizer = optimizer
+
+    def __setitem__(self, param: Tensor, state: dict[str, Tensor]) -> None:
+        super().__setitem__(param, state)
+        self._optimizer.state = self
+
+    def __delitem__(self, param: Tensor) -> None:
+        super().__delitem__(param)
+        self._optimizer.state = self
+
+    def pop(self, *arguments: Any) -> Any:
+        popped = super().pop(*arguments)
+        self._optimizer.state = self
+        return popped
+
+    def clear(self) -> None:
+        super().clear()
+        self._optimizer.state = self
+
+    def __reduce__(self) -> Any:
+        # Copies belong to no optimizer.
+        return dict, (dict(self),)
 
 
 def form_of(param: Tensor) -> tuple[Any, ...]:
