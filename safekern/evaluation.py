@@ -1,7 +1,7 @@
 """How often a model complies or refuses, and how likely it finds given answers."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from safekern.arguments import is_whole_number
 from safekern.chat import IGNORED, Prompt, answer_logits, answer_targets, encode, messages_of, prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError
 from safekern.generation import generate, inference, model_device
@@ -370,13 +371,15 @@ def _generate(
 
 
 def _check_size(name: str, value: int) -> None:
-    if value < 1:
-        raise InvalidArgumentError(f"{name} is {value}, but must be at least 1")
+    if not (is_whole_number(value) and value >= 1):
+        raise InvalidArgumentError(f"{name} is {value!r}, but must be a whole number of at least 1")
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
     if isinstance(prompts, str):
         raise InvalidArgumentError("prompts is one str, but must be a sequence of them: put it in a list")
+    if not hasattr(prompts, "__len__") or isinstance(prompts, Mapping):
+        raise InvalidArgumentError(f"prompts is of type {type(prompts).__name__}, but must be a sequence: pass a list")
     if not len(prompts):
         raise InvalidArgumentError("prompts is empty, and a rate over no prompt means nothing: pass at least one")
     for number, prompt in enumerate(prompts):

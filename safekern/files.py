@@ -397,6 +397,8 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _mode(path: StrPath) -> int | None:
     """The type and permissions of what a path leads to, None where there is nothing."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidArgumentError(f"A path is needed, got {type(path).__name__}; give a str or a pathlib.Path.")
     try:
         return Path(path).stat().st_mode
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Arguments of other kinds than are asked for: refused in words before anything is changed."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,28 @@ def test_a_model_of_lazy_modules():
 def test_what_cannot_be_scored(options, error, message):
     with pytest.raises(error, match=message):
         score(**{"model": Net(), "loader": [0], "objective": loss_of, **options})
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (iter(["a"]), {}, "prompts is of type list_iterator, but must be a sequence"),
+        ({"a": "b"}, {}, "prompts is of type dict, but must be a sequence"),
+        (["a"], {"batch_size": 1.5}, r"batch_size is 1\.5, but must be a whole number"),
+        (["a"], {"max_new_tokens": None}, "max_new_tokens is None, but must be a whole number"),
+    ],
+)
+def test_what_cannot_be_answered(prompts, options, message):
+    for rate in (safekern.attack_success_rate, safekern.refusal_rate):
+        with pytest.raises(InvalidArgumentError, match=message):
+            rate(tiny_llama(), byte_tokenizer(), prompts, **options)
+
+
+@pytest.mark.parametrize("path", [io.BytesIO(), b"mask", None, 3])
+def test_what_is_no_path(path):
+    for use in (Mask.load, safekern.Scores.load, Mask.from_indices({"w": [0]}, {"w": (2,)}).save):
+        with pytest.raises(InvalidArgumentError, match=f"path is needed, got {type(path).__name__}"):
+            use(path)
 
 
 def test_tune_explains_what_its_parts_are():
