@@ -246,6 +246,43 @@ class TestSpa:
         assert not (folder / "parts" / "training.safetensors").exists()
 
 
+class TestModelFolder:
+    def test_only_what_the_command_wrote_itself_is_replaced(self, folder, capsys):
+        (folder / "run" / "model").mkdir()
+        assert set_command("--save-model") == 0
+        first = tensors(folder / "run" / "model")
+        assert set_command("--save-model", "--seed", "1") == 0
+        second = tensors(folder / "run" / "model")
+        assert not same_bits(first, second)
+        capsys.readouterr()
+        # It is of another command, though in a folder of safekern.
+        assert main([*SPA[:-1], "run"]) == 1
+        assert "spa.json does not say that this command wrote it" in capsys.readouterr().err
+        # And now of a run that wrote none.
+        assert set_command() == 0
+        assert set_command("--save-model") == 1
+        assert same_bits(tensors(folder / "run" / "model"), second)
+
+    @pytest.mark.parametrize("report", ["", "[]", '{"written": "model/"}', '{"written": ["mask.png"]}'])
+    def test_a_folder_of_others_stays(self, folder, capsys, report):
+        code = folder / "model" / "net.py"
+        code.parent.mkdir()
+        code.touch()
+        (folder / "spa.json").write_text(report)
+        assert main([*SPA[:-1], "."]) == 1
+        assert "model: exists already" in capsys.readouterr().err
+        assert code.exists()
+        assert not (folder / "training.safetensors").exists()
+
+    def test_where_no_model_is_saved_none_is_in_the_way(self, folder):
+        shutil.copytree("base", "out/model")
+        before = tensors(folder / "out" / "model")
+        given = ["--mask", "run/mask.safetensors", "--iterations", "1", *SMALL, "--out", "out", "--lr", "1e-2"]
+        assert main(["set", "--model", "out/model", *given]) == 0
+        assert same_bits(tensors(folder / "out" / "model"), before)
+        assert main(["set", "--model", "out/model", *given, "--save-model"]) == 1
+
+
 def test_verify(folder, capsys):
     arguments = ["verify", "--model", "base", "--mask", "run/mask.safetensors", *SMALL, "--noise", "0.1", "0.5"]
     before = tensors(folder / "base")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -146,6 +147,29 @@ def prepare_folder(folder: Path, file: str) -> None:
     except OSError as error:
         raise FileAccessError(f"{folder}: cannot be created: {error.strerror}; give another folder") from error
     files.check_writable(folder / file)
+
+
+def check_replaceable(folder: Path, report: Path) -> None:
+    """Makes sure that what stands where a model goes may be replaced: nothing, or what the command wrote there before.
+
+    Args:
+        folder: where the model goes.
+        report: the JSON file that the command writes beside it; under ``"written"`` it lists what it wrote.
+
+    Raises:
+        FileAccessError: it is something else.
+    """
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        written = json.loads(report.read_text())["written"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        written = None
+    if not (isinstance(written, list) and f"{folder.name}/" in written):
+        raise FileAccessError(
+            f"{folder}: exists already, and {report} does not say that this command wrote it, so it is not replaced; "
+            "give another --out, or move it away"
+        )
 
 
 @contextlib.contextmanager
