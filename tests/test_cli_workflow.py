@@ -317,6 +317,25 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
         (["score", "--model", "harmful.jsonl", "--out", "new"], "no .gguf file"),
         (["score", "--model", "base", "--device", "abacus", "--out", "new"], "--device abacus: not available here"),
         (["score", "--model", "base", "--memory", "100", "--out", "new"], "is too little"),
+        (
+            ["score", "--model", "base", "--out", "base/model.safetensors"],
+            "is no file of kind 'mask'",
+        ),
+        (
+            ["score", "--model", "base", "--out", "run/scores.safetensors"],
+            "is no file of kind 'mask'",
+        ),
+        (["score", "--model", "base", "--save-scores", "--out", "mixed"], "is no file of kind 'scores'"),
+        (
+            ["set", "--model", "base", "--mask", "mixed/delta.safetensors", "--out", "mixed"],
+            "of kind 'delta'",
+        ),
+        (["set", "--model", "base", "--mask", "x", "--benign", "run/set.json", "--out", "run"], "would overwrite"),
+        (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--out", "mask.link"], "would overwrite run"),
+        (
+            ["verify", "--model", "base", "--mask", "run/mask.safetensors", "--out", "base/config.json"],
+            "would overwrite",
+        ),
         (["set", "--model", "base", "--mask", "run/scores.safetensors", "--out", "new"], "not 'mask'"),
         (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--batch-size", "3"], "even"),
         (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--resume"], "no run to resume"),
@@ -341,6 +360,11 @@ def test_refusals(folder, arguments, message, capsys):
     Mask.from_indices({"w": [0]}, {"w": (2, 2)}).save("other.safetensors")
     shutil.copytree("base", "old/model")
     (folder / "old" / "scores.safetensors").mkdir()
+    (folder / "mixed").mkdir()
+    for name in ("scores", "delta"):
+        shutil.copy("run/mask.safetensors", f"mixed/{name}.safetensors")
+    (folder / "run" / "set.json").write_text("[]")
+    (folder / "mask.link").symlink_to("run/mask.safetensors")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(arguments) == 1
     printed = capsys.readouterr()

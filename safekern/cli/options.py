@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,8 +136,13 @@ def device(name: str | None) -> torch.device:
     return found
 
 
-def prepare_folder(folder: Path, file: str) -> None:
+def prepare_folder(folder: Path, file: str, kind: str | None = None) -> None:
     """Creates an output folder, and makes sure that a file can be written in it.
+
+    Args:
+        folder: the folder.
+        file: a name in it.
+        kind: as for `files.check_writable`.
 
     Raises:
         FileAccessError: it cannot.
@@ -146,7 +151,29 @@ def prepare_folder(folder: Path, file: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileAccessError(f"{folder}: cannot be created: {error.strerror}; give another folder") from error
-    files.check_writable(folder / file)
+    files.check_writable(folder / file, kind)
+
+
+def check_output(option: str, path: Path, inputs: Iterable[Path | str | None]) -> None:
+    """Makes sure that a file can be written, and that it takes the place of none that the command reads.
+
+    Args:
+        option: which names the file.
+        path: the file.
+        inputs: files, and folders with files; None and what is not there are passed over.
+
+    Raises:
+        InvalidArgumentError: it is one of them.
+        FileAccessError: it cannot be written.
+    """
+    given = [Path(source) for source in inputs if source is not None]
+    files_in = [file for source in given for file in (source.iterdir() if source.is_dir() else [source])]
+    for file in files_in if path.exists() else ():
+        if file.exists() and file.samefile(path):
+            raise InvalidArgumentError(
+                f"{option} {path}: would overwrite {file}, which the command reads; give another"
+            )
+    files.check_writable(path)
 
 
 def check_replaceable(folder: Path, report: Path) -> None:

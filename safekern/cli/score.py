@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     """
     mask_path, scores_path = _outputs(args.out)
     if args.save_scores:
-        files.check_writable(scores_path)
+        files.check_writable(scores_path, "scores")
     pairs = _pairs(args)
     model, tokenizer = options.load_model(args)
     with options.stage(f"score on {len(pairs)} pairs"):
@@ -141,9 +141,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _outputs(out: Path) -> tuple[Path, Path]:
     if out.suffix == ".safetensors":
-        files.check_writable(out)
+        files.check_writable(out, "mask")
         return out, out.with_name(f"{out.stem}_scores.safetensors")
-    options.prepare_folder(out, "mask.safetensors")
+    options.prepare_folder(out, "mask.safetensors", "mask")
     return out / "mask.safetensors", out / "scores.safetensors"
 
 

@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+from safekern import files
 from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import options, tuning
 from safekern.delta import save_delta
@@ -67,6 +68,7 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
     """
     tuning.prepare(args, "set.json", saves_model=args.save_model)
+    files.check_writable(args.out / "delta.safetensors", "delta")
     harmful, benign = tuning.read_pairs(args)
     check_balance(args.batch_size, args.refusal_weight)
     model, tokenizer = options.load_model(args)

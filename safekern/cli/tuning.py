@@ -79,6 +79,9 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
             )
         options.check_replaceable(target, args.out / report)
     options.prepare_folder(args.out, _FILE)
+    # Only `spa` has --data.
+    inputs = (getattr(args, name, None) for name in ("mask", "data", "harmful", "benign"))
+    options.check_output("--out", args.out / report, inputs)
     exists = (args.out / _FILE).exists()
     if args.resume and not exists:
         raise FileAccessError(f"{args.out / _FILE}: no such file, so there is no run to resume; leave --resume out")

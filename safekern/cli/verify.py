@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safekern import files
 from safekern.cli import options
 from safekern.prompts import builtin, load, load_prompts
 from safekern.scores import Scores
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: an option or a file is wrong, found out before the long work starts.
     """
     if args.out is not None:
-        files.check_writable(args.out)
+        options.check_output("--out", args.out, (args.mask, args.scores, args.harmful, args.benign, args.model))
     limit = args.limit or (_QUICK_LIMIT if args.quick else _LIMIT)
     harmful = builtin("harmful", "eval").prompts if args.harmful is None else load_prompts(args.harmful)
     benign = builtin("benign", "eval") if args.benign is None else load(args.benign)
