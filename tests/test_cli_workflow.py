@@ -8,6 +8,7 @@ import pytest
 import torch
 from language_models import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from safekern import Mask, Scores, models, training
 from safekern.checkpoint import Patched, fingerprint
@@ -148,6 +149,34 @@ class TestSet:
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--dtype", "float32", "--out", "wide"]) == 1
         assert "another dtype" in capsys.readouterr().err
         assert not (folder / "wide").exists()
+
+    def test_apply_to_experts_that_are_stored_one_by_one(self, folder, capsys):
+        config = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+        config |= {
+            "vocab_size": 259,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        MixtralForCausalLM(MixtralConfig(**config)).to(torch.bfloat16).save_pretrained("base")
+        before = tensors(folder / "base")
+        assert any(".experts.3." in name for name in before)
+        assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--out", "run"]) == 0
+        assert any("gate_up_proj" in name for name in Mask.load("run/mask.safetensors"))
+        assert set_command("--save-model") == 0
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy"]) == 0
+        assert same_bits(tensors(folder / "copy"), tensors(folder / "run" / "model"))
+        capsys.readouterr()
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--in-place"]) == 1
+        assert "safekern apply does with --out" in capsys.readouterr().err
+        assert same_bits(tensors(folder / "base"), before)
+
+    def test_a_wrong_base_is_not_copied(self, folder, monkeypatch, capsys):
+        assert set_command("--save-model") == 0
+        monkeypatch.setattr(shutil, "copytree", lambda *args: pytest.fail("it was copied"))
+        assert main(["apply", "--model", "run/model", "run/delta.safetensors", "--out", "copy"]) == 1
+        assert "applied already" in capsys.readouterr().err
 
     def test_resumed_run_ends_with_the_same_bits(self, folder, monkeypatch, capsys):
         assert set_command("--save-model", out="whole", iterations=7) == 0
@@ -353,6 +382,7 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
         (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "run"], "exists already"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "new"], "not 'delta'"),
+        (["apply", "--model", "base", "run/mask.safetensors", "--out", "base/sub/new"], "lies inside of --model"),
         (["apply", "--model", "smollm2", "run/mask.safetensors", "--in-place"], "needs a checkpoint folder"),
     ],
 )
