@@ -147,6 +147,16 @@ def test_interrupt(monkeypatch, capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+def test_a_backend_that_there_is_not(tmp_path):
+    script = tmp_path / "safekern"
+    script.write_text("import sys\nfrom safekern.cli import main\nsys.exit(main())\n")
+    environment = {**os.environ, "SAFEKERN_BACKEND": "abacus", "PYTHONPATH": os.pathsep.join(sys.path)}
+    for command in (["-m", "safekern"], [str(script)]):
+        ran = subprocess.run([sys.executable, *command, "doctor"], capture_output=True, text=True, env=environment)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        assert ran.stderr.startswith("safekern: SAFEKERN_BACKEND='abacus' is not ") and ran.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["report", "--help"], ["--version"]])
 def test_help_and_module(arguments):
     environment = {**os.environ, "COLUMNS": "100"}

@@ -4,6 +4,11 @@ All of them take lists of tensors, so that one call serves a whole model. On a G
 for the sizes of its results.
 """
 
+import itertools
+import sys
+from pathlib import Path
+
+from safekern.errors import BackendError
 from safekern.ops.accumulate import accumulate_
 from safekern.ops.count_changed import count_changed
 from safekern.ops.gather import gather_
@@ -29,4 +34,17 @@ __all__ = [
     "spa_adamw_",
 ]
 
-BACKENDS = load_kernels()
+
+def _is_command() -> bool:
+    """Whether this process is the ``safekern`` command: the script of that name, or ``python -m safekern``."""
+    return Path(*sys.argv[:1]).stem == "safekern" or ("-m", "safekern") in itertools.pairwise(sys.orig_argv)
+
+
+try:
+    BACKENDS = load_kernels()
+except BackendError as error:
+    if not _is_command():
+        raise
+    # The command cannot explain it, because it is imported only now.
+    print(f"safekern: {error}", file=sys.stderr)
+    sys.exit(2)
