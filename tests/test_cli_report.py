@@ -79,6 +79,7 @@ class TestReport:
             (["scores.safetensors"], "not 'mask'"),
             (["mask.safetensors", "--scores", "mask.safetensors"], "not 'scores'"),
             (["moe.safetensors", "--scores", "scores.safetensors"], "does not fit"),
+            (["mask.safetensors", "--compare", "moe.safetensors"], "are of different models"),
             (["mask.safetensors", "--html", "absent/page.html"], "does not exist"),
             (["mask.safetensors", "--html", "mask.safetensors"], "would overwrite"),
             (
@@ -195,6 +196,8 @@ class TestDiff:
         Mask.from_indices({name: [0]}, {name: (5, 5)}).save("other_model.safetensors")
         assert main(["diff", "mask.safetensors", "other_model.safetensors"]) == 2
         assert "shape" in capsys.readouterr().err
+        assert main(["diff", "mask.safetensors", "moe.safetensors"]) == 2
+        assert "are of different models, of 1,000 and " in capsys.readouterr().err
         with pytest.raises(SystemExit, match="2"):
             main(["diff", "mask.safetensors"])
 
