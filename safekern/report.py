@@ -12,6 +12,7 @@ from typing import Any
 from safekern import files
 from safekern._version import __version__
 from safekern.distribution import Distribution
+from safekern.errors import MaskMismatchError
 from safekern.mask import Mask, Summary
 from safekern.overlap import COLUMNS, Comparison, row
 from safekern.scores import ScoreReport, Scores, count_of, ratio_of
@@ -67,8 +68,7 @@ class Ranking:
             NonFiniteError: A score is NaN or infinite.
         """
         selected = scores.selected(mask)
-        ratio = ratio_of(mask.numel, scores.model_numel)
-        return cls(scores.report(), selected, Comparison(scores.top(ratio), mask), scores.num_batches)
+        return cls(scores.report(), selected, top_beside(mask, scores), scores.num_batches)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Audit:
         shown = {p: p.name if sum(q.name == p.name for q in given) == 1 else str(p) for p in given}
         sources = [_source(role, shown[path], path) for role, several in paths.items() for path in several]
         ranking = Ranking.of(loaded, Scores.load(scores)) if scores else None
-        return cls(loaded, sources, ranking, {shown[path]: Comparison(loaded, Mask.load(path)) for path in compare})
+        return cls(loaded, sources, ranking, {shown[path]: _compared(loaded, path) for path in compare})
 
     @cached_property
     def summary(self) -> Summary:
@@ -249,6 +249,22 @@ class Audit:
             for line, comparison in zip(self.overlap_table().records(), self.comparisons.values(), strict=True)
         ]
         return found
+
+
+def top_beside(mask: Mask, scores: Scores) -> Comparison:
+    """As many weights of the largest ESI as a mask has, compared with the mask: equal, if it was ranked by the scores.
+
+    Raises:
+        MaskMismatchError: The scores are of another model.
+    """
+    return Comparison(scores.top(ratio_of(mask.numel, scores.model_numel)), mask)
+
+
+def _compared(mask: Mask, path: Path) -> Comparison:
+    try:
+        return Comparison(mask, Mask.load(path))
+    except MaskMismatchError as error:
+        raise MaskMismatchError(f"{path}: {error}") from error
 
 
 def _source(role: str, name: str, path: Path) -> SourceFile:

@@ -79,7 +79,10 @@ class TestReport:
             (["scores.safetensors"], "not 'mask'"),
             (["mask.safetensors", "--scores", "mask.safetensors"], "not 'scores'"),
             (["moe.safetensors", "--scores", "scores.safetensors"], "does not fit"),
-            (["mask.safetensors", "--compare", "moe.safetensors"], "are of different models"),
+            (
+                ["mask.safetensors", "--compare", "moe.safetensors"],
+                "moe.safetensors: the masks are of different models",
+            ),
             (["mask.safetensors", "--html", "absent/page.html"], "does not exist"),
             (["mask.safetensors", "--html", "mask.safetensors"], "would overwrite"),
             (

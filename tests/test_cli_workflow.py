@@ -325,10 +325,21 @@ def test_verify(folder, capsys):
         *((weights, noise) for noise in (0.1, 0.5) for weights in ("top", "random", "bottom")),
     ]
     assert found["harmful_prompts"] == found["benign_prompts"] == 3
+    assert found["mask_is_top_of_scores"] is True and "note" not in printed.err
     assert same_bits(before, tensors(folder / "base"))
     assert main([*arguments, "--quick", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["weights"] for row in found["rows"]] == ["none", "top", "random", "top", "random"]
+    assert found["mask_is_top_of_scores"] is None
+
+
+def test_verify_notes_scores_that_are_not_those_of_the_mask(folder, capsys):
+    Scores.load("run/scores.safetensors").random(0.05).save("random.safetensors")
+    arguments = ["--mask", "random.safetensors", *SMALL, "--noise", "0", "--limit", "1", "--json"]
+    assert main(["verify", "--model", "base", *arguments, "--scores", "run/scores.safetensors"]) == 0
+    printed = capsys.readouterr()
+    assert "note: the mask is not the weights of the largest ESI in --scores" in printed.err
+    assert json.loads(printed.out)["mask_is_top_of_scores"] is False
 
 
 SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "new"]

@@ -8,9 +8,10 @@ from typing import Any
 
 from safekern.cli import options
 from safekern.prompts import builtin, load, load_prompts
+from safekern.report import top_beside
 from safekern.scores import Scores
 from safekern.tables import printable
-from safekern.verification import NOISE, Row, Verification, verify
+from safekern.verification import NOISE, Row, verify
 
 _DESCRIPTION = """\
 Tests whether a mask holds a model's safety: adds normal noise to its weights, to as many random ones, and with --scores
@@ -90,6 +91,13 @@ def run(args: argparse.Namespace) -> None:
     scores = None if args.scores is None else Scores.load(args.scores)
     model, tokenizer = options.load_model(args)
     mask, fingerprint = options.load_mask(args.mask, model)
+    ranked = None if scores is None else top_beside(mask, scores).equal
+    if ranked is False:
+        print(
+            "note: the mask is not the weights of the largest ESI in --scores: it was ranked by others, or in another "
+            "way. The bottom is that of --scores",
+            file=sys.stderr,
+        )
 
     with options.stage("verify"):
         found = verify(
@@ -104,7 +112,16 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             report=_say,
         )
-    result = _described(args, found, fingerprint, mask.fingerprint)
+    result = {
+        "model": options.without_folders(args.model),
+        "model_fingerprint": fingerprint,
+        "mask": options.without_folders(args.mask),
+        "mask_fingerprint": mask.fingerprint,
+        "mask_is_top_of_scores": ranked,
+        "restored": True,
+        "versions": options.versions(),
+        **found.to_dict(),
+    }
     if args.out is not None:
         options.write_json(args.out, result)
     if args.json:
@@ -118,17 +135,3 @@ def run(args: argparse.Namespace) -> None:
 def _say(row: Row) -> None:
     where = "no noise" if row.weights == "none" else f"noise {row.noise:g} on {row.weights}"
     print(f"{where}: attack success {row.attack_success.value:.0%}", file=sys.stderr, flush=True)
-
-
-def _described(
-    args: argparse.Namespace, found: Verification, model_fingerprint: str, mask_fingerprint: str
-) -> dict[str, Any]:
-    return {
-        "model": options.without_folders(args.model),
-        "model_fingerprint": model_fingerprint,
-        "mask": options.without_folders(args.mask),
-        "mask_fingerprint": mask_fingerprint,
-        "restored": True,
-        "versions": options.versions(),
-        **found.to_dict(),
-    }
