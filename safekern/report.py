@@ -12,10 +12,10 @@ from typing import Any
 from safekern import files
 from safekern._version import __version__
 from safekern.distribution import Distribution
-from safekern.errors import MaskMismatchError
+from safekern.errors import InvalidArgumentError, MaskMismatchError
 from safekern.mask import Mask, Summary
 from safekern.overlap import COLUMNS, Comparison, row
-from safekern.scores import ScoreReport, Scores, count_of, ratio_of
+from safekern.scores import ScoreReport, Scores, TopScores, count_of, ratio_of
 from safekern.tables import Column, Table, counted
 
 
@@ -105,7 +105,7 @@ class Audit:
         # Names without their folders, which are the reader's business only where they tell two files apart.
         shown = {p: p.name if sum(q.name == p.name for q in given) == 1 else str(p) for p in given}
         sources = [_source(role, shown[path], path) for role, several in paths.items() for path in several]
-        ranking = Ranking.of(loaded, Scores.load(scores)) if scores else None
+        ranking = Ranking.of(loaded, load_all(scores)) if scores else None
         return cls(loaded, sources, ranking, {shown[path]: _compared(loaded, path) for path in compare})
 
     @cached_property
@@ -249,6 +249,22 @@ class Audit:
             for line, comparison in zip(self.overlap_table().records(), self.comparisons.values(), strict=True)
         ]
         return found
+
+
+def load_all(path: Path) -> Scores:
+    """Reads scores that know of every weight.
+
+    Raises:
+        InvalidArgumentError: They keep the top candidates only.
+        SafekernError: As `Scores.load`.
+    """
+    scores = Scores.load(path)
+    if isinstance(scores, TopScores):
+        raise InvalidArgumentError(
+            f"{path}: holds only the top {scores.keep:.3g} of the scores, which was made within --memory, and all are "
+            "needed: score again with more --memory, or with --offload instead"
+        )
+    return scores
 
 
 def top_beside(mask: Mask, scores: Scores) -> Comparison:

@@ -102,11 +102,20 @@ class TestScore:
         assert found["written"] == ["small.safetensors", "small_scores.safetensors"]
         assert mask.meta["batches"] == mask.meta["pairs"] == 2
 
-    def test_memory_gives_the_same_mask(self, folder):
+    def test_memory_gives_the_same_mask_and_no_other_scores(self, folder, capsys):
         size = sum(value.numel() for value in Scores.load("run/scores.safetensors").values()) * 4
         arguments = ["--pairs", "harmful.jsonl", "--ratio", "0.05", "--memory", str(size * 3 // 4), "--out", "less"]
         assert main(["score", "--model", "base", *arguments]) == 0
         assert Mask.load("less/mask.safetensors") == Mask.load("run/mask.safetensors")
+        assert main(["score", "--model", "base", *arguments, "--save-scores"]) == 0
+        said = "less/scores.safetensors: holds only the top 0.05"
+        assert f"note: {said}" in capsys.readouterr().err
+        for command in (
+            ["report", "less/mask.safetensors"],
+            ["verify", "--model", "", "--mask", "less/mask.safetensors"],
+        ):
+            assert main([*command, "--scores", "less/scores.safetensors"]) == 1
+            assert f"safekern {command[0]}: {said}" in capsys.readouterr().err
 
     def test_prompts_without_refusals(self, folder):
         (folder / "goals.json").write_text(json.dumps([{"goal": f"Do harm {i}", "target": "Sure"} for i in range(3)]))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safekern.checkpoint import fingerprint
 from safekern.cli import options
 from safekern.objectives import refusal
 from safekern.prompts import Pairs, builtin, load, load_prompts, with_refusals
+from safekern.scores import TopScores
 from safekern.scoring import score
 from safekern.tables import printable
 from safekern.training import RATIO, SCORING_BATCH_SIZE, in_order
@@ -123,6 +125,12 @@ def run(args: argparse.Namespace) -> None:
         mask.save(mask_path)
     if args.save_scores:
         scores.save(scores_path)
+        if isinstance(scores, TopScores):
+            print(
+                f"note: {printable(str(scores_path))}: holds only the top {scores.keep:.3g}, within --memory, which "
+                "safekern verify and report cannot use. For all, score with more --memory, or with --offload instead",
+                file=sys.stderr,
+            )
     written = [mask_path, *([scores_path] if args.save_scores else [])]
     components, layers = mask.summary().table("component"), mask.summary().table("layer")
     if args.json:

@@ -8,8 +8,7 @@ from typing import Any
 
 from safekern.cli import options
 from safekern.prompts import builtin, load, load_prompts
-from safekern.report import top_beside
-from safekern.scores import Scores
+from safekern.report import load_all, top_beside
 from safekern.tables import printable
 from safekern.verification import NOISE, Row, verify
 
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
     limit = args.limit or (_QUICK_LIMIT if args.quick else _LIMIT)
     harmful = builtin("harmful", "eval").prompts if args.harmful is None else load_prompts(args.harmful)
     benign = builtin("benign", "eval") if args.benign is None else load(args.benign)
-    scores = None if args.scores is None else Scores.load(args.scores)
+    scores = None if args.scores is None else load_all(args.scores)
     model, tokenizer = options.load_model(args)
     mask, fingerprint = options.load_mask(args.mask, model)
     ranked = None if scores is None else top_beside(mask, scores).equal
