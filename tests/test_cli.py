@@ -121,6 +121,7 @@ def test_demo_says_in_one_line_what_is_missing(monkeypatch, capsys):
         (["--save-scores"], "add --out DIR"),
         (["--device", "abacus"], "--device abacus: not available here"),
         (["--device", "cuda:99"], "--device cuda:99: not available here"),
+        (["--device", "meta"], "--device meta: holds no values"),
         (["--out", "{file}/below"], "cannot be created"),
         (["--out", "{file}"], "cannot be created"),
         (["--out", "{project}"], "does not say that this command wrote it, so it is not replaced"),

@@ -181,6 +181,20 @@ class TestSet:
         assert "safekern apply does with --out" in capsys.readouterr().err
         assert same_bits(tensors(folder / "base"), before)
 
+    def test_weights_in_other_forms_are_noted(self, folder, capsys):
+        assert set_command() == 0
+        torch.save({}, "base/pytorch_model.bin")
+        capsys.readouterr()
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy", "--json"]) == 0
+        printed = capsys.readouterr()
+        assert "note: pytorch_model.bin in copy: " in printed.err
+        assert json.loads(printed.out)["written"] == "copy"
+
+    def test_a_learning_rate_that_changes_nothing(self, folder, capsys):
+        assert set_command("--lr", "1e-30") == 1
+        assert "no weight has changed: --lr 1e-30 is too small for 4 steps on weights in bf" in capsys.readouterr().err
+        assert not (folder / "run" / "delta.safetensors").exists()
+
     def test_a_wrong_base_is_not_copied(self, folder, monkeypatch, capsys):
         assert set_command("--save-model") == 0
         monkeypatch.setattr(shutil, "copytree", lambda *args: pytest.fail("it was copied"))
@@ -401,6 +415,7 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--seed", "-1"], "seed must be"),
         (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "run"], "exists already"),
+        (["apply", "--model", "base", "run/mask.safetensors", "--out", "new", "--device", "cuda:99"], "--device cuda"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "new"], "not 'delta'"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "base/sub/new"], "lies inside of --model"),
         (["apply", "--model", "smollm2", "run/mask.safetensors", "--in-place"], "needs a checkpoint folder"),

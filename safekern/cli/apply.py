@@ -4,6 +4,7 @@ import argparse
 import json
 import secrets
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ example: the model that `safekern set` made, from the one it started with
 
 A delta is exact, so --dtype must be what it was for `safekern set`.
 """
+# What folders of models hold beside the safetensors files, by the names that the libraries give.
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf")
 
 
 def add_parser(commands: Any) -> None:
@@ -64,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
     # Before a model is loaded or copied for nothing.
     with files.reading(args.delta):
         pass
+    if args.device is not None:
+        options.device(args.device)
     if args.in_place:
         if not on_disk:
             raise InvalidArgumentError(
@@ -87,6 +92,13 @@ def run(args: argparse.Namespace) -> None:
             with options.stage("apply"):
                 apply_delta(model, args.delta)
                 save(model, tokenizer, out)
+    others = sorted(path.name for pattern in _OTHER_WEIGHTS if on_disk for path in out.glob(pattern))
+    if others:
+        print(
+            f"note: {printable(', '.join(others))} in {printable(str(out))}: perhaps the same weights in another form, "
+            "not changed; remove what could be loaded in place of the tuned ones",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps({"model": args.model, "delta": str(args.delta), "written": str(out)}, indent=2))
     else:

@@ -28,10 +28,10 @@ _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 
 
 def number(text: str) -> int:
-    """A whole number that may be written as 64e6."""
+    """A whole number from 1 on that may be written as 64e6, as far as 64 bits reach."""
     value = float(text)
-    if not (value >= 1 and value.is_integer()):
-        raise argparse.ArgumentTypeError(f"a whole number is needed, got {text}")
+    if not (1 <= value < 2**63 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"a whole number from 1 to 9e18 is needed, got {text}")
     return int(value)
 
 
@@ -129,6 +129,8 @@ def device(name: str | None) -> torch.device:
     try:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=found)
+        if found.type == "meta":
+            raise InvalidArgumentError(f"--device {name}: holds no values to compute with; give another, such as cpu")
     except (RuntimeError, AssertionError) as error:
         raise InvalidArgumentError(
             f"--device {name or 'cuda'}: not available here ({str(error).splitlines()[0]}); give another, such as cpu"
