@@ -20,6 +20,7 @@ from safekern.eligibility import check_plain
 from safekern.errors import (
     DeltaAppliedError,
     DeltaMismatchError,
+    DeltaNamesError,
     FileFormatError,
     InvalidArgumentError,
     MaskMismatchError,
@@ -109,6 +110,7 @@ def apply_delta(model: nn.Module | StrPath, path: StrPath) -> None:
     Raises:
         DeltaMismatchError: the weights are not those of the base model, or its names, shapes or dtypes differ. Nothing
             was changed.
+        DeltaNamesError: a parameter is not there under a name like its own. It is a DeltaMismatchError.
         DeltaAppliedError: the weights are those that the delta makes. Nothing was changed. It is a DeltaMismatchError.
         InvalidArgumentError: a parameter is not a plain tensor on a real device, or overlaps itself in memory. Nothing
             was changed.
@@ -139,6 +141,25 @@ def apply_delta(model: nn.Module | StrPath, path: StrPath) -> None:
         checkpoint.rewrite(
             [(on_disk[found], delta.mask.compact(name).numpy(), delta.values[name]) for name, found in pending]
         )
+
+
+def check_delta(source: Source, path: StrPath) -> None:
+    """Raises what :func:`apply_delta` would raise for weights that do not fit, and changes nothing.
+
+    Args:
+        source: the base model, in memory or on disk; here its files may be links or read-only.
+        path: a file that :func:`save_delta` wrote.
+
+    Raises:
+        SafekernError: as :func:`apply_delta`, but for what stands in the way of writing.
+
+    Example:
+        >>> from safekern.delta import check_delta
+        >>> check_delta("base_model", "delta.safetensors")                                # doctest: +SKIP
+    """
+    delta = _load(path)
+    weights = checkpoint.open_weights(source)
+    _pending(delta, weights, _locate(delta.parameters, weights))
 
 
 class _Parameter(NamedTuple):
@@ -271,10 +292,11 @@ def _locate(parameters: Mapping[str, _Parameter], weights: Collection[str]) -> d
         and len(set(trial.values())) == len(trial)
     ]
     if len(fitting) != 1:
-        raise DeltaMismatchError(
+        raise DeltaNamesError(
             f"{len(missing):,} of {len(parameters):,} parameters are missing ({names.listed(list(missing))}), "
             + ("or could be several: " if fitting else "also under any one other prefix: ")
-            + "use the model that the delta was made for, or load it with from_pretrained and use it in memory"
+            + "use the model that the delta was made for. If it is a checkpoint whose experts are stored one by one, "
+            "load it with from_pretrained and apply the delta in memory, which safekern apply does with --out"
         )
     return located | {name: [match] for name, match in fitting[0].items()}
 

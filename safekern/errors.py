@@ -35,6 +35,10 @@ class DeltaAppliedError(DeltaMismatchError):
     """A delta that was applied before; nothing was changed."""
 
 
+class DeltaNamesError(DeltaMismatchError):
+    """A delta with parameters that the model holds under no names like theirs; nothing was changed."""
+
+
 class ScoringError(SafekernError, RuntimeError):
     """The objective or the model did something that cannot be scored, here or in another process."""
 

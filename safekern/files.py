@@ -169,21 +169,30 @@ def replacing(path: StrPath) -> Iterator[BinaryIO]:
         raise _access_error(path, "cannot be written", error) from error
 
 
-def check_writable(path: StrPath) -> None:
+def check_writable(path: StrPath, kind: str | None = None) -> None:
     """Raises what writing ``path`` would raise, to be called before long work starts. Leaves nothing behind.
 
     Args:
         path: The file that is going to be written.
+        kind: What an existing file has to hold, unless it is empty, so as not to replace one of somebody else's; by
+            default that does not matter.
 
     Raises:
-        FileAccessError: If the folder is missing or not writable, or the path is a directory or a read-only file.
+        FileAccessError: If the folder is missing or not writable, the path is a directory or a read-only file, or the
+            existing file is of another kind.
 
     Example:
         >>> import pathlib, tempfile
         >>> from safekern.files import check_writable
         >>> check_writable(pathlib.Path(tempfile.mkdtemp(), "mask.safetensors"))
     """
-    probe = _temporary(_target(path))
+    target = _target(path)
+    if kind is not None and target.exists() and target.stat().st_size and _kind(target) != kind:
+        raise FileAccessError(
+            f"{os.fspath(path)}: exists already and is no file of kind {kind!r} that safekern wrote, so it is not "
+            "replaced; give another path, or move it away."
+        )
+    probe = _temporary(target)
     try:
         try:
             probe.touch(exist_ok=False)
@@ -324,6 +333,15 @@ def _read(file: BufferedReader, path: StrPath, kind: str, max_version: int) -> t
     if _checksum(found, version, meta_text, tensors) != checksum:
         _damaged(path, "its checksum does not match its content")
     return tensors, _parse(path, meta_text, "description")
+
+
+def _kind(path: StrPath) -> object:
+    """What a file holds, None where safekern did not write it."""
+    try:
+        with reading(path) as file:
+            return read_header(file, path)[1].get("safekern.kind")
+    except FileFormatError:
+        return None
 
 
 def _layout(path: StrPath, header: Mapping[str, Any], start: int, end: int) -> dict[str, Entry]:

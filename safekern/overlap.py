@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from safekern import names
+from safekern.errors import MaskMismatchError
 from safekern.mask import Mask
 from safekern.tables import Column, Table
 
@@ -63,13 +64,20 @@ class Comparison:
         """Compares the masks; names that only a wrapper (DDP, ``torch.compile``, PEFT) tells apart are the same.
 
         Raises:
-            MaskMismatchError: If a parameter has another shape in the other mask, or a name is ambiguous.
+            MaskMismatchError: If a parameter has another shape in the other mask, a name is ambiguous, or the masks are
+                of models of different sizes and parameters.
         """
         b = b.named_like(a)
         self.equal = a == b
         self.total = Overlap()
         self._cells: dict[tuple[int | None, str], Overlap] = {}
         both = a & b
+        # One that selects nothing may not know of any model, and adapters add to the weights of the same one.
+        if a and b and a.model_numel != b.model_numel and a.shapes.keys() != b.shapes.keys():
+            raise MaskMismatchError(
+                f"the masks are of different models, of {a.model_numel:,} and {b.model_numel:,} weights: compare masks "
+                "of the same model"
+            )
         for name, shape in (a.shapes | b.shapes).items():
             found = Overlap(_selected(a, name), _selected(b, name), _selected(both, name), shape.numel())
             self.total.add(found)

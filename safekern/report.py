@@ -12,9 +12,10 @@ from typing import Any
 from safekern import files
 from safekern._version import __version__
 from safekern.distribution import Distribution
+from safekern.errors import InvalidArgumentError, MaskMismatchError
 from safekern.mask import Mask, Summary
 from safekern.overlap import COLUMNS, Comparison, row
-from safekern.scores import ScoreReport, Scores, count_of, ratio_of
+from safekern.scores import ScoreReport, Scores, TopScores, count_of, ratio_of
 from safekern.tables import Column, Table, counted
 
 
@@ -67,8 +68,7 @@ class Ranking:
             NonFiniteError: A score is NaN or infinite.
         """
         selected = scores.selected(mask)
-        ratio = ratio_of(mask.numel, scores.model_numel)
-        return cls(scores.report(), selected, Comparison(scores.top(ratio), mask), scores.num_batches)
+        return cls(scores.report(), selected, top_beside(mask, scores), scores.num_batches)
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Audit:
         # Names without their folders, which are the reader's business only where they tell two files apart.
         shown = {p: p.name if sum(q.name == p.name for q in given) == 1 else str(p) for p in given}
         sources = [_source(role, shown[path], path) for role, several in paths.items() for path in several]
-        ranking = Ranking.of(loaded, Scores.load(scores)) if scores else None
-        return cls(loaded, sources, ranking, {shown[path]: Comparison(loaded, Mask.load(path)) for path in compare})
+        ranking = Ranking.of(loaded, load_all(scores)) if scores else None
+        return cls(loaded, sources, ranking, {shown[path]: _compared(loaded, path) for path in compare})
 
     @cached_property
     def summary(self) -> Summary:
@@ -249,6 +249,38 @@ class Audit:
             for line, comparison in zip(self.overlap_table().records(), self.comparisons.values(), strict=True)
         ]
         return found
+
+
+def load_all(path: Path) -> Scores:
+    """Reads scores that know of every weight.
+
+    Raises:
+        InvalidArgumentError: They keep the top candidates only.
+        SafekernError: As `Scores.load`.
+    """
+    scores = Scores.load(path)
+    if isinstance(scores, TopScores):
+        raise InvalidArgumentError(
+            f"{path}: holds only the top {scores.keep:.3g} of the scores, which was made within --memory, and all are "
+            "needed: score again with more --memory, or with --offload instead"
+        )
+    return scores
+
+
+def top_beside(mask: Mask, scores: Scores) -> Comparison:
+    """As many weights of the largest ESI as a mask has, compared with the mask: equal, if it was ranked by the scores.
+
+    Raises:
+        MaskMismatchError: The scores are of another model.
+    """
+    return Comparison(scores.top(ratio_of(mask.numel, scores.model_numel)), mask)
+
+
+def _compared(mask: Mask, path: Path) -> Comparison:
+    try:
+        return Comparison(mask, Mask.load(path))
+    except MaskMismatchError as error:
+        raise MaskMismatchError(f"{path}: {error}") from error
 
 
 def _source(role: str, name: str, path: Path) -> SourceFile:

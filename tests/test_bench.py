@@ -296,6 +296,14 @@ def test_the_compare_command(tmp_path, capsys, speedup, status):
     assert f"{status} of 1 slower" in shown
 
 
+def test_files_that_hold_no_results_are_not_shown(tmp_path, capsys):
+    path = tmp_path / "mask.csv"
+    path.write_bytes(b"secret \xff" * 100)
+    assert main(["bench", "--compare", str(path), str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "holds no results of safekern bench (UnicodeDecodeError)" in said and "secret" not in said
+
+
 # Scaling and plots
 
 
@@ -380,7 +388,9 @@ def test_wrong_options_are_explained(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "value"), [("--ratios", "2"), ("--threads", "0"), ("--repeats", "0")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--ratios", "2"), ("--threads", "0"), ("--repeats", "1e30"), ("--tolerance", "-5")]
+)
 def test_numbers_that_cannot_be_are_refused(option, value, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", option, value])
@@ -393,7 +403,7 @@ def test_numbers_that_cannot_be_are_refused(option, value, capsys):
         (["--memory", "--ratios", "0.1", "--plot", "folder"], "--ratios, --plot: means nothing to --memory"),
         (["--scaling", "--ratios", "0.1"], "--ratios: means nothing to --scaling"),
         (["--compare", "old.csv", "new.csv", "--model-params", "1e6"], "--model-params: means nothing to --compare"),
-        (["--score-memory", "1e6", "--tolerance", "0.2"], "--score-memory, --tolerance: means nothing here"),
+        (["--score-memory", "1e6", "--tolerance", "0"], "--score-memory, --tolerance: means nothing here"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(arguments, named, capsys):

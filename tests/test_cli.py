@@ -77,9 +77,11 @@ def test_demo_writes_everything(tiny_demo, tmp_path, capsys):
     for text in ("attack success", "benign refusals", "benign NLL", "layer 0", "of the mask", "Written to"):
         assert text in printed
 
-    # A second run replaces the first.
+    # A second run replaces the first, and takes nothing else for its own.
+    (out / "notes.txt").touch()
     assert main(["demo", "--quick", "--out", str(out), "--device", "cpu"]) == 0
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert "notes.txt" not in capsys.readouterr().out
 
 
 def test_demo_without_a_folder_writes_nothing(tiny_demo, tmp_path, monkeypatch, capsys):
@@ -119,16 +121,22 @@ def test_demo_says_in_one_line_what_is_missing(monkeypatch, capsys):
         (["--save-scores"], "add --out DIR"),
         (["--device", "abacus"], "--device abacus: not available here"),
         (["--device", "cuda:99"], "--device cuda:99: not available here"),
+        (["--device", "meta"], "--device meta: holds no values"),
         (["--out", "{file}/below"], "cannot be created"),
         (["--out", "{file}"], "cannot be created"),
+        (["--out", "{project}"], "does not say that this command wrote it, so it is not replaced"),
     ],
 )
 def test_demo_refuses_before_it_loads(arguments, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo, "load_smollm2", lambda: pytest.fail("the model was loaded"))
     file = tmp_path / "file"
     file.touch()
-    assert main(["demo", *(argument.format(file=file) for argument in arguments)]) == 1
+    code = tmp_path / "project" / "model" / "net.py"
+    code.parent.mkdir(parents=True)
+    code.touch()
+    assert main(["demo", *(argument.format(file=file, project=tmp_path / "project") for argument in arguments)]) == 1
     assert message in capsys.readouterr().err
+    assert code.exists()
 
 
 def test_interrupt(monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,10 @@ class TestReport:
             (["scores.safetensors"], "not 'mask'"),
             (["mask.safetensors", "--scores", "mask.safetensors"], "not 'scores'"),
             (["moe.safetensors", "--scores", "scores.safetensors"], "does not fit"),
+            (
+                ["mask.safetensors", "--compare", "moe.safetensors"],
+                "moe.safetensors: the masks are of different models",
+            ),
             (["mask.safetensors", "--html", "absent/page.html"], "does not exist"),
             (["mask.safetensors", "--html", "mask.safetensors"], "would overwrite"),
             (
@@ -111,6 +116,46 @@ def test_a_reader_that_goes_away_is_no_error(folder):
     ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (ran.returncode, ran.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["report", "mask.safetensors"], 1),
+        # More than is buffered.
+        (["report", "mask.safetensors", "--scores", "scores.safetensors", "--json"], 1),
+        (["diff", "mask.safetensors", "mask.safetensors", "--json"], 2),
+        (["--help"], 1),
+    ],
+)
+def test_output_that_cannot_be_written(folder, arguments, status):
+    with Path("/dev/full").open("w") as full:
+        # Unbuffered, argparse keeps to itself that it could not print the help.
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        ran = subprocess.run(
+            [sys.executable, "-m", "safekern", *arguments], env=buffered, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    command = " ".join(["safekern", *arguments[:1]]).removesuffix(" --help")
+    expected = f"{command}: the output cannot be written: No space left on device; send it elsewhere\n"
+    assert (ran.returncode, ran.stderr) == (status, expected)
+
+
+def test_an_encoding_without_the_shades_of_a_heat_map(folder):
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    command = [sys.executable, "-m", "safekern", "report", "mask.safetensors"]
+    ran = subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert b"\\u2588" in ran.stdout and not ran.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes streams through a shell")
+def test_closed_streams(folder):
+    for arguments, status in (("mask.safetensors mask.safetensors", 0), ("mask.safetensors absent", 2)):
+        command = f"exec '{sys.executable}' -m safekern diff {arguments}"
+        assert subprocess.run(["sh", "-c", f"{command} >&-"], stderr=subprocess.DEVNULL).returncode == status
+        ran = subprocess.run(["sh", "-c", f"{command} --json 2>&-"], stdout=subprocess.PIPE)
+        assert ran.returncode == status
+        assert not ran.stdout or json.loads(ran.stdout)["equal"]
 
 
 class TestDiff:
@@ -154,6 +199,8 @@ class TestDiff:
         Mask.from_indices({name: [0]}, {name: (5, 5)}).save("other_model.safetensors")
         assert main(["diff", "mask.safetensors", "other_model.safetensors"]) == 2
         assert "shape" in capsys.readouterr().err
+        assert main(["diff", "mask.safetensors", "moe.safetensors"]) == 2
+        assert "are of different models, of 1,000 and " in capsys.readouterr().err
         with pytest.raises(SystemExit, match="2"):
             main(["diff", "mask.safetensors"])
 

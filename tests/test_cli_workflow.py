@@ -8,6 +8,7 @@ import pytest
 import torch
 from language_models import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from safekern import Mask, Scores, models, training
 from safekern.checkpoint import Patched, fingerprint
@@ -101,11 +102,20 @@ class TestScore:
         assert found["written"] == ["small.safetensors", "small_scores.safetensors"]
         assert mask.meta["batches"] == mask.meta["pairs"] == 2
 
-    def test_memory_gives_the_same_mask(self, folder):
+    def test_memory_gives_the_same_mask_and_no_other_scores(self, folder, capsys):
         size = sum(value.numel() for value in Scores.load("run/scores.safetensors").values()) * 4
         arguments = ["--pairs", "harmful.jsonl", "--ratio", "0.05", "--memory", str(size * 3 // 4), "--out", "less"]
         assert main(["score", "--model", "base", *arguments]) == 0
         assert Mask.load("less/mask.safetensors") == Mask.load("run/mask.safetensors")
+        assert main(["score", "--model", "base", *arguments, "--save-scores"]) == 0
+        said = "less/scores.safetensors: holds only the top 0.05"
+        assert f"note: {said}" in capsys.readouterr().err
+        for command in (
+            ["report", "less/mask.safetensors"],
+            ["verify", "--model", "", "--mask", "less/mask.safetensors"],
+        ):
+            assert main([*command, "--scores", "less/scores.safetensors"]) == 1
+            assert f"safekern {command[0]}: {said}" in capsys.readouterr().err
 
     def test_prompts_without_refusals(self, folder):
         (folder / "goals.json").write_text(json.dumps([{"goal": f"Do harm {i}", "target": "Sure"} for i in range(3)]))
@@ -148,6 +158,48 @@ class TestSet:
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--dtype", "float32", "--out", "wide"]) == 1
         assert "another dtype" in capsys.readouterr().err
         assert not (folder / "wide").exists()
+
+    def test_apply_to_experts_that_are_stored_one_by_one(self, folder, capsys):
+        config = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+        config |= {
+            "vocab_size": 259,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
+        MixtralForCausalLM(MixtralConfig(**config)).to(torch.bfloat16).save_pretrained("base")
+        before = tensors(folder / "base")
+        assert any(".experts.3." in name for name in before)
+        assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--out", "run"]) == 0
+        assert any("gate_up_proj" in name for name in Mask.load("run/mask.safetensors"))
+        assert set_command("--save-model") == 0
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy"]) == 0
+        assert same_bits(tensors(folder / "copy"), tensors(folder / "run" / "model"))
+        capsys.readouterr()
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--in-place"]) == 1
+        assert "safekern apply does with --out" in capsys.readouterr().err
+        assert same_bits(tensors(folder / "base"), before)
+
+    def test_weights_in_other_forms_are_noted(self, folder, capsys):
+        assert set_command() == 0
+        torch.save({}, "base/pytorch_model.bin")
+        capsys.readouterr()
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy", "--json"]) == 0
+        printed = capsys.readouterr()
+        assert "note: pytorch_model.bin in copy: " in printed.err
+        assert json.loads(printed.out)["written"] == "copy"
+
+    def test_a_learning_rate_that_changes_nothing(self, folder, capsys):
+        assert set_command("--lr", "1e-30") == 1
+        assert "no weight has changed: --lr 1e-30 is too small for 4 steps on weights in bf" in capsys.readouterr().err
+        assert not (folder / "run" / "delta.safetensors").exists()
+
+    def test_a_wrong_base_is_not_copied(self, folder, monkeypatch, capsys):
+        assert set_command("--save-model") == 0
+        monkeypatch.setattr(shutil, "copytree", lambda *args: pytest.fail("it was copied"))
+        assert main(["apply", "--model", "run/model", "run/delta.safetensors", "--out", "copy"]) == 1
+        assert "applied already" in capsys.readouterr().err
 
     def test_resumed_run_ends_with_the_same_bits(self, folder, monkeypatch, capsys):
         assert set_command("--save-model", out="whole", iterations=7) == 0
@@ -246,6 +298,43 @@ class TestSpa:
         assert not (folder / "parts" / "training.safetensors").exists()
 
 
+class TestModelFolder:
+    def test_only_what_the_command_wrote_itself_is_replaced(self, folder, capsys):
+        (folder / "run" / "model").mkdir()
+        assert set_command("--save-model") == 0
+        first = tensors(folder / "run" / "model")
+        assert set_command("--save-model", "--seed", "1") == 0
+        second = tensors(folder / "run" / "model")
+        assert not same_bits(first, second)
+        capsys.readouterr()
+        # It is of another command, though in a folder of safekern.
+        assert main([*SPA[:-1], "run"]) == 1
+        assert "spa.json does not say that this command wrote it" in capsys.readouterr().err
+        # And now of a run that wrote none.
+        assert set_command() == 0
+        assert set_command("--save-model") == 1
+        assert same_bits(tensors(folder / "run" / "model"), second)
+
+    @pytest.mark.parametrize("report", ["", "[]", '{"written": "model/"}', '{"written": ["mask.png"]}'])
+    def test_a_folder_of_others_stays(self, folder, capsys, report):
+        code = folder / "model" / "net.py"
+        code.parent.mkdir()
+        code.touch()
+        (folder / "spa.json").write_text(report)
+        assert main([*SPA[:-1], "."]) == 1
+        assert "model: exists already" in capsys.readouterr().err
+        assert code.exists()
+        assert not (folder / "training.safetensors").exists()
+
+    def test_where_no_model_is_saved_none_is_in_the_way(self, folder):
+        shutil.copytree("base", "out/model")
+        before = tensors(folder / "out" / "model")
+        given = ["--mask", "run/mask.safetensors", "--iterations", "1", *SMALL, "--out", "out", "--lr", "1e-2"]
+        assert main(["set", "--model", "out/model", *given]) == 0
+        assert same_bits(tensors(folder / "out" / "model"), before)
+        assert main(["set", "--model", "out/model", *given, "--save-model"]) == 1
+
+
 def test_verify(folder, capsys):
     arguments = ["verify", "--model", "base", "--mask", "run/mask.safetensors", *SMALL, "--noise", "0.1", "0.5"]
     before = tensors(folder / "base")
@@ -259,10 +348,21 @@ def test_verify(folder, capsys):
         *((weights, noise) for noise in (0.1, 0.5) for weights in ("top", "random", "bottom")),
     ]
     assert found["harmful_prompts"] == found["benign_prompts"] == 3
+    assert found["mask_is_top_of_scores"] is True and "note" not in printed.err
     assert same_bits(before, tensors(folder / "base"))
     assert main([*arguments, "--quick", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["weights"] for row in found["rows"]] == ["none", "top", "random", "top", "random"]
+    assert found["mask_is_top_of_scores"] is None
+
+
+def test_verify_notes_scores_that_are_not_those_of_the_mask(folder, capsys):
+    Scores.load("run/scores.safetensors").random(0.05).save("random.safetensors")
+    arguments = ["--mask", "random.safetensors", *SMALL, "--noise", "0", "--limit", "1", "--json"]
+    assert main(["verify", "--model", "base", *arguments, "--scores", "run/scores.safetensors"]) == 0
+    printed = capsys.readouterr()
+    assert "note: the mask is not the weights of the largest ESI in --scores" in printed.err
+    assert json.loads(printed.out)["mask_is_top_of_scores"] is False
 
 
 SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "new"]
@@ -280,6 +380,25 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
         (["score", "--model", "harmful.jsonl", "--out", "new"], "no .gguf file"),
         (["score", "--model", "base", "--device", "abacus", "--out", "new"], "--device abacus: not available here"),
         (["score", "--model", "base", "--memory", "100", "--out", "new"], "is too little"),
+        (
+            ["score", "--model", "base", "--out", "base/model.safetensors"],
+            "is no file of kind 'mask'",
+        ),
+        (
+            ["score", "--model", "base", "--out", "run/scores.safetensors"],
+            "is no file of kind 'mask'",
+        ),
+        (["score", "--model", "base", "--save-scores", "--out", "mixed"], "is no file of kind 'scores'"),
+        (
+            ["set", "--model", "base", "--mask", "mixed/delta.safetensors", "--out", "mixed"],
+            "of kind 'delta'",
+        ),
+        (["set", "--model", "base", "--mask", "x", "--benign", "run/set.json", "--out", "run"], "would overwrite"),
+        (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--out", "mask.link"], "would overwrite run"),
+        (
+            ["verify", "--model", "base", "--mask", "run/mask.safetensors", "--out", "base/config.json"],
+            "would overwrite",
+        ),
         (["set", "--model", "base", "--mask", "run/scores.safetensors", "--out", "new"], "not 'mask'"),
         (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--batch-size", "3"], "even"),
         (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--resume"], "no run to resume"),
@@ -296,7 +415,9 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--seed", "-1"], "seed must be"),
         (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "run"], "exists already"),
+        (["apply", "--model", "base", "run/mask.safetensors", "--out", "new", "--device", "cuda:99"], "--device cuda"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "new"], "not 'delta'"),
+        (["apply", "--model", "base", "run/mask.safetensors", "--out", "base/sub/new"], "lies inside of --model"),
         (["apply", "--model", "smollm2", "run/mask.safetensors", "--in-place"], "needs a checkpoint folder"),
     ],
 )
@@ -304,6 +425,11 @@ def test_refusals(folder, arguments, message, capsys):
     Mask.from_indices({"w": [0]}, {"w": (2, 2)}).save("other.safetensors")
     shutil.copytree("base", "old/model")
     (folder / "old" / "scores.safetensors").mkdir()
+    (folder / "mixed").mkdir()
+    for name in ("scores", "delta"):
+        shutil.copy("run/mask.safetensors", f"mixed/{name}.safetensors")
+    (folder / "run" / "set.json").write_text("[]")
+    (folder / "mask.link").symlink_to("run/mask.safetensors")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(arguments) == 1
     printed = capsys.readouterr()

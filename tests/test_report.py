@@ -302,6 +302,15 @@ class TestComparison:
         with pytest.raises(MaskMismatchError, match="shape"):
             Comparison(Mask.from_indices({"w": [0]}, {"w": (2, 2)}), Mask.from_indices({"w": [0]}, {"w": (4,)}))
 
+    def test_models_of_other_sizes(self):
+        plain = Mask.from_indices({"w": [0]}, {"w": (4,)}, model_numel=4)
+        # PEFT's adapters are weights of the model, too.
+        adapted = Mask.from_indices({"base_model.model.w": [0]}, {"base_model.model.w": (4,)}, model_numel=9)
+        assert Comparison(plain, adapted).equal
+        other = Mask.from_indices({"w": [0], "v": [1]}, {"w": (4,), "v": (5,)}, model_numel=9)
+        with pytest.raises(MaskMismatchError, match="of different models, of 4 and 9 weights"):
+            Comparison(plain, other)
+
 
 class TestAudit:
     def audit(self, mask, ranked=None, compare=()):

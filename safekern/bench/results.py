@@ -246,7 +246,10 @@ def read(path: files.StrPath) -> Results:
     except OSError as error:
         raise FileAccessError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise FileFormatError(f"{path} holds no results of safekern bench ({error!r}): write it with --out") from error
+        # Not what it holds, which may be megabytes of binary, as the text of a UnicodeDecodeError does.
+        raise FileFormatError(
+            f"{path} holds no results of safekern bench ({type(error).__name__}): write it with --out"
+        ) from error
 
 
 def compare(old: Results, new: Results, tolerance: float) -> list[Verdict]:

@@ -5,9 +5,12 @@
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
 
 from safekern._version import __version__
 from safekern.cli import apply, bench, demo, diff, doctor, report, score, spa, verify
@@ -20,8 +23,9 @@ _COMMANDS = (demo, score, set_command, spa, verify, report, apply, diff, bench, 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
-    0, what the command decides, 1 for an error that was explained, 130 for Ctrl-C, or 141 where whoever reads the
-    output went away. ``safekern diff`` is like ``diff``: 1 says that the masks differ, and 2 that there was an error.
+    0, what the command decides, 1 for an error that was explained (one of writing the output, too), 130 for Ctrl-C, or
+    141 where whoever reads the output went away. ``safekern diff`` is like ``diff``: 1 says that the masks differ, and
+    2 that there was an error.
 
     Args:
         argv: the arguments after the program's name; by default those of this process.
@@ -30,19 +34,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["diff", "mask.safetensors", "mask.safetensors"])                # doctest: +SKIP
         0
     """
+    _complete_streams()
+    # Filled in place, so that it is there where --help cannot be written.
+    args = argparse.Namespace()
     try:
         try:
-            return _run(argv)
+            return _run(argv, args)
         finally:
             # Here and not when Python ends, which would show a traceback.
             sys.stdout.flush()
-    except BrokenPipeError:
-        # As in `safekern report MASK | head`. What is still buffered would fail again when Python ends.
+    except OSError as error:
+        if _takes_text(sys.stdout):
+            raise
+        # What is still buffered would fail again when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        # As in `safekern report MASK | head`.
+        if isinstance(error, BrokenPipeError):
+            return 141
+        print(f"{_name(args)}: the output cannot be written: {error.strerror}; send it elsewhere", file=sys.stderr)
+        return int(getattr(args, "error_status", 1))
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _complete_streams() -> None:
+    """Makes sure that both streams are there, which the caller may have closed, and take every character."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Text for a missing stderr would go to stdout.
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until the process ends
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of foreign files, and the shades of a heat map, are in no 8-bit encoding.
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _takes_text(stream: TextIO) -> bool:
+    try:
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        return False
+    return True
+
+
+def _name(args: argparse.Namespace) -> str:
+    return f"safekern {args.command}" if getattr(args, "command", None) else "safekern"
+
+
+def _run(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
     parser = argparse.ArgumentParser(
         prog="safekern",
         description="Find and edit the safety-critical 1% of a language model's weights.",
@@ -52,13 +89,13 @@ def _run(argv: Sequence[str] | None) -> int:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add_parser(commands)
-    args = parser.parse_args(argv)
+    parser.parse_args(argv, args)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args) or 0)
     except SafekernError as error:
-        print(f"safekern {args.command}: {error}", file=sys.stderr)
+        print(f"{_name(args)}: {error}", file=sys.stderr)
         return int(getattr(args, "error_status", 1))
     except KeyboardInterrupt:
-        print(f"safekern {args.command}: interrupted", file=sys.stderr)
+        print(f"{_name(args)}: interrupted", file=sys.stderr)
         return 130

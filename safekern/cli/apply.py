@@ -4,13 +4,14 @@ import argparse
 import json
 import secrets
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from safekern import files
 from safekern.cli import options
-from safekern.delta import apply_delta
-from safekern.errors import FileAccessError, InvalidArgumentError
+from safekern.delta import apply_delta, check_delta
+from safekern.errors import DeltaNamesError, FileAccessError, InvalidArgumentError
 from safekern.faults import put_back
 from safekern.models import save
 from safekern.tables import printable
@@ -20,8 +21,8 @@ Writes the values of a delta into the model it was made for: afterwards that is 
 weights are compared with the fingerprints in the delta first: with a wrong base, nothing is written.
 
 A checkpoint folder is changed file by file, without loading the model: in a copy with --out, or where it is with
---in-place. Any other model (smollm2, a GGUF file, a name on the hub), and a folder with --dtype, is loaded, and saved
-to --out.
+--in-place. Any other model (smollm2, a GGUF file, a name on the hub), a folder with --dtype, and one that stores each
+expert of a mixture by itself, is loaded, and saved to --out.
 """
 _EPILOG = """\
 example: the model that `safekern set` made, from the one it started with
@@ -31,6 +32,8 @@ example: the model that `safekern set` made, from the one it started with
 
 A delta is exact, so --dtype must be what it was for `safekern set`.
 """
+# What folders of models hold beside the safetensors files, by the names that the libraries give.
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf")
 
 
 def add_parser(commands: Any) -> None:
@@ -64,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
     # Before a model is loaded or copied for nothing.
     with files.reading(args.delta):
         pass
+    if args.device is not None:
+        options.device(args.device)
     if args.in_place:
         if not on_disk:
             raise InvalidArgumentError(
@@ -76,8 +81,10 @@ def run(args: argparse.Namespace) -> None:
         out = args.out
         if out.exists():
             raise FileAccessError(f"{out}: exists already; give a new folder, so that nothing is overwritten")
+        if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
+            raise InvalidArgumentError(f"--out {out}: lies inside of --model {folder}; give a folder outside of it")
         options.prepare_folder(out.parent, out.name)
-        if on_disk:
+        if on_disk and _names_fit(folder, args.delta):
             with options.stage("copy and apply"):
                 _apply_to_copy(folder, args.delta, out)
         else:
@@ -85,10 +92,31 @@ def run(args: argparse.Namespace) -> None:
             with options.stage("apply"):
                 apply_delta(model, args.delta)
                 save(model, tokenizer, out)
+    others = sorted(path.name for pattern in _OTHER_WEIGHTS if on_disk for path in out.glob(pattern))
+    if others:
+        print(
+            f"note: {printable(', '.join(others))} in {printable(str(out))}: perhaps the same weights in another form, "
+            "not changed; remove what could be loaded in place of the tuned ones",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps({"model": args.model, "delta": str(args.delta), "written": str(out)}, indent=2))
     else:
         print(f"Applied, and every other weight was checked. The tuned model is in {printable(str(out))}")
+
+
+def _names_fit(folder: Path, delta: Path) -> bool:
+    """Whether a checkpoint's files hold the parameters as the model does.
+
+    Raises:
+        SafekernError: they do, and the delta is not of these weights.
+    """
+    try:
+        with options.stage("check"):
+            check_delta(folder, delta)
+    except DeltaNamesError:
+        return False
+    return True
 
 
 def _apply_to_copy(folder: Path, delta: Path, out: Path) -> None:

@@ -75,9 +75,16 @@ def add_parser(commands: Any) -> None:
     modes.add_argument("--scaling", action="store_true", help="safekern alone, at growing sizes and ratios")
     modes.add_argument("--memory", action="store_true", help="peak memory of whole training runs, a process each")
     modes.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files written by --out")
-    parser.add_argument("--tolerance", type=float, help="of --compare (default: 0.1)")
+    parser.add_argument("--tolerance", type=_tolerance, help="of --compare (default: 0.1)")
     parser.add_argument("--score-memory", type=options.number, help="of --memory: bytes that scoring may take")
     parser.set_defaults(run=run)
+
+
+def _tolerance(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of at least 0 is needed, such as 0.1, got {text}")
+    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     from safekern.bench import measure
 
     mode = next((mode for mode in ("scaling", "memory", "compare") if getattr(args, mode)), "usual")
-    idle = [option for option, modes in _MEANT_FOR.items() if mode not in modes and getattr(args, option)]
+    given = [option for option in _MEANT_FOR if not any(getattr(args, option) is absent for absent in (None, False))]
+    idle = [option for option in given if mode not in _MEANT_FOR[option]]
     if idle:
         named = ", ".join(f"--{option.replace('_', '-')}" for option in idle)
         raise InvalidArgumentError(

@@ -21,7 +21,7 @@ from safekern.optim import SETAdamW
 from safekern.prompts import Pairs, builtin
 from safekern.scores import Scores
 from safekern.scoring import score
-from safekern.tables import Column, Table
+from safekern.tables import Column, Table, printable
 from safekern.training import (
     LEARNING_RATE,
     RATIO,
@@ -122,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save_scores and args.out is None:
         raise InvalidArgumentError("--save-scores needs a folder to write to: add --out DIR")
     if args.out is not None:
+        options.check_replaceable(args.out / "model", args.out / "report.json")
         options.prepare_folder(args.out, "report.json")
     device = options.device(args.device)
     effort = _QUICK if args.quick else _FULL
@@ -140,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
         mask = scores.top(RATIO)
     print(f"\n{mask}\n\n{mask.summary().heat_map()}\n", flush=True)
     if args.out is not None:
-        _save_selection(args.out, mask, scores if args.save_scores else None)
+        written = _save_selection(args.out, mask, scores if args.save_scores else None)
     # As much as the model, and not needed any more.
     del scores
 
@@ -156,6 +157,7 @@ def run(args: argparse.Namespace) -> None:
         return
     with clock.stage("save"):
         save(model, tokenizer, args.out / "model")
+    written += ["model/", "report.json"]
     report = {
         **{f"{name}_before": value for name, value in asdict(before).items()},
         **{f"{name}_after": value for name, value in asdict(after).items()},
@@ -169,17 +171,23 @@ def run(args: argparse.Namespace) -> None:
         "backend": served.backend if (served := ops.BACKENDS.get(device.type)) else "torch",
         "versions": options.versions(),
         "seconds": clock.seconds,
+        "written": written,
     }
     options.write_json(args.out / "report.json", report)
-    print(f"Written to {args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}")
+    print(f"Written to {printable(str(args.out))}: {', '.join(written)}")
 
 
-def _save_selection(folder: Path, mask: Mask, scores: Scores | None) -> None:
+def _save_selection(folder: Path, mask: Mask, scores: Scores | None) -> list[str]:
+    """Returns the names of the files."""
+    written = ["mask.safetensors"]
     mask.save(folder / "mask.safetensors")
     with contextlib.suppress(MissingDependencyError):
         mask.plot(folder / "mask.png")
+        written.append("mask.png")
     if scores is not None:
         scores.save(folder / "scores.safetensors")
+        written.append("scores.safetensors")
+    return written
 
 
 def _measure(

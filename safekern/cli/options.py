@@ -3,9 +3,10 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,10 @@ _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 
 
 def number(text: str) -> int:
-    """A whole number that may be written as 64e6."""
+    """A whole number from 1 on that may be written as 64e6, as far as 64 bits reach."""
     value = float(text)
-    if not (value >= 1 and value.is_integer()):
-        raise argparse.ArgumentTypeError(f"a whole number is needed, got {text}")
+    if not (1 <= value < 2**63 and value.is_integer()):
+        raise argparse.ArgumentTypeError(f"a whole number from 1 to 9e18 is needed, got {text}")
     return int(value)
 
 
@@ -128,6 +129,8 @@ def device(name: str | None) -> torch.device:
     try:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=found)
+        if found.type == "meta":
+            raise InvalidArgumentError(f"--device {name}: holds no values to compute with; give another, such as cpu")
     except (RuntimeError, AssertionError) as error:
         raise InvalidArgumentError(
             f"--device {name or 'cuda'}: not available here ({str(error).splitlines()[0]}); give another, such as cpu"
@@ -135,8 +138,13 @@ def device(name: str | None) -> torch.device:
     return found
 
 
-def prepare_folder(folder: Path, file: str) -> None:
+def prepare_folder(folder: Path, file: str, kind: str | None = None) -> None:
     """Creates an output folder, and makes sure that a file can be written in it.
+
+    Args:
+        folder: the folder.
+        file: a name in it.
+        kind: as for `files.check_writable`.
 
     Raises:
         FileAccessError: it cannot.
@@ -145,7 +153,52 @@ def prepare_folder(folder: Path, file: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileAccessError(f"{folder}: cannot be created: {error.strerror}; give another folder") from error
-    files.check_writable(folder / file)
+    files.check_writable(folder / file, kind)
+
+
+def check_output(option: str, path: Path, inputs: Iterable[Path | str | None]) -> None:
+    """Makes sure that a file can be written, and that it takes the place of none that the command reads.
+
+    Args:
+        option: which names the file.
+        path: the file.
+        inputs: files, and folders with files; None and what is not there are passed over.
+
+    Raises:
+        InvalidArgumentError: it is one of them.
+        FileAccessError: it cannot be written.
+    """
+    given = [Path(source) for source in inputs if source is not None]
+    files_in = [file for source in given for file in (source.iterdir() if source.is_dir() else [source])]
+    for file in files_in if path.exists() else ():
+        if file.exists() and file.samefile(path):
+            raise InvalidArgumentError(
+                f"{option} {path}: would overwrite {file}, which the command reads; give another"
+            )
+    files.check_writable(path)
+
+
+def check_replaceable(folder: Path, report: Path) -> None:
+    """Makes sure that what stands where a model goes may be replaced: nothing, or what the command wrote there before.
+
+    Args:
+        folder: where the model goes.
+        report: the JSON file that the command writes beside it; under ``"written"`` it lists what it wrote.
+
+    Raises:
+        FileAccessError: it is something else.
+    """
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    try:
+        written = json.loads(report.read_text())["written"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        written = None
+    if not (isinstance(written, list) and f"{folder.name}/" in written):
+        raise FileAccessError(
+            f"{folder}: exists already, and {report} does not say that this command wrote it, so it is not replaced; "
+            "give another --out, or move it away"
+        )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safekern import files
-from safekern.errors import InvalidArgumentError
+from safekern.cli import options
 from safekern.report import Audit
 from safekern.report_page import to_html
 from safekern.tables import printable
@@ -53,10 +53,7 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: a file cannot be read or written, or the files do not belong together.
     """
     if args.html is not None:
-        sources = [path for path in (args.mask, args.scores, *args.compare) if path is not None]
-        if any(path.exists() and args.html.exists() and path.samefile(args.html) for path in sources):
-            raise InvalidArgumentError(f"--html {args.html}: would overwrite a file the report is about")
-        files.check_writable(args.html)
+        options.check_output("--html", args.html, (args.mask, args.scores, *args.compare))
     audit = Audit.load(args.mask, args.scores, args.compare)
     if args.html is not None:
         page = to_html(audit).encode()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safekern.checkpoint import fingerprint
 from safekern.cli import options
 from safekern.objectives import refusal
 from safekern.prompts import Pairs, builtin, load, load_prompts, with_refusals
+from safekern.scores import TopScores
 from safekern.scoring import score
 from safekern.tables import printable
 from safekern.training import RATIO, SCORING_BATCH_SIZE, in_order
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     """
     mask_path, scores_path = _outputs(args.out)
     if args.save_scores:
-        files.check_writable(scores_path)
+        files.check_writable(scores_path, "scores")
     pairs = _pairs(args)
     model, tokenizer = options.load_model(args)
     with options.stage(f"score on {len(pairs)} pairs"):
@@ -123,6 +125,12 @@ def run(args: argparse.Namespace) -> None:
         mask.save(mask_path)
     if args.save_scores:
         scores.save(scores_path)
+        if isinstance(scores, TopScores):
+            print(
+                f"note: {printable(str(scores_path))}: holds only the top {scores.keep:.3g}, within --memory, which "
+                "safekern verify and report cannot use. For all, score with more --memory, or with --offload instead",
+                file=sys.stderr,
+            )
     written = [mask_path, *([scores_path] if args.save_scores else [])]
     components, layers = mask.summary().table("component"), mask.summary().table("layer")
     if args.json:
@@ -141,9 +149,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _outputs(out: Path) -> tuple[Path, Path]:
     if out.suffix == ".safetensors":
-        files.check_writable(out)
+        files.check_writable(out, "mask")
         return out, out.with_name(f"{out.stem}_scores.safetensors")
-    options.prepare_folder(out, "mask.safetensors")
+    options.prepare_folder(out, "mask.safetensors", "mask")
     return out / "mask.safetensors", out / "scores.safetensors"
 
 

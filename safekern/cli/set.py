@@ -3,10 +3,13 @@
 import argparse
 from typing import Any
 
+import torch
+
+from safekern import files
 from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import options, tuning
 from safekern.delta import save_delta
-from safekern.errors import SafekernError
+from safekern.errors import InvalidArgumentError, SafekernError
 from safekern.models import save
 from safekern.optim import SETAdamW
 from safekern.resume import Weights
@@ -66,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
     """
-    tuning.prepare(args)
+    tuning.prepare(args, "set.json", saves_model=args.save_model)
+    files.check_writable(args.out / "delta.safetensors", "delta")
     harmful, benign = tuning.read_pairs(args)
     check_balance(args.batch_size, args.refusal_weight)
     model, tokenizer = options.load_model(args)
@@ -103,6 +107,12 @@ def run(args: argparse.Namespace) -> None:
     before |= {
         name: Patched(name, param.detach(), indices, original[name]) for name, (param, indices) in selected.items()
     }
+    tuned = weights.read()
+    if all(torch.equal(value.view(torch.uint8), original[name].view(torch.uint8)) for name, value in tuned.items()):
+        raise InvalidArgumentError(
+            f"no weight has changed: --lr {args.lr:g} is too small for {args.iterations} steps on weights in "
+            f"{str(model.dtype).removeprefix('torch.')}, so there is nothing to save; give a larger one"
+        )
     with options.stage("save"):
         if fingerprint(before) != base:
             raise SafekernError("weights outside the mask have changed; nothing was written. Please report this")

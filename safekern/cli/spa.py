@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
     """
-    tuning.prepare(args)
+    tuning.prepare(args, "spa.json", saves_model=True)
     pairs = load(args.data)
     if (args.harmful or args.benign) and not args.rehearsal:
         raise InvalidArgumentError("--harmful and --benign mean nothing with --rehearsal 0: leave them out")

@@ -60,16 +60,28 @@ def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float,
     group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Makes sure that the run can be written, and that it neither loses nor misses one that was interrupted.
+def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None:
+    """Makes sure that the run can be written, replaces nothing else, and neither loses nor misses an interrupted one.
+
+    Args:
+        args: the options of `add_training`.
+        report: the name of the report in ``--out``.
+        saves_model: whether the whole model is written there, too.
 
     Raises:
         SafekernError: it cannot.
     """
-    target = args.out / "model"
-    if target.exists() and Path(args.model).exists() and target.samefile(args.model):
-        raise InvalidArgumentError(f"--out {args.out}: the tuned model would take the place of --model; give another")
+    if saves_model:
+        target = args.out / "model"
+        if target.exists() and Path(args.model).resolve().is_relative_to(target.resolve()):
+            raise InvalidArgumentError(
+                f"--out {args.out}: the tuned model would take the place of --model; give another"
+            )
+        options.check_replaceable(target, args.out / report)
     options.prepare_folder(args.out, _FILE)
+    # Only `spa` has --data.
+    inputs = (getattr(args, name, None) for name in ("mask", "data", "harmful", "benign"))
+    options.check_output("--out", args.out / report, inputs)
     exists = (args.out / _FILE).exists()
     if args.resume and not exists:
         raise FileAccessError(f"{args.out / _FILE}: no such file, so there is no run to resume; leave --resume out")
@@ -173,6 +185,7 @@ def finish(
         "batch_size": args.batch_size,
         "seed": args.seed,
         "versions": options.versions(),
+        "written": list(written),
     }
     options.write_json(args.out / written[-1], report)
     (args.out / _FILE).unlink(missing_ok=True)

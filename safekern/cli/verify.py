@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from safekern import files
 from safekern.cli import options
 from safekern.prompts import builtin, load, load_prompts
-from safekern.scores import Scores
+from safekern.report import load_all, top_beside
 from safekern.tables import printable
-from safekern.verification import NOISE, Row, Verification, verify
+from safekern.verification import NOISE, Row, verify
 
 _DESCRIPTION = """\
 Tests whether a mask holds a model's safety: adds normal noise to its weights, to as many random ones, and with --scores
@@ -84,13 +83,20 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: an option or a file is wrong, found out before the long work starts.
     """
     if args.out is not None:
-        files.check_writable(args.out)
+        options.check_output("--out", args.out, (args.mask, args.scores, args.harmful, args.benign, args.model))
     limit = args.limit or (_QUICK_LIMIT if args.quick else _LIMIT)
     harmful = builtin("harmful", "eval").prompts if args.harmful is None else load_prompts(args.harmful)
     benign = builtin("benign", "eval") if args.benign is None else load(args.benign)
-    scores = None if args.scores is None else Scores.load(args.scores)
+    scores = None if args.scores is None else load_all(args.scores)
     model, tokenizer = options.load_model(args)
     mask, fingerprint = options.load_mask(args.mask, model)
+    ranked = None if scores is None else top_beside(mask, scores).equal
+    if ranked is False:
+        print(
+            "note: the mask is not the weights of the largest ESI in --scores: it was ranked by others, or in another "
+            "way. The bottom is that of --scores",
+            file=sys.stderr,
+        )
 
     with options.stage("verify"):
         found = verify(
@@ -105,7 +111,16 @@ def run(args: argparse.Namespace) -> None:
             batch_size=args.batch_size,
             report=_say,
         )
-    result = _described(args, found, fingerprint, mask.fingerprint)
+    result = {
+        "model": options.without_folders(args.model),
+        "model_fingerprint": fingerprint,
+        "mask": options.without_folders(args.mask),
+        "mask_fingerprint": mask.fingerprint,
+        "mask_is_top_of_scores": ranked,
+        "restored": True,
+        "versions": options.versions(),
+        **found.to_dict(),
+    }
     if args.out is not None:
         options.write_json(args.out, result)
     if args.json:
@@ -119,17 +134,3 @@ def run(args: argparse.Namespace) -> None:
 def _say(row: Row) -> None:
     where = "no noise" if row.weights == "none" else f"noise {row.noise:g} on {row.weights}"
     print(f"{where}: attack success {row.attack_success.value:.0%}", file=sys.stderr, flush=True)
-
-
-def _described(
-    args: argparse.Namespace, found: Verification, model_fingerprint: str, mask_fingerprint: str
-) -> dict[str, Any]:
-    return {
-        "model": options.without_folders(args.model),
-        "model_fingerprint": model_fingerprint,
-        "mask": options.without_folders(args.mask),
-        "mask_fingerprint": mask_fingerprint,
-        "restored": True,
-        "versions": options.versions(),
-        **found.to_dict(),
-    }
