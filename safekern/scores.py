@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from safekern import files, names, ranking
+from safekern.arguments import is_whole_number
 from safekern.distribution import Distribution
 from safekern.errors import FileFormatError, InvalidArgumentError, NonFiniteError, UnknownNameError
 from safekern.mask import Mask
@@ -168,14 +169,14 @@ class Scores(Mapping[str, Tensor]):
             A mask as :meth:`top` gives it.
 
         Raises:
-            InvalidArgumentError: a ratio outside (0, 1], another ``per``, or a negative seed.
+            InvalidArgumentError: a ratio outside (0, 1], another ``per``, or another seed.
 
         Example:
             >>> control = scores.random(0.01, seed=1)         # doctest: +SKIP
         """
         counts = self._counts(_checked(ratio), per)
-        if seed < 0:
-            raise InvalidArgumentError(f"seed must be 0 or larger, got {seed}")
+        if not (is_whole_number(seed) and seed >= 0):
+            raise InvalidArgumentError(f"seed must be a whole number from 0 on, got {seed!r}")
         rng = np.random.default_rng(seed)
         numels = [shape.numel() for shape in self._shapes.values()]
         if per == "tensor":

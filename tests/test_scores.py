@@ -294,8 +294,10 @@ class TestRandom:
         assert scores.random(0.1) == masks[0]
         assert scores.random(0.1, seed=np.int64(3)) == masks[3]
         assert scores.random(0.1, seed=np.int64(3)).meta["seed"] == 3
-        with pytest.raises(InvalidArgumentError, match="seed must be 0 or larger"):
-            scores.random(0.1, seed=-1)
+        for seed in (-1, None, 1.5, "0"):
+            with pytest.raises(InvalidArgumentError, match="seed must be a whole number from 0 on"):
+                scores.random(0.1, seed=seed)
+        assert scores.random(0.1, seed=np.int64(1)) == scores.random(0.1, seed=1)
 
     def test_ignores_the_scores(self):
         assert make({"a": torch.randn(90)}).random(0.1) == make({"a": torch.zeros(90)}).random(0.1)
