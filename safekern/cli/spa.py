@@ -17,8 +17,8 @@ from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, wit
 
 _DESCRIPTION = """\
 Fine-tunes an aligned model on your prompts and responses with the weights of a mask frozen, bit for bit (SPA, arXiv
-2604.08297), and rehearses refusals of harmful prompts and helpful answers beside them, so that it keeps its safety. The
-mask has to be that of the aligned model: score that one.
+2604.08297), and rehearses refusals of harmful prompts and helpful answers beside them, which kept a model's safety in
+our experiments. The mask has to be that of the aligned model: score that one.
 
 Writes to --out:
   model/      the whole fine-tuned model; all but the mask has changed, so a delta would be no smaller
