@@ -1,6 +1,6 @@
 """Which parameters of a model are scored."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ def eligible_parameters(
         select: ``select(name, param) -> bool`` replaces the default choice.
 
     Raises:
-        InvalidArgumentError: nothing is chosen, or a chosen parameter cannot be scored; ``select`` is no function; or
-            the model has lazy modules that have seen no batch yet.
+        InvalidArgumentError: nothing is chosen, or a chosen parameter cannot be scored; ``select`` is no function; the
+            model has lazy modules that have seen no batch yet; or, without ``select``, it is quantised.
     """
     if select is not None and not callable(select):
         raise InvalidArgumentError(
@@ -41,6 +41,7 @@ def eligible_parameters(
         )
     for name, param in model.named_parameters():
         check_initialized(name, param)
+    by_default = select is None
     if select is None:
         excluded = {id(param) for param in _excluded(model)}
 
@@ -48,6 +49,8 @@ def eligible_parameters(
             return param.is_floating_point() and param.ndim >= 2 and id(param) not in excluded
 
     chosen = {name: param for name, param in model.named_parameters() if param.numel() and select(name, param)}
+    if by_default:
+        _check_unpacked(model, chosen)
     if not chosen:
         raise InvalidArgumentError(
             "no parameter of the model is eligible for scoring: choose some with select=lambda name, param: ..."
@@ -55,6 +58,17 @@ def eligible_parameters(
     for name, param in chosen.items():
         check_plain(name, param, sharded=True)
     return chosen
+
+
+def _check_unpacked(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    # Of a model in 4 or 8 bits little is left that is floating point, often an output head alone.
+    packed = {name: p for name, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())}
+    if sum(p.numel() for p in packed.values()) > sum(p.numel() for p in chosen.values()):
+        name, param = next(iter(packed.items()))
+        raise InvalidArgumentError(
+            f"most weights of the model are integers ({name} is {param.dtype}), which no gradient reaches: it is "
+            "quantised; load it in bfloat16, or choose what to score all the same with select=lambda name, param: ..."
+        )
 
 
 def check_initialized(name: str, param: Tensor) -> None:

@@ -118,6 +118,14 @@ def test_low_dimensional_integer_and_empty_parameters_are_left_out():
     ) == ["weight", "kernel"]
 
 
+def test_a_quantised_model_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 4, bias=False))
+    model[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(InvalidArgumentError, match=r"most weights .* integers \(0.weight is torch.uint8\).* quantised"):
+        eligible_parameters(model)
+    assert list(eligible_parameters(model, lambda name, param: name == "1.weight")) == ["1.weight"]
+
+
 def test_embeddings_are_left_out():
     assert chosen_of(
         tokens=nn.Embedding(3, 4),
