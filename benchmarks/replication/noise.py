@@ -27,13 +27,15 @@ SELECTIONS: dict[str, Callable[[Lab, int], Mask]] = {
     "trained": lambda lab, seed: lab.base_scores().top(RATIO),
     "bottom": lambda lab, seed: safety_scores(lab, _ALIGNED).bottom(RATIO),
 }
+_MAIN = ("top but utility 1%", "utility but top 1%")
 
 
 def noise_runs(plan: Plan) -> list[Run]:
-    """Every selection, one run each, over all levels."""
-    seed = plan.seeds[0]
+    """Every selection over all levels, with one draw of noise; the main ones with all seeds."""
+    first, *others = plan.seeds
     untouched = Run("perturb", "none", {"weights": "none", "aligned": _ALIGNED}, _untouched)
-    return [untouched, *(_run(selection, seed) for selection in SELECTIONS)]
+    once = [_run(selection, first) for selection in SELECTIONS]
+    return [untouched, *once, *(_run(selection, seed) for seed in others for selection in _MAIN)]
 
 
 def _untouched(lab: Lab, record: Record) -> None:
