@@ -92,6 +92,7 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     for experiment, only in {
         "set": "balanced",
         "ratio": "esi-0.1",
+        "weight": "balanced-4-0.25",
         "prompts": "",
         "where": "base-0.01",
         "perturb": "top-but-utility-1-",

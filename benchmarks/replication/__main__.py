@@ -36,6 +36,7 @@ EXPERIMENTS: dict[str, Callable[[Plan], list[Run]]] = {
     "where": masks.where_runs,
     "perturb": noise.noise_runs,
     "ratio": set_experiment.ratio_runs,
+    "weight": set_experiment.weight_runs,
     "spa": spa.spa_runs,
     "judge": judge.judge_runs,
 }

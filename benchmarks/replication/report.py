@@ -17,7 +17,7 @@ from safekern.tables import Column, Table
 from . import figures
 from .noise import SELECTIONS
 from .runs import Found, Row, read
-from .set import METHODS, by_recipe, untouched_row
+from .set import BALANCES, METHODS, by_recipe, untouched_row
 from .spa import comparisons
 
 _END = "<!-- end of replication -->"
@@ -154,6 +154,26 @@ def _ratio(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]
     )
 
 
+def _weight(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
+    columns = [
+        Column("pairs per step"),
+        Column("weight of refusals", "{:g}"),
+        Column("attack success"),
+        Column("benign refusals"),
+        Column("benign NLL"),
+        Column("refusal NLL"),
+        Column("AUC", "{:.3f}"),
+        Column("broken", "{:g}"),
+    ]
+    ends = {run["settings"]["recipe"]: run["rows"][-1:] for run in found if run["finished"]}
+    rows = [
+        [size, weight, _percent(ends[recipe]), *_costs(ends[recipe])]
+        for recipe, (size, weight) in sorted(BALANCES.items(), key=lambda item: item[1])
+        if recipe in ends
+    ]
+    yield "at the last step, esi 1%, lr 0.0001", Table(columns, rows)
+
+
 def _prompts(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     keys = ("with_all", "disjoint_halves", "abs", "bf16")
     rows = [row for run in found for row in run["rows"]]
@@ -285,6 +305,7 @@ def _judge(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]
 _SECTIONS: dict[str, Callable[[Sequence[Found], bool], Iterable[tuple[str, Table]]]] = {
     "set": _set,
     "ratio": _ratio,
+    "weight": _weight,
     "prompts": _prompts,
     "where": _where,
     "perturb": _perturb,

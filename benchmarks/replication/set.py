@@ -19,6 +19,10 @@ STEPS = (10, 30, 100)
 LOW, HIGH = 3e-5, 1e-4
 RATIOS = (0.001, 0.003, 0.01, 0.03, 0.1)
 BALANCED, REFUSALS = "balanced", "refusals"
+# Pairs per step, and the weight of refusals in the loss: those of `safekern set`, and others.
+BALANCES = {BALANCED: (TUNING_BATCH_SIZE, REFUSAL_WEIGHT)}
+for _size, _weight in ((4, 0.25), (4, 0.16), (4, 0.1), (6, 0.25), (6, 0.1)):
+    BALANCES[f"{BALANCED}-{_size}-{_weight:g}"] = _size, _weight
 _REFUSALS_BATCH_SIZE = 4
 
 
@@ -59,19 +63,12 @@ METHODS: dict[str, Callable[[Lab, float, int], Mask | None]] = {
 
 
 def parts(lab: Lab, recipe: str, answers: Pairs, seed: int, skip: int) -> Parts:
-    """The batches of a recipe: as `safekern set` has them, or refusals alone."""
+    """The batches of a recipe: one of `BALANCES`, or refusals alone."""
     data = lab.data
     if recipe == REFUSALS:
         return [(1.0, shuffled(lab.tokenizer, data.refusals, _REFUSALS_BATCH_SIZE, seed, skip=skip))]
-    return balanced(
-        lab.tokenizer,
-        data.refusals,
-        answers,
-        batch_size=TUNING_BATCH_SIZE,
-        refusal_weight=REFUSAL_WEIGHT,
-        seed=seed,
-        skip=skip,
-    )
+    size, weight = BALANCES[recipe]
+    return balanced(lab.tokenizer, data.refusals, answers, batch_size=size, refusal_weight=weight, seed=seed, skip=skip)
 
 
 def set_runs(plan: Plan) -> list[Run]:
@@ -98,6 +95,11 @@ def ratio_runs(plan: Plan) -> list[Run]:
         for ratio in ratios
         for method in ("esi", "random")
     ]
+
+
+def weight_runs(plan: Plan) -> list[Run]:
+    """SET as `safekern set` does it, with every balance of refusals and answers."""
+    return [_run("weight", "esi", RATIO, HIGH, recipe, plan.seeds[0], plan.steps) for recipe in BALANCES]
 
 
 def untouched_row(found: Iterable[Found]) -> Row | None:
