@@ -33,9 +33,9 @@ TUNING_BATCH_SIZE = 6
 # Of the loss. It moves the model between refusing too much and too little. Attack success and benign refusals after 100
 # steps, one run each: 14% and 12% at 0.16, 11% and 20% at 0.2.
 REFUSAL_WEIGHT = 0.16
-# Of the loss, beside a task. After 200 steps on GSM8K attack success was 3% and benign refusals were 11%; it was 52%
-# without. A share of 0.3 did it there as well, but not beside ordinary answers, which unteach refusing more (README,
-# "Does it work?").
+# Of the loss, beside a task. After 200 steps on GSM8K attack success was 4% and benign refusals were 9%, two seeds; it
+# was 62% without. A share of 0.3 did it there as well, but too slowly beside ordinary answers, which unteach refusing
+# more (README, "Does it work?").
 REHEARSAL = 0.5
 
 
