@@ -274,6 +274,18 @@ class TestSpa:
         assert self.spa("--iterations", "1", "--dtype", "float32", out="wide") == 0
         assert "16-bit" not in capsys.readouterr().err
 
+    def test_few_rehearsed_pairs_are_noted(self, folder, capsys):
+        pairs = [{"prompt": f"Say {i}", "response": f"{i}."} for i in range(4)]
+        (folder / "few.json").write_text(json.dumps(pairs))
+        given = ["--benign", "few.json", "--batch-size", "4"]
+        # Two pairs of each kind a step: three times over four pairs.
+        assert self.spa(*given, "--iterations", "6") == 0
+        assert "by heart" not in capsys.readouterr().err
+        assert self.spa(*given, "--iterations", "7", "--rehearsal", "0.2") == 0
+        assert "7 steps go 4 times over 4 rehearsed pairs, which are learned by heart" in capsys.readouterr().err
+        assert self.spa("--batch-size", "4", "--iterations", "7", "--rehearsal", "0") == 0
+        assert "by heart" not in capsys.readouterr().err
+
     def test_alignment_is_rehearsed_beside_the_data(self, folder):
         found = {}
         for share in ("0.1", "0.9", "0"):
