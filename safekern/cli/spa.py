@@ -39,7 +39,9 @@ example: keep what makes a model safe while it learns grade-school math
 
 --data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. In our
 experiments freezing slowed the loss of safety and rehearsal kept it (README, "Does it work?"); --rehearsal 0 leaves it
-out. The built-in pairs are few: for more than 200 steps, give your own. If it is interrupted: the same command again with --resume. It ends with the same bits.
+out. The built-in pairs are few: for more than 200 steps, give your own.
+
+If it is interrupted: the same command again with --resume. It ends with the same bits.
 """
 
 
