@@ -28,10 +28,10 @@ RATIO = 0.01
 LEARNING_RATE = 1e-4
 SCORING_BATCH_SIZE = 4
 # Larger batches tell harmful from benign better after as many steps. By the first token's chance of a refusal on 64
-# held-out prompts of each kind, the area under the ROC curve after 100 steps was 0.914 with 4 and 0.929 with 6.
+# held-out prompts of each kind, the area under the ROC curve after 100 steps was 0.901 with 4 and 0.920 with 6.
 TUNING_BATCH_SIZE = 6
 # Of the loss. It moves the model between refusing too much and too little. Attack success and benign refusals after 100
-# steps, one run each: 14% and 12% at 0.16, 11% and 20% at 0.2.
+# steps, one run each: 8% and 27% at 0.25, 14% and 16% at 0.16, 52% and 2% at 0.1.
 REFUSAL_WEIGHT = 0.16
 # Of the loss, beside a task. After 200 steps on GSM8K attack success was 4% and benign refusals were 9%, two seeds; it
 # was 62% without. A share of 0.3 did it there as well, but too slowly beside ordinary answers, which unteach refusing
