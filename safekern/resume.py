@@ -35,6 +35,14 @@ class Weights:
             for name, (param, indices) in self._params.items()
         }
 
+    def changed(self, since: Mapping[str, Tensor]) -> list[str]:
+        """The parameters of which a bit is another than when `read` returned ``since``."""
+        return [
+            name
+            for name, value in self.read().items()
+            if not torch.equal(value.view(torch.uint8), since[name].view(torch.uint8))
+        ]
+
     def write(self, values: Mapping[str, Tensor]) -> None:
         """Puts back what `read` returned.
 

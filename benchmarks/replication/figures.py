@@ -83,16 +83,15 @@ def _spa(found: Sequence[Found], folder: Path) -> "Figure | None":
         return None
     figure, grid = _panels((len(groups) + 1) // 2, 2)
     # Of all panels, so that a method has one colour.
-    tuned = [run["settings"] for group in groups for run in group.runs]
-    kinds = list(dict.fromkeys((settings["method"], settings["ratio"]) for settings in tuned))
+    kinds = list(dict.fromkeys(kind for group in groups for kind in group.kinds))
     for group, axes in zip(groups, [axes for panels in grid for axes in panels], strict=False):
-        for number, kind in enumerate(kinds):
-            runs = [run for run in group.runs if (run["settings"]["method"], run["settings"]["ratio"]) == kind]
+        for (method, ratio), runs in group.kinds.items():
             rows = [[group.start, *run["rows"]] for run in runs]
             learned, refused = (_mean_line(rows, key) for key in ("task_nll", "refusal_nll"))
             points = [(task, refusal) for (_, task), (_, refusal) in zip(learned, refused, strict=True)]
             best = min(range(len(points)), key=lambda i: points[i][0], default=0)
-            _line(axes, points[: best + 1], number, f"{kind[0]} {kind[1]:.0%}" if kind[1] else kind[0])
+            label = f"{method} {ratio:.0%}" if ratio else method
+            _line(axes, points[: best + 1], kinds.index((method, ratio)), label)
         axes.set(title=f"{group.aligned}, {group.task}, lr {group.lr}")
         axes.set(xlabel="task NLL", ylabel="refusal NLL, held out")
         axes.invert_xaxis()

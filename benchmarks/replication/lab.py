@@ -1,5 +1,6 @@
 """What every experiment works with: a model, data of which the held-out part is never trained on, measurements."""
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -236,6 +237,8 @@ class Lab:
         return int(labels[labels != -100][0])
 
 
+# Cached, for the weights of a folder are gigabytes to read.
+@functools.cache
 def label(name: str) -> str:
     """What results and caches call a model: files by their contents as well, since many folders are called model."""
     path = Path(name)

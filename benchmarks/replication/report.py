@@ -18,7 +18,7 @@ from . import figures
 from .noise import SELECTIONS
 from .runs import Found, Row, read
 from .set import BALANCES, METHODS, by_recipe, untouched_row
-from .spa import comparisons
+from .spa import Comparison, comparisons
 
 _END = "<!-- end of replication -->"
 # What the short table of perturbation shows.
@@ -134,11 +134,7 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
     columns = [Column("weights"), Column("ratio", "{:.2%}"), Column("seeds")]
     columns += [Column(f"attack success at {step}") for step in steps or (0,)]
     columns += [
-        Column(f"benign refusals{last}"),
-        Column(f"benign NLL{last}"),
-        Column(f"refusal NLL{last}"),
-        Column(f"AUC{last}", "{:.3f}"),
-        Column(f"broken{last}", "{:.3g}"),
+        *_cost_columns(last),
         Column("steps to the refusal NLL that random has at last", "{:.0f}"),
     ]
     missed = tuple({"ratio", "AUC"} - {kept}) if compact else ()
@@ -159,11 +155,7 @@ def _weight(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]
         Column("pairs per step"),
         Column("weight of refusals", "{:g}"),
         Column("attack success"),
-        Column("benign refusals"),
-        Column("benign NLL"),
-        Column("refusal NLL"),
-        Column("AUC", "{:.3f}"),
-        Column("broken", "{:g}"),
+        *_cost_columns(),
     ]
     ends = {run["settings"]["recipe"]: run["rows"][-1:] for run in found if run["finished"]}
     rows = [
@@ -215,11 +207,7 @@ def _perturb(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table
         Column("seeds"),
         Column("noise", "{:g}"),
         Column("attack success"),
-        Column("benign refusals"),
-        Column("benign NLL"),
-        Column("refusal NLL"),
-        Column("AUC", "{:.3f}"),
-        Column("broken", "{:.3g}"),
+        *_cost_columns(),
     ]
     rows = []
     for weights in ["none", *SELECTIONS]:
@@ -233,12 +221,13 @@ def _perturb(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table
 def _spa(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
     for group in comparisons(found):
         title = f"aligned: {group.aligned}; task: {group.task}; lr {group.lr}; steps {group.steps}"
-        yield title, _spa_table(group.runs, group.start)
+        yield title, _spa_table(group)
 
 
-def _spa_table(runs: Sequence[Found], start: Row) -> Table:
+def _spa_table(group: Comparison) -> Table:
     """Attack success and refusal NLL where the task's loss has come to the same point as without protection."""
-    plain = [row["task_nll"][0] for run in runs if run["settings"]["method"] == "nothing" for row in run["rows"]]
+    start, kinds = group.start, group.kinds
+    plain = [row["task_nll"][0] for run in kinds.get(("nothing", 0.0), []) for row in run["rows"]]
     gain = start["task_nll"][0] - min(plain, default=start["task_nll"][0])
     levels = [start["task_nll"][0] - share * gain for share in _LEVELS]
     columns = [Column("protected"), Column("ratio", "{:.0%}"), Column("seeds")]
@@ -257,9 +246,7 @@ def _spa_table(runs: Sequence[Found], start: Row) -> Table:
     rows: list[list[Any]] = [["(start)", None, None]]
     rows[0] += [0, start["refusal_nll"][0], start["attack_success"][0]] * len(levels)
     rows[0] += [_percent([start]), _percent([start], "benign_refusals"), _number([start], "task_nll")]
-    kinds = list(dict.fromkeys((run["settings"]["method"], run["settings"]["ratio"]) for run in runs))
-    for method, ratio in kinds:
-        mine = [run for run in runs if (run["settings"]["method"], run["settings"]["ratio"]) == (method, ratio)]
+    for (method, ratio), mine in kinds.items():
         row: list[Any] = [method, ratio or None, len(mine)]
         for level in levels:
             for key in ("step", "refusal_nll", "attack_success"):
@@ -293,11 +280,7 @@ def _judge(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]
         Column("Jaccard with refusal ESI", "{:.2f}"),
         Column("Jaccard of refusal ESI on as many prompts", "{:.2f}"),
         *(Column(f"attack success at {step}") for step in steps),
-        Column("benign refusals"),
-        Column("benign NLL"),
-        Column("refusal NLL"),
-        Column("AUC", "{:.3f}"),
-        Column("broken", "{:g}"),
+        *_cost_columns(),
     ]
     yield "SET on the judge's top 1%, balanced, lr 3e-5", Table(columns, rows)
 
@@ -335,6 +318,17 @@ def crossing(rows: Sequence[Row], along: str, level: float | None, key: str) -> 
 
 def _with_start(run: Found, start: Row | None) -> list[Row]:
     return [*([start] if start is not None else []), *run["rows"]]
+
+
+def _cost_columns(when: str = "") -> list[Column]:
+    """The columns of `_costs`."""
+    return [
+        Column(f"benign refusals{when}"),
+        Column(f"benign NLL{when}"),
+        Column(f"refusal NLL{when}"),
+        Column(f"AUC{when}", "{:.3f}"),
+        Column(f"broken{when}", "{:.3g}"),
+    ]
 
 
 def _costs(rows: Sequence[Row]) -> list[Any]:

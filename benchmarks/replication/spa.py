@@ -73,6 +73,14 @@ class Comparison(NamedTuple):
     start: Row
     runs: list[Found]
 
+    @property
+    def kinds(self) -> dict[tuple[str, float], list[Found]]:
+        """The runs by method and ratio, several where there are several seeds."""
+        found: dict[tuple[str, float], list[Found]] = {}
+        for run in self.runs:
+            found.setdefault((run["settings"]["method"], run["settings"]["ratio"]), []).append(run)
+        return found
+
 
 def comparisons(found: Iterable[Found]) -> list[Comparison]:
     """The runs in groups to be compared, in order of method and ratio; those whose start is not measured yet are left

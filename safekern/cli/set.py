@@ -3,8 +3,6 @@
 import argparse
 from typing import Any
 
-import torch
-
 from safekern import files
 from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import options, tuning
@@ -107,8 +105,7 @@ def run(args: argparse.Namespace) -> None:
     before |= {
         name: Patched(name, param.detach(), indices, original[name]) for name, (param, indices) in selected.items()
     }
-    tuned = weights.read()
-    if all(torch.equal(value.view(torch.uint8), original[name].view(torch.uint8)) for name, value in tuned.items()):
+    if not weights.changed(original):
         raise InvalidArgumentError(
             f"no weight has changed: --lr {args.lr:g} is too small for {args.iterations} steps on weights in "
             f"{str(model.dtype).removeprefix('torch.')}, so there is nothing to save; give a larger one"

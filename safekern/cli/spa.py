@@ -119,9 +119,8 @@ def run(args: argparse.Namespace) -> None:
             "rehearsal": args.rehearsal,
         },
     )
-    for name, value in protected.read().items():
-        if not torch.equal(value.view(torch.uint8), original[name].view(torch.uint8)):
-            raise ProtectionError(f"protected weights of {name} have changed; nothing was written. Please report this")
+    for name in protected.changed(original):
+        raise ProtectionError(f"protected weights of {name} have changed; nothing was written. Please report this")
     with options.stage("save"):
         save(model, tokenizer, args.out / "model")
     tuning.finish(
