@@ -92,7 +92,7 @@ def _spa(found: Sequence[Found], folder: Path) -> "Figure | None":
             best = min(range(len(points)), key=lambda i: points[i][0], default=0)
             label = f"{method} {ratio:.0%}" if ratio else method
             _line(axes, points[: best + 1], kinds.index((method, ratio)), label)
-        axes.set(title=f"{group.aligned}, {group.task}, lr {group.lr}")
+        axes.set(title=f"{group.aligned}, {group.task}, lr {group.lr}, {group.steps[-1]} steps")
         axes.set(xlabel="task NLL", ylabel="refusal NLL, held out")
         axes.invert_xaxis()
     _finish(figure, grid)
