@@ -35,14 +35,14 @@ def spa_runs(plan: Plan) -> list[Run]:
     runs = [_aligned_run(name) for name in ALIGNED]
     (first, *others), steps = plan.seeds, plan.steps or STEPS
     main = [("nothing", 0.0), ("esi", 0.01), ("random", 0.01)]
-    ratios = [("esi", 0.05), ("random", 0.05), ("esi", 0.1), ("esi", 0.03)]
+    ratios = [("esi", 0.05), ("random", 0.05), ("esi", 0.1), ("random", 0.1), ("esi", 0.03)]
     variants = [("project", 0.01), ("project", 1.0), ("conflict", 0.01), ("conflict", 0.05)]
     # The last is what `safekern spa` does by default.
     variants += [("replay", 0.0), ("replay", 0.01), *((method, 0.0) for method in REHEARSED), ("rehearse-0.5", 0.01)]
     variants += [("refresh", 0.01), ("refresh", 0.05), ("signed", 0.01), ("not-task", 0.01), ("not-task", 0.05)]
     for task in plan.tasks:
         runs += [_run("set", task, LR, *kind, first, steps) for kind in [*main, *ratios, *variants]]
-    repeated = [*main, ("replay", 0.0), ("rehearse-0.5", 0.0)]
+    repeated = [*main, ("replay", 0.0), ("rehearse-0.5", 0.0), ("conflict", 0.05)]
     for task in plan.tasks:
         runs += [_run("set", task, LR, *kind, seed, steps) for seed in others for kind in repeated]
         runs += [_run("firm", task, LR, *kind, first, steps) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
