@@ -5,9 +5,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from language_models import smollm2_once
+from cli_folder import BENIGN, PAIRS, write_rows
+from language_models import byte_tokenizer, smollm2_once, tiny_llama
 
+from safekern.cli import main
 from safekern.errors import MissingDependencyError
+
+# Modules that tests share: without this, a failed assert there shows no values.
+pytest.register_assert_rewrite("protected_training", "scored_models", "small_net", "trainer_runs")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -58,3 +63,19 @@ def smollm2(smollm2_in_fp32, threads):
     # Threads that wait for each other on a shared machine make small steps twenty times slower.
     torch.set_num_threads(1)
     return smollm2_in_fp32
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A checkpoint folder and what ``safekern score`` says of it."""
+    folder = tmp_path_factory.mktemp("scored")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        model = tiny_llama().to(torch.bfloat16)
+        model.save_pretrained("base")
+        byte_tokenizer().save_pretrained("base")
+        write_rows(folder / "harmful.jsonl", PAIRS)
+        write_rows(folder / "benign.jsonl", BENIGN)
+        arguments = ["--pairs", "harmful.jsonl", "--ratio", "0.05", "--save-scores", "--out", "run"]
+        assert main(["score", "--model", "base", *arguments]) == 0
+    return folder

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_folder import PAIRS, write_rows
 from language_models import byte_tokenizer, tiny_llama
-from test_cli_workflow import PAIRS, write_rows
 from transformers import LlamaConfig, LlamaForCausalLM
 
 MB = 1 << 20

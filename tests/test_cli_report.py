@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_report import moe_mask, scores
+from small_scores import moe_mask, scores
 
 from safekern import Mask
 from safekern.cli import main

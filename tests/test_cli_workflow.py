@@ -6,7 +6,7 @@ import socket
 
 import pytest
 import torch
-from language_models import byte_tokenizer, tiny_llama
+from cli_folder import SMALL
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -14,30 +14,6 @@ from safekern import Mask, Scores, models, training
 from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import main
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
-
-PAIRS = [{"prompt": f"Bad {i}?", "response": f"No {i}."} for i in range(6)]
-BENIGN = [{"prompt": f"Good {i}?", "response": f"Yes, like this: {i}."} for i in range(6)]
-SMALL = ["--harmful", "harmful.jsonl", "--benign", "benign.jsonl"]
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-    """A checkpoint folder and what ``safekern score`` says of it."""
-    folder = tmp_path_factory.mktemp("scored")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        model = tiny_llama().to(torch.bfloat16)
-        model.save_pretrained("base")
-        byte_tokenizer().save_pretrained("base")
-        write_rows(folder / "harmful.jsonl", PAIRS)
-        write_rows(folder / "benign.jsonl", BENIGN)
-        arguments = ["--pairs", "harmful.jsonl", "--ratio", "0.05", "--save-scores", "--out", "run"]
-        assert main(["score", "--model", "base", *arguments]) == 0
-    return folder
 
 
 @pytest.fixture

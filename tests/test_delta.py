@@ -10,6 +10,7 @@ import pytest
 import torch
 from small_net import Net, assert_same, random_mask, weights
 from torch import nn
+from tuned_models import contents, llama_mask, save_folder, tuned
 
 from safekern import (
     DeltaAppliedError,
@@ -28,19 +29,6 @@ from safekern import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-@torch.no_grad()
-def tuned(base, mask, seed=5):
-    """A copy with new values at the masked weights, signs of zero and NaN bits among them."""
-    model = copy.deepcopy(base)
-    generator = torch.Generator().manual_seed(seed)
-    for param, indices in mask.parameters(model).values():
-        flat = param.data.contiguous().view(-1)
-        flat[indices] += torch.randn(indices.shape, generator=generator).to(param.dtype)
-        flat[indices[:3]] = torch.tensor([-0.0, float("nan"), float("-inf")], dtype=param.dtype)[: indices.numel()]
-        param.copy_(flat.view(param.shape))
-    return model
 
 
 @pytest.fixture
@@ -374,21 +362,6 @@ def llama():
     return make
 
 
-def llama_mask(model, share=0.05):
-    generator = torch.Generator().manual_seed(2)
-    chosen = {name: param.shape for name, param in model.named_parameters() if param.ndim == 2 or "norm" not in name}
-    return Mask.from_bool({name: torch.rand(shape, generator=generator) < share for name, shape in chosen.items()})
-
-
-def save(model, folder, **options):
-    model.save_pretrained(folder, **options)
-    return folder
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 class TestFolders:
     @pytest.fixture(params=["shards", "single"])
     def options(self, request):
@@ -400,7 +373,10 @@ class TestFolders:
         base = llama(tied)
         mask = llama_mask(base)
         model = tuned(base, mask)
-        folder, want = save(base, tmp_path / "base", **options), save(model, tmp_path / "tuned", **options)
+        folder, want = (
+            save_folder(base, tmp_path / "base", **options),
+            save_folder(model, tmp_path / "tuned", **options),
+        )
         assert len(list(folder.glob("*.safetensors"))) > (1 if options else 0)
         save_delta(model, mask, path, base=folder if with_base else None)
         apply_delta(folder, str(path))
@@ -413,11 +389,11 @@ class TestFolders:
         base = llama()
         mask = llama_mask(base)
         model = tuned(base, mask)
-        file = save(base, tmp_path / "base") / "model.safetensors"
+        file = save_folder(base, tmp_path / "base") / "model.safetensors"
         file.chmod(0o640)
         save_delta(model, mask, path, base=file)
         apply_delta(file, path)
-        assert file.read_bytes() == (save(model, tmp_path / "tuned") / "model.safetensors").read_bytes()
+        assert file.read_bytes() == (save_folder(model, tmp_path / "tuned") / "model.safetensors").read_bytes()
         assert stat.S_IMODE(file.stat().st_mode) == 0o640
 
     def test_names_without_and_with_a_prefix(self, llama, tmp_path, path, options):
@@ -425,18 +401,18 @@ class TestFolders:
         mask = llama_mask(whole)
         model = tuned(whole, mask)
         save_delta(model, mask, path, base=whole)
-        inner = save(whole.model, tmp_path / "inner", **options)
+        inner = save_folder(whole.model, tmp_path / "inner", **options)
         apply_delta(inner, path)
-        assert contents(inner) == contents(save(model.model, tmp_path / "inner_tuned", **options))
+        assert contents(inner) == contents(save_folder(model.model, tmp_path / "inner_tuned", **options))
 
         short = Mask.from_indices(
             {name.removeprefix("model."): mask[name] for name in mask},
             {name.removeprefix("model."): shape for name, shape in mask.shapes.items()},
         )
-        outer = save(whole, tmp_path / "outer", **options)
+        outer = save_folder(whole, tmp_path / "outer", **options)
         save_delta(model.model, short, path, base=outer)
         apply_delta(outer, path)
-        assert contents(outer) == contents(save(model, tmp_path / "outer_tuned", **options))
+        assert contents(outer) == contents(save_folder(model, tmp_path / "outer_tuned", **options))
 
     def test_a_tied_weight_that_is_stored_twice_changes_twice(self, tmp_path, path):
         from safetensors.torch import load_file, save_file
@@ -458,9 +434,9 @@ class TestFolders:
         base = llama(tied=False)
         mask = llama_mask(base)
         model = tuned(base, mask)
-        folder = save(base, tmp_path / "base", max_shard_size="10KB")
+        folder = save_folder(base, tmp_path / "base", max_shard_size="10KB")
         save_delta(model, mask, path, base=folder)
-        return folder, contents(save(model, tmp_path / "tuned", max_shard_size="10KB"))
+        return folder, contents(save_folder(model, tmp_path / "tuned", max_shard_size="10KB"))
 
     def refuses(self, folder, path, error, message):
         before = contents(folder)
@@ -474,10 +450,12 @@ class TestFolders:
 
     def test_another_model(self, llama, tmp_path, saved, path):
         self.refuses(
-            save(llama(False, seed=1), tmp_path / "other"), path, DeltaMismatchError, "outside the mask differ"
+            save_folder(llama(False, seed=1), tmp_path / "other"), path, DeltaMismatchError, "outside the mask differ"
         )
-        self.refuses(save(llama(False).half(), tmp_path / "half"), path, DeltaMismatchError, "another dtype")
-        self.refuses(save(llama(True), tmp_path / "tied"), path, DeltaMismatchError, r"missing \(lm_head\.weight\)")
+        self.refuses(save_folder(llama(False).half(), tmp_path / "half"), path, DeltaMismatchError, "another dtype")
+        self.refuses(
+            save_folder(llama(True), tmp_path / "tied"), path, DeltaMismatchError, r"missing \(lm_head\.weight\)"
+        )
 
     def test_names_that_could_be_several(self, tmp_path, path):
         from safetensors.torch import load_file, save_file

@@ -691,7 +691,7 @@ def accelerated_in_mixed_precision():
 def trained_by_trainer(folder):
     transformers = pytest.importorskip("transformers")
     from language_models import tiny_llama
-    from test_integrations import assert_only_the_mask_moved, random_mask, rows
+    from trainer_runs import assert_only_the_mask_moved, random_mask, rows
 
     wrapped = {"transformer_cls_names_to_wrap": ["LlamaDecoderLayer"]}
     plugin = accelerator(**wrapped).state.fsdp_plugin
@@ -763,7 +763,7 @@ TRAINER_OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 1, "save_strat
 
 def trained(kind, folder, accumulation, resume=None):
     from language_models import tiny_llama
-    from test_integrations import random_mask, train
+    from trainer_runs import random_mask, train
 
     # Weights of its own in each process, for DDP and leave_to_set to make the same.
     model = tiny_llama(dist.get_rank() if dist.is_initialized() else 0)
@@ -784,7 +784,7 @@ def trained(kind, folder, accumulation, resume=None):
 
 def trained_in_ddp(folder):
     from language_models import tiny_llama
-    from test_integrations import (
+    from trainer_runs import (
         assert_only_the_mask_moved,
         assert_only_the_rest_moved,
         assert_same_weights,

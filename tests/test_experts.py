@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 import transformers
+from cli_folder import PAIRS, write_rows
 from exact import same_bits
+from families import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cli_workflow import PAIRS, byte_tokenizer, write_rows
-from test_families import build
-from test_scoring import Weights, assert_same_scores, linear
+from language_models import byte_tokenizer
+from scored_models import Weights, assert_same_scores, linear
 from torch import nn
 
 import safekern

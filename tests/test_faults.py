@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from file_kinds import KINDS, at_most, mask_of_base, use, write
 from language_models import byte_tokenizer, tiny_llama
+from scored_models import assert_untouched, model_loss, snapshot, token_batches, used_model
 from stops import at_backward, raising
-from test_delta import contents, llama_mask, tuned
-from test_fuzzed_files import KINDS, at_most, mask_of_base, use, write
-from test_scoring import assert_untouched, model_loss, snapshot, token_batches, used_model
 from torch import nn
+from tuned_models import contents, llama_mask, tuned
 
 from safekern import (
     FileAccessError,

@@ -2,95 +2,31 @@
 
 import pytest
 import torch
+import transformers
 from exact import bits
-from language_models import byte_tokenizer, tiny_llama
+from language_models import byte_tokenizer, tiny_gpt2, tiny_llama, with_adapter
+from trainer_runs import (
+    STEPS,
+    assert_only_the_mask_moved,
+    assert_only_the_rest_moved,
+    assert_same_weights,
+    random_mask,
+    rows,
+    train,
+    training_arguments,
+    weights,
+)
 
 import safekern
 from safekern import Mask
 from safekern.errors import InvalidArgumentError, MaskMismatchError
-from safekern.objectives import encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*", "ignore:fan_in_fan_out is set to False")
-
-STEPS = 4
-
-
-def rows(count=8):
-    tokenizer = byte_tokenizer()
-    pairs = [encode(tokenizer, f"Question number {i}?", f"Answer {i}.") for i in range(count)]
-    return [{name: tensor[0, -24:] for name, tensor in pair.items()} for pair in pairs]
-
-
-def random_mask(model, share=0.05, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    masks = {
-        name: torch.rand(param.shape, generator=generator) < share
-        for name, param in model.named_parameters()
-        if "proj" in name
-    }
-    return Mask.from_bool(masks)
-
-
-def weights(model):
-    return {name: param.detach().clone() for name, param in model.named_parameters()}
-
-
-def assert_only_the_mask_moved(model, before, mask):
-    moved = 0
-    for name, param in model.named_parameters():
-        changed = (bits(param) != bits(before[name])).flatten().nonzero().flatten()
-        assert set(changed.tolist()) <= set(mask[name].tolist() if name in mask else [])
-        moved += len(changed)
-    assert moved > 0.9 * mask.numel
-
-
-def assert_only_the_rest_moved(model, before, mask):
-    for name, param in model.named_parameters():
-        if name in mask:
-            chosen = mask[name]
-            assert torch.equal(bits(param).flatten()[chosen], bits(before[name]).flatten()[chosen])
-            assert (param != before[name]).flatten().sum() > 0.9 * (param.numel() - len(chosen))
-
-
-def assert_same_weights(one, other):
-    for name, param in one.named_parameters():
-        assert torch.equal(bits(param), bits(other.get_parameter(name))), name
 
 
 # transformers.Trainer and TRL
 
-transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-
-
-def training_arguments(folder, **options):
-    return transformers.TrainingArguments(
-        output_dir=str(folder),
-        **{
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-3,
-            "report_to": [],
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            "use_cpu": True,
-            "seed": 0,
-            "logging_strategy": "no",
-            **options,
-        },
-    )
-
-
-def train(model, folder, *, optimizer=None, factory=None, resume=None, **options):
-    trainer = transformers.Trainer(
-        model=model,
-        args=training_arguments(folder, **options),
-        train_dataset=rows(),
-        optimizers=(optimizer, None),
-        optimizer_cls_and_kwargs=factory,
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 # Renamed in transformers 5.24, with a warning under the old name.
@@ -249,17 +185,6 @@ def test_accelerate_equals_a_plain_loop(in_backward, dtype):
 
 
 # PEFT
-
-
-def tiny_gpt2():
-    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2)
-    return transformers.GPT2LMHeadModel(config)
-
-
-def with_adapter(model, targets, **options):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, **options)
-    return peft.get_peft_model(model, config)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

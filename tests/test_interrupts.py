@@ -6,13 +6,11 @@ import shutil
 
 import pytest
 import torch
-from language_models import byte_tokenizer, tiny_llama
+from language_models import byte_tokenizer, tiny_gpt2, tiny_llama, with_adapter
+from scored_models import assert_untouched, model_loss, snapshot, token_batches, used_model
 from small_net import Net, assert_same, loss_of, random_mask, weights
 from stops import calls, interrupt, spread
-from test_delta import contents, llama_mask, tuned
-from test_delta import save as save_folder
-from test_integrations import tiny_gpt2, with_adapter
-from test_scoring import assert_untouched, model_loss, snapshot, token_batches, used_model
+from tuned_models import contents, llama_mask, save_folder, tuned
 
 import safekern
 from safekern import (

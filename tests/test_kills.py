@@ -154,7 +154,7 @@ def while_writing(folder: Path, kills: int) -> Scenario:
 def applying(folder: Path, kills: int) -> Scenario:
     from language_models import tiny_llama
     from stops import calls, spread
-    from test_delta import contents, llama_mask, tuned
+    from tuned_models import contents, llama_mask, tuned
 
     from safekern import apply_delta, save_delta
 
@@ -193,10 +193,10 @@ def applying(folder: Path, kills: int) -> Scenario:
 
 
 def training(folder: Path, kills: int) -> Scenario:
+    from cli_folder import BENIGN, PAIRS, write_rows
     from language_models import byte_tokenizer, tiny_llama
     from stops import calls
-    from test_cli_workflow import BENIGN, PAIRS, write_rows
-    from test_delta import llama_mask
+    from tuned_models import llama_mask
 
     from safekern.cli import main
 
@@ -243,7 +243,7 @@ def training(folder: Path, kills: int) -> Scenario:
 
 def program(folder: Path, kills: int) -> None:
     import torch
-    from test_fuzzed_files import base_model, mask_of_base, scores, tuned_model
+    from file_kinds import base_model, mask_of_base, scores, tuned_model
 
     from safekern import Mask, Scores, save_delta
 

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from test_report import moe_mask, scores
+from small_scores import moe_mask, scores
 
 from safekern import Mask, Scores
 from safekern.report import Audit

@@ -8,9 +8,9 @@ import socket
 from pathlib import Path
 
 import pytest
-from test_cli_workflow import SMALL, scored  # noqa: F401 - a fixture
-from test_diagnosis import one_result
+from cli_folder import SMALL
 
+from safekern import diagnosis
 from safekern.cli import main
 
 PACKAGE = Path(__file__).parent.parent / "safekern"
@@ -70,7 +70,7 @@ TOKEN = "hf_" + "NotARealTokenButItLooksLikeOne"
 
 
 @pytest.fixture(scope="module")
-def ran(scored, tmp_path_factory):  # noqa: F811
+def ran(scored, tmp_path_factory):
     """Every command, with a token in the environment and no network: what was printed, and who tried to connect."""
     private = tmp_path_factory.mktemp("somebodys_home")
     folder = tmp_path_factory.mktemp("work")
@@ -103,7 +103,10 @@ def ran(scored, tmp_path_factory):  # noqa: F811
         for owner, name in ((socket.socket, "connect"), (socket.socket, "connect_ex"), (socket.socket, "sendto")):
             patch.setattr(owner, name, refuse)
         patch.setattr(socket, "getaddrinfo", refuse)
-        patch.setattr("safekern.cli.doctor.selftest", lambda: one_result("passed"))
+        patch.setattr(
+            "safekern.cli.doctor.selftest",
+            lambda: diagnosis.SelfTest((diagnosis.Check("sigma", "cpu", "cpu", "passed", 3, ""),)),
+        )
         run("score", *model, "--pairs", str(private / "harmful.jsonl"), "--save-scores", "--out", "run", "--json")
         mask = ["--mask", "run/mask.safetensors"]
         steps = ["--iterations", "2"]

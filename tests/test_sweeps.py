@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scoring import (
+from scored_models import (
     SCENARIOS,
     Deep,
     LiveBytes,
