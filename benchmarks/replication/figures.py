@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _COLORS = (*plots.LIGHT.series, plots.LIGHT.text, plots.LIGHT.line)
 _MARKERS = "osD^vPX*"
+_PERCENT = "{x:.0%}"
 
 
 def draw(experiment: str, found: Sequence[Found], folder: Path) -> None:
@@ -48,6 +49,7 @@ def _set(found: Sequence[Found], folder: Path) -> "Figure | None":
                 points = _mean_line([[*start, *run["rows"]] for run in runs], key)
                 _line(axes, points, methods.index(method), method)
             axes.set(title=f"{recipe}, lr {lr:g}", xlabel="steps", ylabel=label)
+        panels[1].yaxis.set_major_formatter(_PERCENT)
     _finish(figure, grid)
     return figure
 
@@ -69,6 +71,7 @@ def _perturb(found: Sequence[Found], folder: Path) -> "Figure | None":
         for axes, (key, label) in zip(grid[0], labels.items(), strict=True):
             _line(axes, _mean_line([clean + rows for rows in measured(weights)], key, "noise"), number, weights)
             axes.set(xlabel="noise, in sigma of each tensor", ylabel=label)
+    grid[0][0].yaxis.set_major_formatter(_PERCENT)
     _finish(figure, grid)
     return figure
 
