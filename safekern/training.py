@@ -163,7 +163,7 @@ def with_rehearsal(
     Example:
         >>> opt = safekern.SPAAdamW(model.named_parameters(), mask, lr=2e-5)                       # doctest: +SKIP
         >>> harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")                # doctest: +SKIP
-        >>> losses = tune(model, opt, with_rehearsal(tokenizer, pairs, harmful, benign), 1000)     # doctest: +SKIP
+        >>> losses = tune(model, opt, with_rehearsal(tokenizer, pairs, harmful, benign), 200)      # doctest: +SKIP
     """
     check_rehearsal(rehearsal)
     _check(pairs, batch_size)

@@ -253,13 +253,17 @@ class TestSpa:
     def test_few_rehearsed_pairs_are_noted(self, folder, capsys):
         pairs = [{"prompt": f"Say {i}", "response": f"{i}."} for i in range(4)]
         (folder / "few.json").write_text(json.dumps(pairs))
-        given = ["--benign", "few.json", "--batch-size", "4"]
-        # Two pairs of each kind a step: three times over four pairs.
-        assert self.spa(*given, "--iterations", "6") == 0
-        assert "by heart" not in capsys.readouterr().err
-        assert self.spa(*given, "--iterations", "7", "--rehearsal", "0.2") == 0
-        assert "7 steps go 4 times over 4 rehearsed pairs, which are learned by heart" in capsys.readouterr().err
-        assert self.spa("--batch-size", "4", "--iterations", "7", "--rehearsal", "0") == 0
+        small = ["--batch-size", "4"]
+        # Two pairs of each kind a step: three times over four answers, five times over four refusals.
+        for kind, enough, times in (("benign", 6, 4), ("harmful", 10, 6)):
+            given = [f"--{kind}", "few.json", *small]
+            assert self.spa(*given, "--iterations", f"{enough}") == 0
+            assert "by heart" not in capsys.readouterr().err
+            assert self.spa(*given, "--iterations", f"{enough + 1}", "--rehearsal", "0.2") == 0
+            noted = capsys.readouterr().err
+            assert f"{enough + 1} steps go {times} times over 4 rehearsed pairs, which are learned by heart" in noted
+            assert f"give more with --{kind}, or fewer --iterations" in noted
+        assert self.spa(*small, "--iterations", "11", "--rehearsal", "0") == 0
         assert "by heart" not in capsys.readouterr().err
 
     def test_alignment_is_rehearsed_beside_the_data(self, folder):

@@ -15,9 +15,9 @@ from safekern.prompts import load
 from safekern.resume import Weights
 from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, with_rehearsal
 
-# Beside GSM8K, the NLL of held-out answers fell for one and a half passes over those that were rehearsed, and was back
-# where it began after three (benchmarks/README.md).
-_PASSES = 3
+# Passes over what is rehearsed, after which the NLL of what was held out is back where it began: with GSM8K it fell for
+# one and a half passes over the answers, for three over the refusals, and rises without end (benchmarks/README.md).
+_PASSES = {"benign": 3, "harmful": 5}
 
 _DESCRIPTION = """\
 Fine-tunes an aligned model on your prompts and responses with the weights of a mask frozen, bit for bit (SPA, arXiv
@@ -35,7 +35,7 @@ _EPILOG = """\
 example: keep what makes a model safe while it learns grade-school math
 
   safekern score --model ./aligned --out run
-  safekern spa --model ./aligned --mask run/mask.safetensors --data math.jsonl --iterations 1000 --out run
+  safekern spa --model ./aligned --mask run/mask.safetensors --data math.jsonl --out run
 
 --data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. In our
 experiments freezing slowed the loss of safety and rehearsal kept it (README, "Does it work?"); --rehearsal 0 leaves it
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
         metavar="W",
         help=f"share of these two in the loss, from 0 (none) to less than 1 (default: {REHEARSAL})",
     )
-    tuning.add_training(parser, iterations=1000, lr=2e-5, batch_size=TUNING_BATCH_SIZE, every=250)
+    tuning.add_training(parser, iterations=200, lr=2e-5, batch_size=TUNING_BATCH_SIZE, every=100)
     parser.set_defaults(run=run)
 
 
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> None:
     harmful, benign = tuning.read_pairs(args)
     check_rehearsal(args.rehearsal)
     if args.rehearsal:
-        _note_passes(args, min(len(harmful), len(benign)))
+        for kind, rehearsed in (("benign", benign), ("harmful", harmful)):
+            _note_passes(args, kind, len(rehearsed))
     model, tokenizer = options.load_model(args)
     mask, base = options.load_mask(args.mask, model)
     if any(param.dtype.itemsize < 4 for param in model.parameters()):
@@ -135,13 +136,12 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def _note_passes(args: argparse.Namespace, pairs: int) -> None:
+def _note_passes(args: argparse.Namespace, kind: str, pairs: int) -> None:
     """Says on stderr if so little is rehearsed that training learns it by heart."""
     passes = args.iterations * max(1, args.batch_size // 2) / pairs
-    if passes > _PASSES:
+    if passes > _PASSES[kind]:
         print(
             f"note: {args.iterations:,} steps go {passes:.0f} times over {pairs:,} rehearsed pairs, which are learned "
-            "by heart then; more of them, with --harmful and --benign, or fewer --iterations keep the model's other "
-            "abilities better",
+            f"by heart then, and other prompts get worse answers; give more with --{kind}, or fewer --iterations",
             file=sys.stderr,
         )
