@@ -228,10 +228,11 @@ def _spa_table(group: Comparison) -> Table:
     """Attack success and refusal NLL where the task's loss has come to the same point as without protection."""
     start, kinds = group.start, group.kinds
     plain = [row["task_nll"][0] for run in kinds.get(("nothing", 0.0), []) for row in run["rows"]]
-    gain = start["task_nll"][0] - min(plain, default=start["task_nll"][0])
-    levels = [start["task_nll"][0] - share * gain for share in _LEVELS]
+    # Without a run that protects nothing there is no gain to compare at.
+    shares = _LEVELS if plain else ()
+    levels = [start["task_nll"][0] - share * (start["task_nll"][0] - min(plain)) for share in shares]
     columns = [Column("protected"), Column("ratio", "{:.0%}"), Column("seeds")]
-    for share, level in zip(_LEVELS, levels, strict=True):
+    for share, level in zip(shares, levels, strict=True):
         note = f"at {share:.0%} of the task's gain (NLL {level:.2f})"
         columns += [
             Column(f"steps {note}", "{:.0f}", f"steps {note}"),
