@@ -15,7 +15,7 @@ import safekern
 README = Path(__file__).parents[1] / "README.md"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
 # A line of each example that runs here, in the README's order: later ones use what earlier ones made.
-RUN = ["from_pretrained(path", "GuardJudge(", "bitsandbytes", "memory=6e9", 'sigma_per="expert"']
+RUN = ["from_pretrained(path", "GuardJudge(", "bitsandbytes", "conflict", "memory=6e9", 'sigma_per="expert"']
 
 
 @pytest.fixture
