@@ -128,6 +128,19 @@ def balanced(
     return [(refusal_weight, refusals), (1 - refusal_weight, answers)]
 
 
+def rehearsed_per_step(batch_size: int) -> int:
+    """How many refusals, and how many helpful answers, `with_rehearsal` adds to every step.
+
+    Args:
+        batch_size: pairs of the task per step.
+
+    Example:
+        >>> rehearsed_per_step(6)
+        3
+    """
+    return max(1, batch_size // 2)
+
+
 def with_rehearsal(
     tokenizer: "PreTrainedTokenizerBase",
     pairs: Pairs,
@@ -174,7 +187,7 @@ def with_rehearsal(
         tokenizer,
         harmful,
         benign,
-        batch_size=2 * max(1, batch_size // 2),
+        batch_size=2 * rehearsed_per_step(batch_size),
         refusal_weight=refusal_weight,
         seed=seed,
         skip=skip,

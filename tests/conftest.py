@@ -12,7 +12,9 @@ from safekern.cli import main
 from safekern.errors import MissingDependencyError
 
 # Modules that tests share: without this, a failed assert there shows no values.
-pytest.register_assert_rewrite("protected_training", "scored_models", "small_net", "trainer_runs")
+pytest.register_assert_rewrite(
+    "file_kinds", "processes", "protected_training", "scored_models", "small_net", "trainer_runs"
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

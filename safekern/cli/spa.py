@@ -13,10 +13,10 @@ from safekern.models import save
 from safekern.optim import SPAAdamW
 from safekern.prompts import load
 from safekern.resume import Weights
-from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, with_rehearsal
+from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, rehearsed_per_step, with_rehearsal
 
-# Passes over what is rehearsed, after which the NLL of what was held out is back where it began: with GSM8K it fell for
-# one and a half passes over the answers, for three over the refusals, and rises without end (benchmarks/README.md).
+# Passes over what is rehearsed within which the NLL of held-out answers and refusals stayed below where it began.
+# Beside GSM8K both rose from the second pass on, to the last of 1,000 steps (benchmarks/README.md).
 _PASSES = {"benign": 3, "harmful": 5}
 
 _DESCRIPTION = """\
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _note_passes(args: argparse.Namespace, kind: str, pairs: int) -> None:
     """Says on stderr if so little is rehearsed that training learns it by heart."""
-    passes = args.iterations * max(1, args.batch_size // 2) / pairs
+    passes = args.iterations * rehearsed_per_step(args.batch_size) / pairs
     if passes > _PASSES[kind]:
         print(
             f"note: {args.iterations:,} steps go {passes:.0f} times over {pairs:,} rehearsed pairs, which are learned "
