@@ -86,7 +86,7 @@ def stop_at(monkeypatch, run, step):
 
 
 def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
-    monkeypatch.setattr(spa, "REFRESHED_EVERY", 1)
+    monkeypatch.setattr(spa, "REFRESHED", dict.fromkeys(spa.REFRESHED, 1))
     gsm8k = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}."} for i in range(40)]
     folder = None
     for experiment, only in {
@@ -128,7 +128,8 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     nll = {method: row["refusal_nll"][0] for method, row in last.items()}
     assert nll["full"] < nll["esi"] < nll["bottom"]
     protections = {run["settings"].get("method") for run in results(folder, "spa").values()}
-    assert protections >= {"nothing", "esi", "random", "project", "conflict", "replay", "refresh", "signed", "not-task"}
+    assert protections >= {"nothing", "esi", "random", "project", "conflict", "replay", "signed", "not-task"}
+    assert protections >= {*spa.REFRESHED, *spa.REHEARSED}
 
 
 def test_finished_runs_are_not_repeated(replicate, monkeypatch):

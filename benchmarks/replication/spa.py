@@ -21,7 +21,8 @@ STEPS = (10, 20, 50, 100, 200)
 LONG = (10, 100, 300, 1000)
 _WATCHED = (5, 15, 30, 70, 150, 300, 500, 700)
 LR = 2e-5
-REFRESHED_EVERY = 50
+# After how many steps the mask is ranked anew.
+REFRESHED = {"refresh-50": 50, "refresh-10": 10}
 # Shares of the loss: of refusals alone, and of what alignment was taught, refusals with ordinary answers.
 REPLAYED = 0.1
 REHEARSED = {"rehearse-0.3": 0.3, "rehearse-0.5": 0.5}
@@ -39,7 +40,8 @@ def spa_runs(plan: Plan) -> list[Run]:
     variants = [("project", 0.01), ("project", 1.0), ("conflict", 0.01), ("conflict", 0.05)]
     # The last is what `safekern spa` does by default.
     variants += [("replay", 0.0), ("replay", 0.01), *((method, 0.0) for method in REHEARSED), ("rehearse-0.5", 0.01)]
-    variants += [("refresh", 0.01), ("refresh", 0.05), ("signed", 0.01), ("not-task", 0.01), ("not-task", 0.05)]
+    variants += [("refresh-50", 0.01), ("refresh-10", 0.01), ("refresh-10", 0.05)]
+    variants += [("signed", 0.01), ("not-task", 0.01), ("not-task", 0.05)]
     for task in plan.tasks:
         runs += [_run("set", task, LR, *kind, first, steps) for kind in [*main, *ratios, *variants]]
     repeated = [*main, ("replay", 0.0), ("rehearse-0.5", 0.0), ("conflict", 0.05)]
@@ -133,8 +135,8 @@ def _run(name: str, task: str, lr: float, method: str, ratio: float, seed: int, 
         def make_optimizer(done: int) -> Optimizer:
             if method == "project" and mask is not None:
                 return _projected(lab.model, lr, mask, safety)
-            if method == "refresh" and mask is not None:
-                return _refreshed(lab, lr, mask, ratio, done)
+            if method in REFRESHED and mask is not None:
+                return _refreshed(lab, lr, mask, ratio, REFRESHED[method], done)
             if mask is not None:
                 return SPAAdamW(lab.model.named_parameters(), mask, lr=lr)
             return torch.optim.AdamW(lab.model.named_parameters(), lr=lr)
@@ -233,8 +235,8 @@ def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optim
     return optimizer
 
 
-def _refreshed(lab: Lab, lr: float, mask: Mask, ratio: float, done: int) -> Optimizer:
-    """AdamW with the model's own top protected, ranked anew every `REFRESHED_EVERY` steps."""
+def _refreshed(lab: Lab, lr: float, mask: Mask, ratio: float, every: int, done: int) -> Optimizer:
+    """AdamW with the model's own top protected, ranked anew every so many steps."""
     optimizer = torch.optim.AdamW(lab.model.named_parameters(), lr=lr)
 
     def rank() -> Mask:
@@ -248,7 +250,7 @@ def _refreshed(lab: Lab, lr: float, mask: Mask, ratio: float, done: int) -> Opti
         nonlocal protection, taken
         loss = step(closure)
         taken += 1
-        if taken % REFRESHED_EVERY == 0:
+        if taken % every == 0:
             protection.remove()
             protection = protect(optimizer, rank(), lab.model.named_parameters())
         return loss
