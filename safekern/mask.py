@@ -263,11 +263,14 @@ class Mask(Mapping[str, Tensor]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of names, shapes and indices: equal exactly where masks are equal."""
+        """SHA-256 (hex) of names, shapes and indices: equal where masks are, up to what wrappers add to names.
+
+        So a checkpoint made with the mask of a compiled model belongs to the mask of the plain one too.
+        """
         digest = hashlib.sha256()
-        for name in sorted(self._indices):
+        for plain, name in sorted((names.canonical(name), name) for name in self._indices):
             indices = self._indices[name]
-            digest.update(json.dumps([name, list(self._shapes[name]), indices.numel()]).encode())
+            digest.update(json.dumps([plain, list(self._shapes[name]), indices.numel()]).encode())
             digest.update(indices.numpy().data)
         return digest.hexdigest()
 

@@ -364,6 +364,17 @@ class TestSets:
         mask = Mask.from_indices({"a": [0, 3], "b": [2**32]}, {"a": (2, 2), "b": (2**33,)})
         assert mask.fingerprint == "5202df27797f1808631786c58d494371c39c175ffb7ca56acbec747ba5b33366"
 
+    def test_fingerprint_does_not_know_wrappers(self):
+        indices, shapes = {"a.weight": [0], "b.weight": [1]}, {"a.weight": (2,), "b.weight": (2,)}
+        # In the other order by name.
+        wrapping = {"a.weight": "module.a.weight", "b.weight": "_orig_mod.b.weight"}
+        wrapped = Mask.from_indices(
+            {wrapping[name]: values for name, values in indices.items()},
+            {wrapping[name]: shape for name, shape in shapes.items()},
+        )
+        assert wrapped.fingerprint == Mask.from_indices(indices, shapes).fingerprint
+        assert wrapped != Mask.from_indices(indices, shapes)
+
 
 class TestFitting:
     def test_a_model_that_fits(self):

@@ -541,6 +541,24 @@ def test_distributed_checkpoint_round_trip():
         assert_same_weights(model, other)
 
 
+def test_state_with_a_compiled_models_mask_loads_with_the_plain_ones():
+    model, other = make_model(), make_model()
+    mask = make_mask(model)
+    compiled = torch.compile(model, backend="eager")
+    wrapped = Mask.from_indices(
+        {f"_orig_mod.{name}": mask[name] for name in mask},
+        {f"_orig_mod.{name}": shape for name, shape in mask.shapes.items()},
+        model_numel=mask.model_numel,
+    )
+    optimizer, theirs = SPAAdamW(compiled.named_parameters(), wrapped), SPAAdamW(other.named_parameters(), mask)
+    train(model, optimizer, 2)
+    other.load_state_dict(model.state_dict())
+    theirs.load_state_dict(optimizer.state_dict())
+    train(model, optimizer, 2, start=2)
+    train(other, theirs, 2, start=2)
+    assert_same_weights(model, other)
+
+
 # What it refuses
 
 
