@@ -48,7 +48,8 @@ def spa_runs(plan: Plan) -> list[Run]:
     for task in plan.tasks:
         runs += [_run("set", task, LR, *kind, seed, steps) for seed in others for kind in repeated]
         runs += [_run("firm", task, LR, *kind, first, steps) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
-        runs += [_run("set", task, lr, *kind, first, steps) for lr in (5e-6, 1e-4) for kind in [*main, ("esi", 0.05)]]
+        rated = [*main, ("esi", 0.05), ("conflict", 0.05)]
+        runs += [_run("set", task, lr, *kind, first, steps) for lr in (5e-6, 1e-4) for kind in rated]
         long = plan.steps or LONG
         runs += [_run("set", task, LR, *kind, first, long) for kind in [("nothing", 0.0), ("rehearse-0.5", 0.0)]]
         runs += [_run("firm", task, 5e-6, *kind, first, long) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
