@@ -12,7 +12,7 @@ import safekern
 # Last, so that an installed safekern is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.replication import report, spa, tuning
+from benchmarks.replication import masks, report, spa, tuning
 from benchmarks.replication.__main__ import main
 from benchmarks.replication.lab import Data, LeakError, label
 from benchmarks.replication.runs import OtherSettingsError
@@ -87,6 +87,8 @@ def stop_at(monkeypatch, run, step):
 
 def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     monkeypatch.setattr(spa, "REFRESHED", dict.fromkeys(spa.REFRESHED, 1))
+    # Of 20 pairs.
+    monkeypatch.setattr(masks, "SIZES", (4, 8, 16))
     gsm8k = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}."} for i in range(40)]
     folder = None
     for experiment, only in {
@@ -130,6 +132,8 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     protections = {run["settings"].get("method") for run in results(folder, "spa").values()}
     assert protections >= {"nothing", "esi", "random", "project", "conflict", "replay", "signed", "not-task"}
     assert protections >= {*spa.REFRESHED, *spa.REHEARSED}
+    (prompts,) = results(folder, "prompts").values()
+    assert [row["prompts"] for row in prompts["rows"]] == [4, 8, 16] and prompts["rows"][-1]["with_all"] == 1
 
 
 def test_finished_runs_are_not_repeated(replicate, monkeypatch):

@@ -70,7 +70,7 @@ class _Sums:
 
 def _prompts(lab: Lab, record: Record, seed: int) -> None:
     pairs = lab.data.refusals
-    order = np.random.default_rng(seed).permutation(len(pairs)).tolist()
+    order = np.random.default_rng(seed).permutation(len(pairs))[: SIZES[-1]].tolist()
     pairs = Pairs([pairs.prompts[i] for i in order], [pairs.responses[i] for i in order], [""] * len(order))
     sizes = [size for size in SIZES if size < len(pairs)] + [len(pairs)]
     lab.reset()
