@@ -46,6 +46,9 @@ class Scores(Mapping[str, Tensor]):
         num_batches: how many batches were averaged.
         model_numel: the number of weights in the whole model, eligible or not.
         meta: where the scores come from (objective, reduction, versions).
+
+    Raises:
+        InvalidArgumentError: gradients, sigma or counts of another kind.
     """
 
     def __init__(
@@ -57,8 +60,33 @@ class Scores(Mapping[str, Tensor]):
         model_numel: int,
         meta: Mapping[str, Any],
     ) -> None:
+        _check_gradients(gradients)
+        shapes = {name: gradient.shape for name, gradient in gradients.items()}
+        self._keep(gradients, shapes, sigma, num_batches, model_numel, meta)
+
+    def _keep(
+        self,
+        gradients: Mapping[str, Tensor],
+        shapes: Mapping[str, torch.Size],
+        sigma: Mapping[str, Tensor],
+        num_batches: int,
+        model_numel: int,
+        meta: Mapping[str, Any],
+    ) -> None:
+        """Takes over what the scores are made of, if it fits together."""
+        numel = sum(shape.numel() for shape in shapes.values())
+        if not numel:
+            raise InvalidArgumentError("there are no gradients, so there is nothing to rank")
+        for name, shape in shapes.items():
+            _check_sigma(name, shape, sigma.get(name))
+        if not is_whole_number(num_batches) or num_batches < 1:
+            raise InvalidArgumentError(f"num_batches must be a whole number of at least 1, got {num_batches!r}")
+        if not is_whole_number(model_numel) or model_numel < numel:
+            raise InvalidArgumentError(
+                f"model_numel must be a whole number of at least {numel}, the scored weights alone, got {model_numel!r}"
+            )
         self._gradients = dict(gradients)
-        self._shapes = {name: gradient.shape for name, gradient in self._gradients.items()}
+        self._shapes = dict(shapes)
         self.sigma = {name: sigma[name] for name in self._gradients}
         self.num_batches = num_batches
         self.model_numel = model_numel
@@ -299,20 +327,20 @@ class Scores(Mapping[str, Tensor]):
             top = "keep" in meta
             gradients = {name: tensors.pop(f"gradient.{name}" if top else name) for name in ordered}
             indices = {name: tensors.pop(f"index.{name}") for name in ordered} if top else {}
-            if tensors or not ordered or any(g.dtype != torch.float32 for g in gradients.values()):
+            if tensors or any(gradient.dtype != torch.float32 for gradient in gradients.values()):
                 raise ValueError("its tensors are not those its metadata lists")
-            shapes = {name: torch.Size(meta["shapes"][name]) if top else gradients[name].shape for name in ordered}
-            sigma = {name: _loaded_sigma(name, value, shapes[name]) for name, value in meta["sigma"].items()}
+            sigma = {
+                name: torch.tensor(value, dtype=torch.float32, device="cpu") for name, value in meta["sigma"].items()
+            }
             scores: Scores
             if top:
+                shapes = {name: torch.Size(meta["shapes"][name]) for name in ordered}
                 scores = TopScores(
                     gradients, indices, shapes, sigma, keep=_checked(meta["keep"]), meta=meta["meta"], **counts
                 )
                 scores._check_candidates()
             else:
                 scores = Scores(gradients, sigma, meta=meta["meta"], **counts)
-            if scores.numel > scores.model_numel or scores.num_batches < 1:
-                raise ValueError("its counts contradict each other")
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FileFormatError(
                 f"{path} is not a valid scores file ({error}): write it again with Scores.save"
@@ -331,7 +359,7 @@ class Scores(Mapping[str, Tensor]):
         if per == "model":
             return [count_of(ratio, self.model_numel, self.numel)]
         if per == "tensor":
-            return [max(1, int(ratio * shape.numel())) for shape in self._shapes.values()]
+            return [count_of(ratio, shape.numel(), shape.numel()) for shape in self._shapes.values()]
         raise InvalidArgumentError(f"per must be 'model' or 'tensor', got {per!r}")
 
     def _rank(self, ratio: float, per: Per, *, largest: bool) -> Mask:
@@ -345,8 +373,9 @@ class Scores(Mapping[str, Tensor]):
             if per == "model":
                 selected = ranking.select(gradients, sigma, counts[0], largest)
             else:
+                nothing = torch.empty(0, dtype=torch.int32, device="cpu")
                 selected = [
-                    ranking.select([gradient], [scale], k, largest)[0]
+                    ranking.select([gradient], [scale], k, largest)[0] if k else nothing
                     for gradient, scale, k in zip(gradients, sigma, counts, strict=True)
                 ]
         except RuntimeError as error:
@@ -441,9 +470,8 @@ class TopScores(Scores):
         model_numel: int,
         meta: Mapping[str, Any],
     ) -> None:
-        super().__init__(gradients, sigma, num_batches=num_batches, model_numel=model_numel, meta=meta)
+        self._keep(gradients, shapes, sigma, num_batches, model_numel, meta)
         self._indices = dict(indices)
-        self._shapes = dict(shapes)
         self.keep = keep
 
     def gradient(self, name: str) -> Tensor:
@@ -529,14 +557,27 @@ class TopScores(Scores):
             raise ValueError(f"it holds {held} candidates, which is not the top {self.keep}")
 
 
-def _loaded_sigma(name: str, value: object, shape: torch.Size) -> Tensor:
-    """One parameter's standard deviations as a file holds them: one, or one for each of its fused experts."""
-    sigma = torch.tensor(value, dtype=torch.float32, device="cpu")
+def _check_gradients(gradients: Mapping[str, Tensor]) -> None:
+    for name, gradient in gradients.items():
+        found: object = gradient
+        if not isinstance(found, Tensor):
+            raise InvalidArgumentError(f"the gradient of {name} must be an fp32 tensor, got {found!r:.50}")
+        if found.dtype != torch.float32 or found.layout != torch.strided or found.is_meta:
+            got = f"{found.dtype}, {found.layout} on {found.device}"
+            raise InvalidArgumentError(f"the gradient of {name} must be a dense fp32 tensor with values, got {got}")
+
+
+def _check_sigma(name: str, shape: torch.Size, sigma: object) -> None:
+    """Of one parameter: one standard deviation, or one for each of its fused experts."""
+    experts = names.fused_experts(name, shape)
+    wanted = [torch.Size(())] if experts is None else [torch.Size(()), torch.Size((experts, 1, 1))]
+    what = f"sigma of {name}, its standard deviation,"
+    if not isinstance(sigma, Tensor) or sigma.dtype != torch.float32 or not sigma.is_cpu or sigma.shape not in wanted:
+        got = f"{sigma.dtype} of shape {tuple(sigma.shape)} on {sigma.device}" if isinstance(sigma, Tensor) else sigma
+        shapes = " or ".join(str(tuple(each)) for each in wanted)
+        raise InvalidArgumentError(f"{what} must be an fp32 tensor of shape {shapes} on the CPU, got {got!s:.80}")
     if not ((sigma >= 0) & sigma.isfinite()).all():
-        raise ValueError("a standard deviation is negative or not finite")
-    if sigma.shape not in ((), (names.fused_experts(name, shape), 1, 1)):
-        raise ValueError(f"the standard deviations of {name} are neither one nor one per expert")
-    return sigma
+        raise InvalidArgumentError(f"{what} must be finite and not negative, got {sigma.tolist()!s:.80}")
 
 
 def count_of(ratio: float, model_numel: int, numel: int) -> int:

@@ -30,7 +30,7 @@ KINDS = ("normal", "ties", "one place", "zeros")
 def gradients(kind: str) -> dict[str, Tensor]:
     """Accumulators with ties, zeros, -0.0 and denormals; the largest may all lie in one process."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"a": (37, 8), "b": (6, 5, 12), "c": (1, 64), "d": (50, 4)}
+    shapes = {"a": (37, 8), "experts.w": (6, 5, 12), "c": (1, 64), "d": (50, 4)}
     found = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     if kind == "ties":
         found = {name: (grad * 2).round() / 2 for name, grad in found.items()}
@@ -41,14 +41,14 @@ def gradients(kind: str) -> dict[str, Tensor]:
         found["a"][:5] *= 1e6
     if kind == "zeros":
         found = {name: grad * 0 for name, grad in found.items()}
-        found["b"][1, 2, 3] = 1
+        found["experts.w"][1, 2, 3] = 1
     return found
 
 
 def scores_of(found: dict[str, Tensor]) -> Scores:
     # One of its own for each expert of a fused tensor.
     experts = torch.linspace(0.1, 2, 6).view(6, 1, 1)
-    sigma = {"a": torch.tensor(0.5), "b": experts, "c": torch.tensor(0.25), "d": torch.tensor(0.7)}
+    sigma = {"a": torch.tensor(0.5), "experts.w": experts, "c": torch.tensor(0.25), "d": torch.tensor(0.7)}
     return Scores(found, sigma, num_batches=1, model_numel=2000, meta={})
 
 

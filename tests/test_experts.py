@@ -16,7 +16,7 @@ from scored_models import Weights, assert_same_scores, linear
 from torch import nn
 
 import safekern
-from safekern import Mask, Scores
+from safekern import Mask, Scores, files
 from safekern.cli import main
 from safekern.errors import FileFormatError, InvalidArgumentError, NonFiniteError
 from safekern.scores import RunningTop, TopScores, count_of
@@ -213,18 +213,14 @@ def test_sweeps_and_files(tmp_path):
     assert_same_scores(Scores.load(tmp_path / "whole"), whole)
 
 
-def test_a_file_with_too_few_sigmas(tmp_path):
-    gradients = {FUSED: torch.ones(3, 2, 2)}
-    for sigma in (torch.ones(2, 1, 1), torch.ones(3), torch.ones(3, 1, 1) * -1):
-        Scores(gradients, {FUSED: sigma}, num_batches=1, model_numel=12, meta={}).save(tmp_path / "scores")
-        with pytest.raises(FileFormatError, match="standard deviation"):
-            Scores.load(tmp_path / "scores")
+@pytest.mark.parametrize("sigma", [[[[1.0]], [[1.0]]], [1.0] * 3, [[[1.0]], [[1.0]], [[-1.0]]]])
+def test_a_file_with_other_sigmas(tmp_path, sigma):
     # Where experts are not fused, there is one.
-    Scores({"w": torch.ones(3, 2, 2)}, {"w": torch.ones(3, 1, 1)}, num_batches=1, model_numel=12, meta={}).save(
-        tmp_path / "scores"
-    )
-    with pytest.raises(FileFormatError, match="neither one nor one per expert"):
-        Scores.load(tmp_path / "scores")
+    for name in (FUSED, "w") if len(sigma) == 3 else (FUSED,):
+        meta = {"sigma": {name: sigma}, "num_batches": 1, "model_numel": 12, "meta": {}}
+        files.write(tmp_path / "scores", "scores", 1, {name: torch.ones(3, 2, 2)}, meta)
+        with pytest.raises(FileFormatError, match=f"sigma of {name}, its standard deviation, must be"):
+            Scores.load(tmp_path / "scores")
 
 
 def test_reports():

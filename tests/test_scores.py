@@ -50,6 +50,40 @@ def bits(tensor):
     return tensor.view(torch.int32).tolist()
 
 
+class TestConstruction:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"gradients": {}}, "nothing to rank"),
+            ({"gradients": {"w": torch.zeros(0, 3)}}, "nothing to rank"),
+            ({"gradients": {"w": [1.0, 2.0]}}, r"gradient of w must be an fp32 tensor, got \[1.0"),
+            ({"gradients": {"w": torch.ones(4, 2, dtype=torch.bfloat16)}}, "gradient of w .* got torch.bfloat16"),
+            ({"gradients": {"w": torch.ones(4, 2, device="meta")}}, "gradient of w .* on meta"),
+            ({"gradients": {"w": torch.ones(4, 2).to_sparse()}}, "gradient of w .*sparse"),
+            ({"sigma": {}}, "sigma of w, its standard deviation, must be .* got None"),
+            ({"sigma": {"w": 0.5}}, r"shape \(\) on the CPU, got 0.5"),
+            ({"sigma": {"w": torch.ones(1)}}, r"shape \(\) on the CPU, got torch.float32 of shape \(1,\)"),
+            ({"sigma": {"w": torch.ones((), dtype=torch.float64)}}, "sigma of w.*float64"),
+            ({"sigma": {"w": torch.tensor(-1.0)}}, "finite and not negative, got -1.0"),
+            ({"sigma": {"w": torch.tensor(math.nan)}}, "finite and not negative, got nan"),
+            ({"num_batches": 0}, "num_batches"),
+            ({"model_numel": 7}, "model_numel must be a whole number of at least 8"),
+            ({"model_numel": 8.0}, "model_numel"),
+        ],
+    )
+    def test_what_cannot_be_scores_is_refused(self, change, message):
+        right = {"gradients": {"w": torch.ones(4, 2)}, "sigma": {"w": torch.ones(())}, "num_batches": 1}
+        right |= {"model_numel": 8, "meta": {}}
+        assert Scores(**right).top(0.5).numel == 4
+        with pytest.raises(InvalidArgumentError, match=message):
+            Scores(**right | change)
+
+    def test_a_tensor_without_elements_has_none_to_rank(self):
+        scores = make({"none": torch.zeros(0, 3), "w": torch.arange(4.0)})
+        for mask in (scores.top(0.5), scores.top(0.5, per="tensor"), scores.bottom(1.0, per="tensor")):
+            assert set(mask) == {"w"}
+
+
 class TestMapping:
     def test_reads_like_a_mapping(self):
         scores = some()
