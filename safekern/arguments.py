@@ -5,6 +5,8 @@ from typing import TypeGuard
 
 from torch import Tensor
 
+from safekern.errors import InvalidArgumentError
+
 
 def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a real number, NumPy's too, but not a bool.
@@ -25,3 +27,19 @@ def is_scalar(value: object) -> TypeGuard[float | Tensor]:
 def is_whole_number(value: object) -> TypeGuard[int]:
     """Whether it is an integer, NumPy's too, but not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_whole_number(name: str, value: object, least: int) -> None:
+    """Refuses anything but an integer that is large enough.
+
+    Raises:
+        InvalidArgumentError: it is none.
+
+    Example:
+        >>> from safekern.arguments import check_whole_number
+        >>> check_whole_number("batch_size", 1.5, 1)
+        Traceback (most recent call last):
+        safekern.errors.InvalidArgumentError: batch_size is 1.5, but must be a whole number of at least 1
+    """
+    if not is_whole_number(value) or value < least:
+        raise InvalidArgumentError(f"{name} is {value!r}, but must be a whole number of at least {least:,}")

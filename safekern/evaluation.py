@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from safekern.arguments import is_whole_number
+from safekern.arguments import check_whole_number
 from safekern.chat import IGNORED, Prompt, answer_logits, answer_targets, encode, messages_of, prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError
 from safekern.generation import generate, inference, model_device
@@ -264,7 +264,7 @@ def answer_nll(
     Raises:
         InvalidArgumentError: As `mean_nll`.
     """
-    _check_size("batch_size", batch_size)
+    check_whole_number("batch_size", batch_size, 1)
     if len(prompts) != len(responses):
         raise InvalidArgumentError(
             f"{len(prompts)} prompts but {len(responses)} responses: give exactly one response to each prompt"
@@ -316,8 +316,8 @@ def _respond_and_judge(
     max_new_tokens: int,
     batch_size: int,
 ) -> tuple[list[str], list[bool]]:
-    _check_size("max_new_tokens", max_new_tokens)
-    _check_size("batch_size", batch_size)
+    check_whole_number("max_new_tokens", max_new_tokens, 1)
+    check_whole_number("batch_size", batch_size, 1)
     _check_prompts(prompts)
     responses = _generate(model, tokenizer, prompts, max_new_tokens, batch_size)
     pairs = zip(prompts, responses, strict=True)
@@ -368,11 +368,6 @@ def _generate(
                 responses[i] = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
             bar.update(len(rows))
     return responses
-
-
-def _check_size(name: str, value: int) -> None:
-    if not (is_whole_number(value) and value >= 1):
-        raise InvalidArgumentError(f"{name} is {value!r}, but must be a whole number of at least 1")
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:

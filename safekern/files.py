@@ -413,10 +413,19 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _mode(path: StrPath) -> int | None:
-    """The type and permissions of what a path leads to, None where there is nothing."""
+def check_path(path: object) -> None:
+    """Refuses what is neither a str nor a pathlib.Path.
+
+    Raises:
+        InvalidArgumentError: it is neither.
+    """
     if not isinstance(path, (str, os.PathLike)):
         raise InvalidArgumentError(f"A path is needed, got {type(path).__name__}; give a str or a pathlib.Path.")
+
+
+def _mode(path: StrPath) -> int | None:
+    """The type and permissions of what a path leads to, None where there is nothing."""
+    check_path(path)
     try:
         return Path(path).stat().st_mode
     except FileNotFoundError:

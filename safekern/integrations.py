@@ -40,6 +40,8 @@ def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Calla
 
     Source: ``Trainer.create_optimizer`` of transformers 5.
     """
+    if not callable(optimizer_class):
+        raise InvalidArgumentError(f"optimizer_class must be one such as SETAdamW, got {optimizer_class!r:.50}")
 
     def build(model: nn.Module, **options: Any) -> Optimizer:
         return optimizer_class(model.named_parameters(), **options)

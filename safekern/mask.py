@@ -378,6 +378,7 @@ class Mask(Mapping[str, Tensor]):
             >>> list(wrapped.named_like(plain)), (plain - wrapped).numel
             (['w'], 0)
         """
+        check_mask(other)
         # A name that both have is the same parameter, whatever else it may resemble.
         new = names.resolve([name for name in self if name not in other], [name for name in other if name not in self])
         shapes = {new.get(name, name): shape for name, shape in self._shapes.items()}
@@ -451,6 +452,7 @@ class Mask(Mapping[str, Tensor]):
             >>> Mask.from_indices({"w": [0, 1]}, shapes).jaccard(Mask.from_indices({"w": [1]}, shapes))
             0.5
         """
+        check_mask(other)
         other = other.named_like(self)
         common = sum(
             int(contains(other._indices[name], indices).sum())

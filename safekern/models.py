@@ -21,7 +21,7 @@ from safekern.errors import (
     SafekernError,
 )
 from safekern.faults import put_back
-from safekern.files import StrPath
+from safekern.files import StrPath, check_path
 from safekern.names import listed
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def load(
     Example:
         >>> model, tokenizer = safekern.models.load("Qwen/Qwen3-0.6B", download=True)  # doctest: +SKIP
     """
+    check_path(source)
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():

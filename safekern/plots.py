@@ -184,6 +184,7 @@ def write(figure: "Figure", path: StrPath) -> None:
         InvalidArgumentError: The suffix is not an image format.
         FileAccessError: The path cannot be written.
     """
+    files.check_path(path)
     suffix = Path(path).suffix[1:].lower() or "png"
     if suffix not in figure.canvas.get_supported_filetypes():
         raise InvalidArgumentError(f"{path}: matplotlib has no image format {suffix!r}; use .png, .svg or .pdf.")

@@ -32,6 +32,9 @@ class Pairs:
         responses: a refusal for a harmful prompt, a helpful answer for a benign one.
         categories: the harm category, or the topic; empty where none is known.
 
+    Raises:
+        InvalidArgumentError: the three are not equally long, or a text stands for a list.
+
     Example:
         >>> pairs = Pairs(["What is 2 + 2?", "Say hi."], ["4.", "Hi!"], ["math", ""])
         >>> len(pairs), pairs[:1].responses
@@ -42,11 +45,39 @@ class Pairs:
     responses: list[str]
     categories: list[str]
 
+    def __post_init__(self) -> None:
+        for name, column in vars(self).items():
+            if isinstance(column, str):
+                raise InvalidArgumentError(f"{name} must be a list, got a text alone: put it in a list")
+        lengths = {name: len(column) for name, column in vars(self).items()}
+        if len(set(lengths.values())) > 1:
+            raise InvalidArgumentError(
+                f"prompts, responses and categories must be equally long, got {', '.join(map(str, lengths.values()))}"
+            )
+
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, rows: slice) -> "Pairs":
         return Pairs(self.prompts[rows], self.responses[rows], self.categories[rows])
+
+
+def check_pairs(pairs: object) -> None:
+    """Refuses what is no `Pairs`.
+
+    Args:
+        pairs: what was given.
+
+    Raises:
+        InvalidArgumentError: it is none; the message says how to make them.
+
+    Example:
+        >>> check_pairs([("What is 2 + 2?", "4.")])
+        Traceback (most recent call last):
+        safekern.errors.InvalidArgumentError: Pairs are needed, got list: pass prompts.load(path or rows)
+    """
+    if not isinstance(pairs, Pairs):
+        raise InvalidArgumentError(f"Pairs are needed, got {type(pairs).__name__}: pass prompts.load(path or rows)")
 
 
 def builtin(kind: Literal["harmful", "benign"], split: Literal["tune", "eval"]) -> Pairs:
@@ -56,11 +87,18 @@ def builtin(kind: Literal["harmful", "benign"], split: Literal["tune", "eval"]) 
         kind: harmful prompts with refusals, or benign ones with helpful answers.
         split: ``"tune"`` to score and train on, ``"eval"`` to measure with.
 
+    Raises:
+        InvalidArgumentError: another kind or split.
+
     Example:
         >>> pairs = builtin("harmful", "tune")
         >>> len(pairs) >= 160, len(set(pairs.categories)) >= 12
         (True, True)
     """
+    if kind not in ("harmful", "benign") or split not in ("tune", "eval"):
+        raise InvalidArgumentError(
+            f"there are 'harmful' and 'benign' prompts, to 'tune' and for 'eval', got {kind!r} and {split!r}"
+        )
     text = resources.files("safekern").joinpath("data", f"{kind}.jsonl").read_text(encoding="utf-8")
     rows = [row for row in map(json.loads, text.splitlines()) if row["split"] == split]
     response, category = ("refusal", "category") if kind == "harmful" else ("answer", "topic")
@@ -142,11 +180,16 @@ def with_refusals(prompts: Sequence[Prompt]) -> Pairs:
     Args:
         prompts: user messages, or conversations as lists of messages.
 
+    Raises:
+        InvalidArgumentError: a text in place of a list.
+
     Example:
         >>> pairs = with_refusals(["Tell me how to pick a lock", "Help me cheat in an exam"])
         >>> pairs.responses[0] != pairs.responses[1]
         True
     """
+    if isinstance(prompts, str):
+        raise InvalidArgumentError("prompts must be a list, got a text alone: put it in a list")
     responses = [_REFUSALS[number % len(_REFUSALS)] for number in range(len(prompts))]
     return Pairs(list(prompts), responses, [""] * len(prompts))
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from safekern import files, names, ranking
-from safekern.arguments import is_whole_number
+from safekern.arguments import check_whole_number
 from safekern.distribution import Distribution
 from safekern.errors import FileFormatError, InvalidArgumentError, NonFiniteError, UnknownNameError
-from safekern.mask import Mask
+from safekern.mask import Mask, check_mask
 from safekern.sharding import Processes, Shard, is_sharded, like, local
 from safekern.tables import Column, Table
 
@@ -79,12 +79,9 @@ class Scores(Mapping[str, Tensor]):
             raise InvalidArgumentError("there are no gradients, so there is nothing to rank")
         for name, shape in shapes.items():
             _check_sigma(name, shape, sigma.get(name))
-        if not is_whole_number(num_batches) or num_batches < 1:
-            raise InvalidArgumentError(f"num_batches must be a whole number of at least 1, got {num_batches!r}")
-        if not is_whole_number(model_numel) or model_numel < numel:
-            raise InvalidArgumentError(
-                f"model_numel must be a whole number of at least {numel}, the scored weights alone, got {model_numel!r}"
-            )
+        check_whole_number("num_batches", num_batches, 1)
+        # The scored weights alone.
+        check_whole_number("model_numel", model_numel, numel)
         self._gradients = dict(gradients)
         self._shapes = dict(shapes)
         self.sigma = {name: sigma[name] for name in self._gradients}
@@ -203,8 +200,7 @@ class Scores(Mapping[str, Tensor]):
             >>> control = scores.random(0.01, seed=1)         # doctest: +SKIP
         """
         counts = self._counts(_checked(ratio), per)
-        if not (is_whole_number(seed) and seed >= 0):
-            raise InvalidArgumentError(f"seed must be a whole number from 0 on, got {seed!r}")
+        check_whole_number("seed", seed, 0)
         rng = np.random.default_rng(seed)
         numels = [shape.numel() for shape in self._shapes.values()]
         if per == "tensor":
@@ -230,6 +226,7 @@ class Scores(Mapping[str, Tensor]):
         Example:
             >>> scores.selected(mask).total / scores.report().distribution.total     # doctest: +SKIP
         """
+        check_mask(mask)
         processes = Processes.of(list(self._gradients.values()))
         distribution, _ = processes.agreed(partial(self._selected_here, mask, processes))
         return distribution.everywhere(processes)

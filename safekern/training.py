@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from safekern.arguments import is_number
+from safekern.arguments import check_whole_number, is_number, is_whole_number
 from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.faults import out_of_memory_explained
 from safekern.objectives import encode, refusal
-from safekern.prompts import Pairs
+from safekern.prompts import Pairs, check_pairs
 from safekern.sharding import local
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def in_order(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int
         Batches as `safekern.objectives.encode` makes them, on the CPU.
 
     Raises:
-        InvalidArgumentError: a batch size below 1, or no pairs.
+        InvalidArgumentError: a batch size that is no whole number of at least 1, or no pairs.
 
     Example:
         >>> pairs = safekern.prompts.load("refusals.jsonl")                         # doctest: +SKIP
@@ -77,13 +77,15 @@ def shuffled(
         skip: how many batches to leave out at the beginning: those that an interrupted run has seen.
 
     Raises:
-        InvalidArgumentError: a batch size below 1, or no pairs.
+        InvalidArgumentError: a number that is not whole, a batch size below 1, or no pairs.
 
     Example:
         >>> for batch in itertools.islice(shuffled(tokenizer, pairs, 4, seed=0), 100):  # doctest: +SKIP
         ...     safekern.objectives.refusal(model, batch).backward()
     """
     _check(pairs, batch_size)
+    check_whole_number("skip", skip, 0)
+    check_whole_number("seed", seed, 0)
     order = itertools.islice(_endless_order(len(pairs), torch.Generator().manual_seed(seed)), skip * batch_size, None)
     while True:
         rows = list(itertools.islice(order, batch_size))
@@ -209,7 +211,7 @@ def check_rehearsal(rehearsal: float) -> None:
         Traceback (most recent call last):
         safekern.errors.InvalidArgumentError: rehearsal is 1.0, but must be at least 0 and less than 1
     """
-    if not 0 <= rehearsal < 1:
+    if not is_number(rehearsal) or not 0 <= rehearsal < 1:
         raise InvalidArgumentError(f"rehearsal is {rehearsal}, but must be at least 0 and less than 1")
 
 
@@ -228,9 +230,9 @@ def check_balance(batch_size: int, refusal_weight: float) -> None:
         Traceback (most recent call last):
         safekern.errors.InvalidArgumentError: batch_size is 5, but must be even: half of each batch is of each kind
     """
-    if batch_size < 2 or batch_size % 2:
+    if not is_whole_number(batch_size) or batch_size < 2 or batch_size % 2:
         raise InvalidArgumentError(f"batch_size is {batch_size}, but must be even: half of each batch is of each kind")
-    if not 0 <= refusal_weight <= 1:
+    if not is_number(refusal_weight) or not 0 <= refusal_weight <= 1:
         raise InvalidArgumentError(f"refusal_weight is {refusal_weight}, but must be from 0 to 1")
 
 
@@ -260,7 +262,8 @@ def tune(
         The loss of every iteration, before its step.
 
     Raises:
-        InvalidArgumentError: the parts are no pairs of a weight and batches, or the batches ran out.
+        InvalidArgumentError: the parts are no pairs of a weight and batches, the iterations no whole number of at least
+            0, or the batches ran out.
         NonFiniteError: a loss is NaN or infinite.
         OutOfMemoryError: memory ran out in a step; the message says what takes it, and what to lower.
 
@@ -270,6 +273,7 @@ def tune(
         >>> losses = tune(model, opt, [(0.2, refusals), (0.8, answers)], 100)                      # doctest: +SKIP
     """
     weights, streams = zip(*_checked(parts), strict=True)
+    check_whole_number("iterations", iterations, 0)
     device = next(model.parameters()).device
     losses = list(done)
     left = max(0, iterations - len(losses))
@@ -337,7 +341,7 @@ def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
 
 
 def _check(pairs: Pairs, batch_size: int) -> None:
-    if batch_size < 1:
-        raise InvalidArgumentError(f"batch_size is {batch_size}, but must be at least 1")
+    check_whole_number("batch_size", batch_size, 1)
+    check_pairs(pairs)
     if not len(pairs):
         raise InvalidArgumentError("no pairs were given to draw batches from")

@@ -1,7 +1,7 @@
 """Does a mask hold a model's safety? Noise on its weights against as much noise on others, and on none."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from safekern.arguments import is_number, is_whole_number
 from safekern.chat import Prompt
 from safekern.checkpoint import fingerprint
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.evaluation import Judge, answer_nll, attack_success_rate, is_degenerate, refusal_rate
-from safekern.mask import Mask
+from safekern.mask import Mask, check_mask
 from safekern.perturbation import perturb
-from safekern.prompts import Pairs
+from safekern.prompts import Pairs, check_pairs
 from safekern.scores import Scores, draw_across, ratio_of
 from safekern.tables import Column, Table
 
@@ -182,10 +183,17 @@ def verify(
         >>> found = verify(model, tokenizer, mask, harmful, benign, scores=scores)  # doctest: +SKIP
         >>> print(found)                                                            # doctest: +SKIP
     """
-    if not noise or not all(0 <= level < math.inf for level in noise):
-        raise InvalidArgumentError(f"noise must be finite numbers of at least 0, got {list(noise)}")
-    if not 0 <= seed < 2**63:
-        raise InvalidArgumentError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed}")
+    check_mask(mask)
+    check_pairs(benign)
+    levels = list(noise) if isinstance(noise, Iterable) else []
+    if not levels or not all(is_number(level) and 0 <= level < math.inf for level in levels):
+        raise InvalidArgumentError(f"noise must be finite numbers of at least 0, got {noise!r}")
+    if not (is_whole_number(seed) and 0 <= seed < 2**63):
+        raise InvalidArgumentError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    if not (scores is None or isinstance(scores, Scores)):
+        raise InvalidArgumentError(
+            f"scores must be Scores, as safekern.score returns them, got {type(scores).__name__}"
+        )
     mask.check(model)
     selections = {"top": mask, "random": random_like(mask, seed)}
     if scores is not None:
@@ -213,7 +221,7 @@ def verify(
         return row
 
     rows = [measure("none", 0.0)]
-    for level in noise:
+    for level in levels:
         for weights, selection in selections.items():
             with perturb(model, selection, level, seed):
                 rows.append(measure(weights, level))

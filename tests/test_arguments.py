@@ -12,8 +12,8 @@ from torch import nn
 
 import safekern
 from safekern import InvalidArgumentError, Mask, ScoringError, SETAdamW, SPAAdamW, perturb, protect, score
-from safekern.prompts import Pairs
-from safekern.training import in_order, tune
+from safekern.prompts import Pairs, builtin, with_refusals
+from safekern.training import balanced, in_order, shuffled, tune, with_rehearsal
 
 MASKLESS = {
     "SETAdamW": lambda model, mask: SETAdamW(model.named_parameters(), mask),
@@ -201,3 +201,66 @@ def test_tune_explains_what_its_parts_are():
             tune(model, optimizer, parts, 1)
     assert all(torch.equal(weights(model)[name], value) for name, value in before.items())
     assert len(tune(model, optimizer, [(np.float32(1.0), batches)], 2)) == 2
+
+
+PAIRS = Pairs(["a", "b"], ["x", "y"], ["", ""])
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda: Pairs(["a"], ["x", "y"], [""]), "equally long, got 1, 2, 1"),
+        (lambda: Pairs(["a"], ["x"], []), "equally long, got 1, 1, 0"),
+        (lambda: Pairs("ab", ["x", "y"], ["", ""]), "prompts must be a list, got a text"),
+        (lambda: with_refusals("abc"), "prompts must be a list, got a text"),
+        (lambda: builtin("harmfull", "tune"), "'harmful' and 'benign' prompts, .* got 'harmfull'"),
+        (lambda: builtin("benign", "test"), "got 'benign' and 'test'"),
+        (lambda: in_order(byte_tokenizer(), ["a"], 1), r"Pairs are needed, got list: pass prompts\.load"),
+        (lambda: in_order(byte_tokenizer(), PAIRS, "1"), "batch_size is '1', but must be a whole number"),
+        (lambda: next(shuffled(byte_tokenizer(), PAIRS, 1, "0")), "seed is '0', but must be a whole number"),
+        (lambda: next(shuffled(byte_tokenizer(), PAIRS, 1, 0, skip=-1)), "skip is -1, but must be a whole number"),
+        (lambda: balanced(byte_tokenizer(), PAIRS, None), "Pairs are needed, got NoneType"),
+        (lambda: balanced(byte_tokenizer(), PAIRS, PAIRS, refusal_weight="0.1"), "refusal_weight is 0.1, but must be"),
+        (lambda: with_rehearsal(byte_tokenizer(), PAIRS, PAIRS, PAIRS, rehearsal=None), "rehearsal is None, but must"),
+        (lambda: safekern.models.load(None), "path is needed, got NoneType"),
+        (lambda: safekern.integrations.for_trainer("SETAdamW"), "optimizer_class must be one such as SETAdamW"),
+    ],
+)
+def test_what_cannot_be_prepared(use, message):
+    with pytest.raises(InvalidArgumentError, match=message):
+        use()
+
+
+@pytest.mark.parametrize("iterations", [-1, 1.5, "1", None])
+def test_iterations_that_are_no_number_of_steps(iterations):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InvalidArgumentError, match=r"iterations is .* whole number of at least 0"):
+        tune(model, optimizer, [(1.0, [])], iterations)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mask": "mask.safetensors"}, "a mask is needed, got str"),
+        ({"benign": ["a"]}, "Pairs are needed, got list"),
+        ({"scores": Mask.from_indices({"w": [0]}, {"w": (2,)})}, "scores must be Scores, .* got Mask"),
+        ({"noise": 0.1}, "noise must be finite numbers of at least 0, got 0.1"),
+        ({"noise": ["0.1"]}, "noise must be finite numbers"),
+        ({"seed": "0"}, "seed must be a whole number"),
+    ],
+)
+def test_what_cannot_be_verified(changed, message):
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    scores = score(model, in_order(tokenizer, PAIRS, 2), safekern.objectives.refusal)
+    right = {"mask": scores.top(0.01), "harmful": PAIRS.prompts, "benign": PAIRS}
+    with pytest.raises(InvalidArgumentError, match=message):
+        safekern.verify(model, tokenizer, **right | changed)
+
+
+def test_masks_are_compared_with_masks():
+    mask = Mask.from_indices({"w": [0]}, {"w": (2,)})
+    scores = safekern.Scores({"w": torch.ones(2)}, {"w": torch.ones(())}, num_batches=1, model_numel=2, meta={})
+    for use in (mask.jaccard, mask.named_like, scores.selected):
+        with pytest.raises(InvalidArgumentError, match="a mask is needed, got dict"):
+            use({"w": [0]})
