@@ -15,7 +15,13 @@ from torch import Tensor
 from safekern import files, names, ranking
 from safekern.arguments import check_whole_number
 from safekern.distribution import Distribution
-from safekern.errors import FileFormatError, InvalidArgumentError, NonFiniteError, UnknownNameError
+from safekern.errors import (
+    FileFormatError,
+    InvalidArgumentError,
+    MaskMismatchError,
+    NonFiniteError,
+    UnknownNameError,
+)
 from safekern.mask import Mask, check_mask
 from safekern.sharding import Processes, Shard, is_sharded, like, local
 from safekern.tables import Column, Table
@@ -240,6 +246,66 @@ class Scores(Mapping[str, Tensor]):
                 index = shard.to_local(index[shard.inside(index)]).to(held.values.device)
                 distribution.add(held.esi(index))
         return distribution
+
+    def in_conflict_with(self, other: "Scores") -> "Scores":
+        """These scores where a gradient step for another objective raises the loss of this one, and 0 elsewhere.
+
+        Of what is scored on refusals and on a task, the top of this are the weights by which learning the task unlearns
+        refusing most. Frozen, they kept models safer than as many of the plain top (README, "Does it work?").
+
+        Args:
+            other: scores of the same parameters for the other objective; its names may be wrapped otherwise.
+
+        Returns:
+            New scores with this one's gradients where the two have opposite signs, and this one's sigma. Where several
+            processes hold the scores, all have to call this together.
+
+        Raises:
+            InvalidArgumentError: the scores of either are of absolute gradients, or of several sweeps; or nothing is in
+                conflict.
+            MaskMismatchError: a parameter is missing from the other scores, or of another shape or sharding there.
+            NonFiniteError: a gradient is NaN or infinite.
+            ScoringError: one of these errors in another process.
+
+        Example:
+            >>> import torch
+            >>> from safekern import Scores
+            >>> options = {"sigma": {"w": torch.tensor(1.0)}, "num_batches": 1, "model_numel": 3, "meta": {}}
+            >>> safety = Scores({"w": torch.tensor([1.0, -2.0, 3.0])}, **options)
+            >>> task = Scores({"w": torch.tensor([1.0, 1.0, -1.0])}, **options)
+            >>> safety.in_conflict_with(task)["w"]
+            tensor([0., 2., 3.])
+        """
+        if not isinstance(other, Scores):
+            raise InvalidArgumentError(f"other must be Scores, as score returns them, got {type(other).__name__}")
+        if "abs" in (self.meta.get("reduction"), other.meta.get("reduction")):
+            raise InvalidArgumentError('absolute gradients have no sign to be in conflict: score with reduction="mean"')
+        gradients, found = Processes.of(list(self._gradients.values())).agreed(
+            partial(self._opposed, other), lambda kept: sum(int(local(kept[name]).count_nonzero()) for name in kept)
+        )
+        if not sum(found):
+            raise InvalidArgumentError("no weight has gradients of opposite signs, so nothing is in conflict")
+        meta = {**self.meta, "in_conflict_with": other.meta}
+        return Scores(gradients, self.sigma, num_batches=self.num_batches, model_numel=self.model_numel, meta=meta)
+
+    def _opposed(self, other: "Scores") -> dict[str, Tensor]:
+        theirs = names.resolve(self, other)
+        kept = {}
+        for name in self:
+            if name not in theirs:
+                raise MaskMismatchError(f"{name} has no scores for the other objective: score both on the same model")
+            gradient, opposed = self.gradient(name), other.gradient(theirs[name])
+            here, there = local(gradient), local(opposed).to(local(gradient).device)
+            if gradient.shape != opposed.shape or here.shape != there.shape:
+                raise MaskMismatchError(
+                    f"{name} is of another shape, or sharded otherwise, for the other objective: score both on the "
+                    "same model"
+                )
+            if not (here.isfinite().all() and there.isfinite().all()):
+                raise NonFiniteError(f"a gradient of {name} is NaN or infinite: score the model again")
+            # Not by the product, which is 0 for two small ones.
+            kept[name] = like(gradient, here.where(here.sign() * there.sign() < 0, torch.zeros((), device=here.device)))
+        return kept
 
     def report(self) -> "ScoreReport":
         """Describes the scores per layer and component, in one pass over them.

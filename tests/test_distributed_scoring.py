@@ -57,7 +57,11 @@ def masks_of(scores: Scores) -> dict[str, safekern.Mask]:
         f"{ranked} {ratio}": getattr(scores, ranked)(ratio)
         for ranked, ratio in (("top", 0.0001), ("top", 0.2), ("top", 1.0), ("bottom", 0.2))
     }
-    return masks | {"top per tensor": scores.top(0.05, per="tensor"), "random": scores.random(0.1)}
+    # Of either sign, and sharded as these are.
+    other = {name: 0.5 - scores.gradient(name).abs() for name in scores}
+    conflict = scores.in_conflict_with(Scores(other, scores.sigma, num_batches=1, model_numel=2000, meta={}))
+    masks |= {"top per tensor": scores.top(0.05, per="tensor"), "random": scores.random(0.1)}
+    return masks | {"in conflict": conflict.top(0.1)}
 
 
 def rank_in_every_way(world: int) -> dict[str, int]:

@@ -29,6 +29,8 @@ def names(tmp_path, monkeypatch):
     refusals = [f"I won't do harm {i}." for i in range(128)]
     rows = [{"prompt": p, "response": r} for p, r in zip(prompts[:8], refusals[:8], strict=True)]
     Path("refusals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sums = [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}."} for n in range(8)]
+    Path("math.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     return {
         "path": "model",
         "prompts": prompts,

@@ -16,6 +16,7 @@ from safekern.errors import (
     FileAccessError,
     FileFormatError,
     InvalidArgumentError,
+    MaskMismatchError,
     NonFiniteError,
     SafekernError,
     UnknownNameError,
@@ -82,6 +83,43 @@ class TestConstruction:
         scores = make({"none": torch.zeros(0, 3), "w": torch.arange(4.0)})
         for mask in (scores.top(0.5), scores.top(0.5, per="tensor"), scores.bottom(1.0, per="tensor")):
             assert set(mask) == {"w"}
+
+
+class TestConflict:
+    def test_keeps_what_the_other_objective_would_undo(self):
+        tiny = 1e-30
+        safety = make({"w": [1.0, -2.0, 3.0, tiny, 0.0, -0.0], "v": [5.0]}, [0.5, 2.0], others=3)
+        task = make({"v": [4.0], "w": [1.0, 1.0, -1.0, -tiny, -1.0, 1.0]}, [7.0, 7.0])
+        conflict = safety.in_conflict_with(task)
+        assert conflict.gradient("w").tolist() == make({"w": [0.0, -2.0, 3.0, tiny, 0.0, 0.0]}).gradient("w").tolist()
+        assert conflict.gradient("v").tolist() == [0.0]
+        assert conflict["w"].tolist()[:3] == [0.0, 1.0, 1.5]
+        assert (list(conflict), conflict.model_numel, conflict.num_batches) == (["w", "v"], 10, 3)
+        assert safety.gradient("w").tolist()[0] == 1.0
+        assert conflict.top(0.2)["w"].tolist() == [1, 2]
+        assert conflict.top(0.2).meta["in_conflict_with"] == META
+
+    def test_names_may_be_wrapped(self):
+        safety, task = make({"w": [1.0, 1.0]}), make({"_orig_mod.w": [1.0, -1.0]})
+        assert safety.in_conflict_with(task).gradient("w").tolist() == [0.0, 1.0]
+
+    @pytest.mark.parametrize(
+        ("other", "error", "message"),
+        [
+            ({"w": torch.tensor([1.0, -1.0])}, InvalidArgumentError, "other must be Scores, .* got dict"),
+            (make({"v": [1.0, -1.0]}), MaskMismatchError, "w has no scores for the other objective"),
+            (make({"w": [1.0]}), MaskMismatchError, "w is of another shape"),
+            (make({"w": [1.0, math.nan]}), NonFiniteError, "a gradient of w is NaN"),
+            (make({"w": [0.0, 1.0]}), InvalidArgumentError, "nothing is in conflict"),
+            (make({"w": [1.0, -1.0]}, meta={"reduction": "abs"}), InvalidArgumentError, 'reduction="mean"'),
+        ],
+    )
+    def test_what_cannot_be_compared(self, other, error, message):
+        with pytest.raises(error, match=message):
+            make({"w": [1.0, 1.0]}).in_conflict_with(other)
+        if isinstance(other, Scores) and error is not MaskMismatchError:
+            with pytest.raises(error, match=message):
+                other.in_conflict_with(make({"w": [1.0, 1.0]}))
 
 
 class TestMapping:

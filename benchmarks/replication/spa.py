@@ -1,6 +1,6 @@
 """SPA: an aligned model is fine-tuned on a task with some of its weights protected. How much safety does that save?"""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -190,19 +190,13 @@ def _mask(lab: Lab, name: str, task: str, pairs: Pairs, method: str, ratio: floa
         return safety.random(ratio, seed=seed)
     if method == "signed":
         # A larger weight makes refusals less likely.
-        return _reranked(safety, lambda name, gradient: gradient.clamp(min=0)).top(ratio)
+        values = {name: safety.gradient(name).clamp(min=0) for name in safety}
+        return ranked_by(safety, values, safety.sigma).top(ratio)
     if method == "conflict":
-        # The task's own gradient step makes refusals less likely.
-        wanted = task_scores(lab, name, task, pairs[:_SCORED])
-        return _reranked(safety, lambda name, gradient: gradient * (gradient * wanted.gradient(name) < 0)).top(ratio)
+        return safety.in_conflict_with(task_scores(lab, name, task, pairs[:_SCORED])).top(ratio)
     if method == "not-task":
         return safety.top(ratio) - task_scores(lab, name, task, pairs[:_SCORED]).top(ratio)
     return safety.top(ratio)
-
-
-def _reranked(scores: Scores, change: Callable[[str, Tensor], Tensor]) -> Scores:
-    values = {name: change(name, scores.gradient(name)) for name in scores}
-    return ranked_by(scores, values, scores.sigma)
 
 
 def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optimizer:
