@@ -12,7 +12,7 @@ from typing import Any
 from safekern import files
 from safekern.errors import InvalidArgumentError
 from safekern.names import component_order
-from safekern.tables import Column, Table
+from safekern.tables import Column, Table, counted
 
 from . import figures
 from .noise import SELECTIONS
@@ -92,7 +92,7 @@ def _heading(found: Sequence[Found], finished: int) -> str:
     under_way = f", {len(found) - finished} under way" if finished < len(found) else ""
     versions = sorted({f"torch {run['versions']['torch']} on {run['device']}" for run in found})
     precision = ", ".join(sorted({run["settings"]["precision"] for run in found}))
-    return f"{finished} runs finished{under_way}; {'; '.join(versions)}; products in {precision}."
+    return f"{counted(finished, 'run')} finished{under_way}; {'; '.join(versions)}; products in {precision}."
 
 
 def _set(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
@@ -178,7 +178,7 @@ def _prompts(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table
     ]
     sizes = sorted({row["prompts"] for row in rows})
     table = [[size, *(_mean([row[key] for row in rows if row["prompts"] == size]) for key in keys)] for size in sizes]
-    yield f"means over {len(found)} orders of the prompts", Table(columns, table)
+    yield f"means over {counted(len(found), 'order')} of the prompts", Table(columns, table)
 
 
 def _where(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
