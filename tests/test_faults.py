@@ -34,6 +34,7 @@ from safekern import (
     score,
 )
 from safekern.cli import options
+from safekern.prompts import Pairs
 from safekern.training import balanced, tune
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, links and permissions as Linux has them")
@@ -332,7 +333,7 @@ class TestOutOfMemory:
         monkeypatch.setattr(
             "safekern.training.refusal", lambda model, batch: at_backward(model(**batch).loss, FAULTS["GPU"])
         )
-        pairs = type("Pairs", (), {"prompts": ["Bad?"], "responses": ["No."], "__len__": lambda self: 1})()
+        pairs = Pairs(["Bad?"], ["No."], [""])
         parts = balanced(tokenizer, pairs, pairs, batch_size=2)
         with pytest.raises(OutOfMemoryError, match=r"for the model, .* for the optimizer's state, .*smaller batches"):
             tune(model, optimizer, parts, 2)
