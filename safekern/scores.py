@@ -620,13 +620,12 @@ class TopScores(Scores):
             raise ValueError(f"it holds {held} candidates, which is not the top {self.keep}")
 
 
-def _check_gradients(gradients: Mapping[str, Tensor]) -> None:
+def _check_gradients(gradients: Mapping[str, object]) -> None:
     for name, gradient in gradients.items():
-        found: object = gradient
-        if not isinstance(found, Tensor):
-            raise InvalidArgumentError(f"the gradient of {name} must be an fp32 tensor, got {found!r:.50}")
-        if found.dtype != torch.float32 or found.layout != torch.strided or found.is_meta:
-            got = f"{found.dtype}, {found.layout} on {found.device}"
+        if not isinstance(gradient, Tensor):
+            raise InvalidArgumentError(f"the gradient of {name} must be an fp32 tensor, got {gradient!r:.50}")
+        if gradient.dtype != torch.float32 or gradient.layout != torch.strided or gradient.is_meta:
+            got = f"{gradient.dtype}, {gradient.layout} on {gradient.device}"
             raise InvalidArgumentError(f"the gradient of {name} must be a dense fp32 tensor with values, got {got}")
 
 
