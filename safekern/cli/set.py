@@ -113,13 +113,14 @@ def run(args: argparse.Namespace) -> None:
     with options.stage("save"):
         if fingerprint(before) != base:
             raise SafekernError("weights outside the mask have changed; nothing was written. Please report this")
+        tuned = fingerprint(model)
         save_delta(model, mask, args.out / "delta.safetensors", base=before)
         if args.save_model:
             save(model, tokenizer, args.out / "model")
     tuning.finish(
         args,
-        model,
         base,
+        tuned,
         mask,
         losses,
         {"refusal_weight": args.refusal_weight},

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from safekern.checkpoint import fingerprint
 from safekern.cli import options, tuning
 from safekern.errors import InvalidArgumentError, ProtectionError
 from safekern.models import save
@@ -123,11 +124,12 @@ def run(args: argparse.Namespace) -> None:
     for name in protected.changed(original):
         raise ProtectionError(f"protected weights of {name} have changed; nothing was written. Please report this")
     with options.stage("save"):
+        tuned = fingerprint(model)
         save(model, tokenizer, args.out / "model")
     tuning.finish(
         args,
-        model,
         base,
+        tuned,
         mask,
         losses,
         {"data": options.without_folders(args.data), "pairs": len(pairs), "rehearsal": args.rehearsal},

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from safekern import resume
-from safekern.checkpoint import fingerprint
 from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
@@ -149,8 +148,8 @@ def train(
 
 def finish(
     args: argparse.Namespace,
-    model: "PreTrainedModel",
     base: str,
+    tuned: str,
     mask: Mask,
     losses: list[float],
     details: dict[str, Any],
@@ -162,8 +161,9 @@ def finish(
 
     Args:
         args: the options of `add_training`.
-        model: the tuned one.
-        base: the fingerprint of the model that it was.
+        base: the fingerprint of the model as it was.
+        tuned: that of the tuned one, taken before it was saved: a model without its report is not replaced by
+            ``--resume``, so nothing that takes time may come between them.
         mask: which weights were updated, or spared.
         losses: of every iteration.
         details: what the report holds beside what all do.
@@ -173,7 +173,7 @@ def finish(
     report = {
         "model": options.without_folders(args.model),
         "model_fingerprint": base,
-        "tuned_fingerprint": fingerprint(model),
+        "tuned_fingerprint": tuned,
         "mask": options.without_folders(args.mask),
         "mask_fingerprint": mask.fingerprint,
         "mask_numel": mask.numel,
