@@ -254,8 +254,8 @@ class TestSpa:
         pairs = [{"prompt": f"Say {i}", "response": f"{i}."} for i in range(4)]
         (folder / "few.json").write_text(json.dumps(pairs))
         small = ["--batch-size", "4"]
-        # Two pairs of each kind a step: three times over four answers, five times over four refusals.
-        for kind, enough, times in (("benign", 6, 4), ("harmful", 10, 6)):
+        # Two pairs of each kind a step: twice over four answers, five times over four refusals.
+        for kind, enough, times in (("benign", 4, 2), ("harmful", 10, 6)):
             given = [f"--{kind}", "few.json", *small]
             assert self.spa(*given, "--iterations", f"{enough}") == 0
             assert "by heart" not in capsys.readouterr().err

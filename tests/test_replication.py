@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from language_models import byte_tokenizer, tiny_llama
 
 import safekern
+from safekern.prompts import Pairs
 
 # Last, so that an installed safekern is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
@@ -106,13 +108,14 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
             path = folder.parent / "gsm8k.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in gsm8k))
             more = ["--gsm8k", str(path)]
+            # GSM8K may come later.
+            replicate("spa", "--only", "aligned-set")
             replicate("spa", "--only", "aligned-set", *more)
         folder = replicate(experiment, "--only", only, *more)
         found = results(folder, experiment)
         assert found and all(run["finished"] and run["rows"] for run in found.values())
         assert (folder / f"{experiment}.md").read_text().count("|") > 10
         assert (folder / f"{experiment}.csv").read_text().count("\n") > len(found)
-    for experiment in ("set", "perturb", "spa"):
         assert (folder / f"{experiment}.png").stat().st_size > 1000
 
     readme = folder / "README.md"
@@ -177,13 +180,56 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     rows = [{"instruction": f"{goal}.", "output": "I'm sorry, but I can't help with that."} for goal in goals]
     rows.append({"instruction": "Bake bread", "output": "Mix flour and water."})
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    data = Data.read(tmp_path / "pairs.json", tmp_path / "goals.json", held_out=100)
-    assert data.goals == goals[-100:]
-    assert data.refusals.prompts == [f"{goal}." for goal in goals[:30]]
+    # All that may be evaluated on are left out, however many are.
+    for held_out in (100, 20):
+        data = Data.read(tmp_path / "pairs.json", tmp_path / "goals.json", held_out=held_out)
+        assert data.goals == goals[-100:][:held_out]
+        assert data.refusals.prompts == [f"{goal}." for goal in goals[:30]]
 
-    leaking = Data(data.refusals, data.answers, data.harmful, [" do harm  NUMBER 3 "], data.benign, None)
-    with pytest.raises(LeakError, match="NUMBER 3"):
-        leaking.check()
+    problems = Pairs([f"What is {i} + {i}?" for i in range(40)], [f"{2 * i}" for i in range(40)], [""] * 40)
+    twice = Pairs(["what is 39 + 39?", *problems.prompts], ["78", *problems.responses], [""] * 41)
+    replace(data, gsm8k=problems).check()
+    for leaking, what in (
+        (replace(data, goals=[" do harm  NUMBER 3 "]), "NUMBER 3"),
+        (replace(data, gsm8k=twice), "What is 39"),
+        (replace(data, gsm8k=Pairs([*problems.prompts, goals[-100]], ["1"] * 41, [""] * 41)[::-1]), "harm number 30"),
+    ):
+        with pytest.raises(LeakError, match=what):
+            leaking.check()
+
+
+def test_data_are_told_apart_by_what_they_hold():
+    data = Data.read(held_out=3)
+    problems = Pairs(["1 + 1?"], ["2"], [""])
+    assert data.gsm8k_digest is None
+    assert replace(data, gsm8k=problems).gsm8k_digest != replace(data, gsm8k=problems[:0]).gsm8k_digest
+    # What needs no problems is not run anew for others.
+    assert replace(data, gsm8k=problems).digest == data.digest != replace(data, goals=["another"]).digest
+
+
+def test_protection_is_compared_at_one_loss_whatever_the_rate_and_length():
+    def run(method, lr, steps, *nlls):
+        settings = {"aligned": "set", "task": "chat", "lr": lr, "method": method, "ratio": 0.0, "steps": steps}
+        rows = [
+            {"step": step, "task_nll": [nll], "refusal_nll": [1.0], "attack_success": [0.5]}
+            for step, nll in zip((1, 2, 4), nlls, strict=False)
+        ]
+        return {"settings": settings, "rows": rows, "facts": {}, "finished": True}
+
+    start = {"step": 0, "benign_nll": [3.0], "refusal_nll": [1.0], "attack_success": [0.5], "benign_refusals": [0.1]}
+    found = [
+        {"settings": {"aligned": "set", "recipe": {}}, "rows": [start]},
+        run("nothing", 1e-5, [1, 2], 2.5, 2.4),
+        run("nothing", 1e-4, [1, 2], 2.6, 2.2),
+        run("nothing", 1e-4, [1, 2, 4], 2.6, 2.3, 1.0),
+        run("replay", 1e-4, [1, 2], 2.0, 1.9),
+    ]
+    groups = spa.comparisons(found)
+    assert sorted((group.lr, group.steps[-1]) for group in groups) == [(1e-5, 2), (1e-4, 2), (1e-4, 4)]
+    # Not 1.0, which takes more steps than the others have, and not 1.9, where something is protected.
+    assert [spa.least_task_nll(group, groups) for group in groups] == [2.2] * 3
+    only = groups[0]._replace(runs=found[-1:])
+    assert spa.least_task_nll(only, [only]) is None
 
 
 def test_reads_one_measurement_where_another_falls_to_a_level():

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.device(args.device)
         data = Data.read(args.pairs, args.goals, args.gsm8k, args.held_out)
         tasks = [spa.CHAT, *([spa.GSM8K] if data.gsm8k is not None else [])]
-        plan = Plan(args.seeds, sorted(set(args.steps)) if args.steps else None, tasks, args.guard)
+        plan = Plan(args.seeds, sorted(set(args.steps)) if args.steps else None, tasks, data.gsm8k_digest, args.guard)
         shared = {"model": model, "data": data.digest, "precision": args.precision}
         runs = [run for name in names for run in EXPERIMENTS[name](plan) if args.only.search(run.name)]
         if not runs:

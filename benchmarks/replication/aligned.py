@@ -7,7 +7,7 @@ from safekern import Scores
 from safekern.prompts import Pairs
 from safekern.training import tune
 
-from .lab import Lab
+from .lab import Lab, checksum
 from .set import BALANCED, HIGH, LOW, METHODS, RATIO, parts
 from .tuning import optimizer_for
 
@@ -53,7 +53,7 @@ def utility_scores(lab: Lab, name: str) -> Scores:
 
 def task_scores(lab: Lab, name: str, task: str, pairs: Pairs) -> Scores:
     """The same with the pairs of a task."""
-    return lab.cached_scores(f"{name}-{task}", partial(_score, lab, name, pairs))
+    return lab.cached_scores(f"{name}-{task}-{checksum(pairs)}", partial(_score, lab, name, pairs))
 
 
 def _score(lab: Lab, name: str, pairs: Pairs) -> Scores:

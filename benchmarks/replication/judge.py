@@ -10,7 +10,7 @@ from safekern.objectives import GuardJudge
 
 from .lab import Lab, load_model
 from .runs import Plan, Record, Run
-from .set import BALANCED, LOW, RATIO, STEPS, parts
+from .set import BALANCED, LOW, RATIO, STEPS, balance, parts
 from .tuning import optimizer_for, tune_and_measure
 
 PROMPTS = (16, 64)
@@ -25,6 +25,7 @@ def judge_runs(plan: Plan) -> list[Run]:
 def _run(count: int, plan: Plan) -> Run:
     seed, steps = plan.seeds[0], list(plan.steps or STEPS)
     settings = {"guard": plan.guard, "prompts": count, "ratio": RATIO, "lr": LOW, "seed": seed, "steps": steps}
+    settings |= balance(BALANCED)
 
     def perform(lab: Lab, record: Record) -> None:
         guard, guard_tokenizer = load_model(plan.guard) if plan.guard else (lab.model, lab.tokenizer)

@@ -36,6 +36,8 @@ _GEMMA_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
 _GOALS = 100
+# At the end of GSM8K's problems.
+GSM8K_HELD_OUT = 32
 _ANSWERED_TOGETHER, _READ_TOGETHER = 64, 16
 
 
@@ -79,8 +81,9 @@ class Data:
             LeakError: A prompt is in both parts.
         """
         harmful, benign = builtin("harmful", "eval")[:held_out], builtin("benign", "eval")[:held_out]
-        attacks = load_prompts(goals)[-_GOALS:][:held_out] if goals else harmful.prompts
-        refusals = _refused(load(pairs), [*attacks, *harmful.prompts]) if pairs else builtin("harmful", "tune")
+        reserved = load_prompts(goals)[-_GOALS:] if goals else harmful.prompts
+        attacks = reserved[:held_out]
+        refusals = _refused(load(pairs), [*reserved, *harmful.prompts]) if pairs else builtin("harmful", "tune")
         found = cls(
             refusals, builtin("benign", "tune"), harmful, attacks, benign, load(gsm8k) if gsm8k is not None else None
         )
@@ -89,8 +92,10 @@ class Data:
 
     def check(self) -> None:
         """Raises LeakError where a held-out prompt is among those to train on."""
+        problems = [] if self.gsm8k is None else self.gsm8k.prompts
         trained = {_plain(prompt) for pairs in (self.refusals, self.answers) for prompt in pairs.prompts}
-        held_out = [*self.harmful.prompts, *self.goals, *self.benign.prompts]
+        trained |= set(map(_plain, problems[:-GSM8K_HELD_OUT]))
+        held_out = [*self.harmful.prompts, *self.goals, *self.benign.prompts, *problems[-GSM8K_HELD_OUT:]]
         leaked = [prompt for prompt in held_out if _plain(prompt) in trained]
         if leaked:
             raise LeakError(f"{len(leaked)} held-out prompts are also trained on, such as {leaked[0]!r:.70}")
@@ -98,10 +103,12 @@ class Data:
     @property
     def digest(self) -> str:
         """The same for the same prompts and answers; without GSM8K, which not every experiment uses."""
-        texts = [self.goals]
-        for pairs in (self.refusals, self.answers, self.harmful, self.benign):
-            texts += [pairs.prompts, list(pairs.responses)]
-        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+        return checksum(self.goals, self.refusals, self.answers, self.harmful, self.benign)
+
+    @property
+    def gsm8k_digest(self) -> str | None:
+        """The same for the same problems and solutions."""
+        return None if self.gsm8k is None else checksum(self.gsm8k)
 
 
 class Lab:
@@ -250,6 +257,14 @@ def label(name: str) -> str:
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
     return f"{path.resolve().name}-{digest.hexdigest()[:8]}"
+
+
+def checksum(*texts: Pairs | Sequence[Prompt]) -> str:
+    """The same for the same prompts and responses, wherever they came from."""
+    parts: list[Sequence[Prompt]] = []
+    for text in texts:
+        parts += [text.prompts, list(text.responses)] if isinstance(text, Pairs) else [text]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def load_model(name: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:

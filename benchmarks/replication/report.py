@@ -18,7 +18,7 @@ from . import figures
 from .noise import SELECTIONS
 from .runs import Found, Row, read
 from .set import BALANCES, METHODS, by_recipe, untouched_row
-from .spa import Comparison, comparisons
+from .spa import Comparison, comparisons, least_task_nll
 
 _END = "<!-- end of replication -->"
 # What the short table of perturbation shows.
@@ -219,18 +219,24 @@ def _perturb(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table
 
 
 def _spa(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
-    for group in comparisons(found):
+    groups = comparisons(found)
+    for group in groups:
         title = f"aligned: {group.aligned}; task: {group.task}; lr {group.lr}; steps {group.steps}"
-        yield title, _spa_table(group)
+        yield title, _spa_table(group, least_task_nll(group, groups))
+        if not compact:
+            yield f"{title}; attack success by step", _by_step(group)
 
 
-def _spa_table(group: Comparison) -> Table:
-    """Attack success and refusal NLL where the task's loss has come to the same point as without protection."""
+def _spa_table(group: Comparison, best: float | None) -> Table:
+    """Attack success and refusal NLL where the task's loss has come to the same point.
+
+    Args:
+        group: runs to compare.
+        best: the task's NLL at all of its gain; without it there is no point to compare at.
+    """
     start, kinds = group.start, group.kinds
-    plain = [row["task_nll"][0] for run in kinds.get(("nothing", 0.0), []) for row in run["rows"]]
-    # Without a run that protects nothing there is no gain to compare at.
-    shares = _LEVELS if plain else ()
-    levels = [start["task_nll"][0] - share * (start["task_nll"][0] - min(plain)) for share in shares]
+    shares = () if best is None else _LEVELS
+    levels = [start["task_nll"][0] - share * (start["task_nll"][0] - (best or 0.0)) for share in shares]
     columns = [Column("protected"), Column("ratio", "{:.0%}"), Column("seeds")]
     for share, level in zip(shares, levels, strict=True):
         note = f"at {share:.0%} of the task's gain (NLL {level:.2f})"
@@ -255,6 +261,21 @@ def _spa_table(group: Comparison) -> Table:
         # What a run under way has measured last is not comparable.
         ends = [run["rows"][-1] for run in mine if run["finished"]]
         rows.append([*row, _percent(ends), _percent(ends, "benign_refusals"), _number(ends, "task_nll")])
+    return Table(columns, rows)
+
+
+def _by_step(group: Comparison) -> Table:
+    """Attack success after each step at which answers were counted, however well the task is learned by then."""
+    columns = [Column("protected"), Column("ratio", "{:.0%}"), Column("seeds")]
+    columns += [Column(f"{step} steps") for step in group.steps]
+    rows: list[list[Any]] = []
+    for (method, ratio), mine in group.kinds.items():
+        cells = []
+        for step in group.steps:
+            at = [row for run in mine for row in run["rows"] if row["step"] == step]
+            # A mean over the seeds that have come so far is not comparable with one over all.
+            cells.append(_percent(at) if len(at) == len(mine) else None)
+        rows.append([method, ratio or None, len(mine), *cells])
     return Table(columns, rows)
 
 

@@ -42,12 +42,14 @@ class Plan:
         seeds: Of batch order, random masks and noise. The main runs take all, others the first.
         steps: After which everything is measured; None for each experiment's own.
         tasks: What SPA fine-tunes on.
+        gsm8k: Which problems those of GSM8K are (`Data.gsm8k_digest`), None without.
         guard: The model that judges, None for the one that is scored.
     """
 
     seeds: Sequence[int]
     steps: Sequence[int] | None
     tasks: Sequence[str]
+    gsm8k: str | None
     guard: str | None
 
 
@@ -73,6 +75,7 @@ class Record:
 
     Attributes:
         path: The file.
+        settings: Of the run.
         rows: What was measured, in order.
         facts: What is true of the whole run.
         finished: Whether there is nothing left to do.
@@ -89,13 +92,13 @@ class Record:
         self.rows: list[Row] = []
         self.facts: dict[str, Any] = {}
         self.finished = False
-        self._settings = dict(settings)
+        # Through JSON, as those that are read have gone.
+        self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self._earlier, self._began = 0.0, time.perf_counter()
         if not path.exists():
             return
         found = _load(path)
-        # Through JSON, as the file's own have gone.
-        wanted = json.loads(json.dumps(self._settings))
+        wanted = self.settings
         other = [key for key in {**found["settings"], **wanted} if found["settings"].get(key) != wanted.get(key)]
         if other:
             changes = ", ".join(f"{key} was {found['settings'].get(key)!r} and is {wanted.get(key)!r}" for key in other)
@@ -120,7 +123,7 @@ class Record:
 
     def _write(self) -> None:
         content = {
-            "settings": self._settings,
+            "settings": self.settings,
             "facts": self.facts,
             "rows": self.rows,
             "finished": self.finished,

@@ -71,6 +71,12 @@ def parts(lab: Lab, recipe: str, answers: Pairs, seed: int, skip: int) -> Parts:
     return balanced(lab.tokenizer, data.refusals, answers, batch_size=size, refusal_weight=weight, seed=seed, skip=skip)
 
 
+def balance(recipe: str) -> dict[str, float]:
+    """What a recipe's name stands for, for the settings of a run: a default may become another one."""
+    size, weight = (_REFUSALS_BATCH_SIZE, 1.0) if recipe == REFUSALS else BALANCES[recipe]
+    return {"pairs_per_step": size, "refusal_weight": weight}
+
+
 def set_runs(plan: Plan) -> list[Run]:
     """Every method at both learning rates: the low one with all seeds, the high one and refusals alone with one.
 
@@ -121,7 +127,7 @@ def _run(
 ) -> Run:
     ratio = 1.0 if method == "full" else ratio
     settings: dict[str, Any] = {"method": method, "ratio": ratio, "lr": lr, "recipe": recipe, "seed": seed}
-    settings["steps"] = list(steps or STEPS)
+    settings |= {**balance(recipe), "steps": list(steps or STEPS)}
     name = f"{method}-{ratio:g}-lr{lr:g}-{recipe}-seed{seed}"
 
     def perform(lab: Lab, record: Record) -> None:

@@ -12,9 +12,9 @@ from safekern.prompts import Pairs
 from safekern.training import shuffled, with_rehearsal
 
 from .aligned import ALIGNED, aligned, safety_scores, task_scores, taught
-from .lab import Lab
+from .lab import GSM8K_HELD_OUT, Lab
 from .runs import Found, Plan, Record, Row, Run
-from .set import RATIO, ranked_by
+from .set import BALANCED, RATIO, balance, ranked_by
 from .tuning import Parts, select_all, tune_and_measure
 
 STEPS = (10, 20, 50, 100, 200)
@@ -26,16 +26,18 @@ REFRESHED = {"refresh-50": 50, "refresh-10": 10}
 # Shares of the loss: of refusals alone, and of what alignment was taught, refusals with ordinary answers.
 REPLAYED = 0.1
 REHEARSED = {"rehearse-0.3": 0.3, "rehearse-0.5": 0.5}
+_NOTHING = ("nothing", 0.0)
 _BATCH_SIZE = 4
-_SCORED, _RESCORED, _HELD_OUT = 128, 32, 32
+_SCORED, _RESCORED = 128, 32
 CHAT, GSM8K = "chat", "gsm8k"
 
 
 def spa_runs(plan: Plan) -> list[Run]:
     """Ordered by what they tell: one seed of all methods, the others of the main ones, firmness, rates, length."""
     runs = [_aligned_run(name) for name in ALIGNED]
+    runs += [_unlearned_run(name, plan) for name in ALIGNED if plan.gsm8k is not None]
     (first, *others), steps = plan.seeds, plan.steps or STEPS
-    main = [("nothing", 0.0), ("esi", 0.01), ("random", 0.01)]
+    main = [_NOTHING, ("esi", 0.01), ("random", 0.01)]
     ratios = [("esi", 0.05), ("random", 0.05), ("esi", 0.1), ("random", 0.1), ("esi", 0.03)]
     variants = [("project", 0.01), ("project", 1.0), ("conflict", 0.01), ("conflict", 0.05)]
     # The last is what `safekern spa` does by default.
@@ -43,16 +45,19 @@ def spa_runs(plan: Plan) -> list[Run]:
     variants += [("refresh-50", 0.01), ("refresh-10", 0.01), ("refresh-10", 0.05)]
     variants += [("signed", 0.01), ("not-task", 0.01), ("not-task", 0.05)]
     for task in plan.tasks:
-        runs += [_run("set", task, LR, *kind, first, steps) for kind in [*main, *ratios, *variants]]
+        runs += [_run(plan, "set", task, LR, *kind, first, steps) for kind in [*main, *ratios, *variants]]
     repeated = [*main, ("replay", 0.0), ("rehearse-0.5", 0.0), ("conflict", 0.05)]
     for task in plan.tasks:
-        runs += [_run("set", task, LR, *kind, seed, steps) for seed in others for kind in repeated]
-        runs += [_run("firm", task, LR, *kind, first, steps) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
+        runs += [_run(plan, "set", task, LR, *kind, seed, steps) for seed in others for kind in repeated]
+        firm = [*main, ("esi", 0.05), ("project", 1.0)]
+        runs += [_run(plan, "firm", task, LR, *kind, first, steps) for kind in firm]
         rated = [*main, ("esi", 0.05), ("conflict", 0.05)]
-        runs += [_run("set", task, lr, *kind, first, steps) for lr in (5e-6, 1e-4) for kind in rated]
+        runs += [_run(plan, "set", task, lr, *kind, first, steps) for lr in (5e-6, 1e-4) for kind in rated]
+        # For those who have nothing to rehearse.
+        runs += [_run(plan, "set", task, 5e-6, *kind, seed, steps) for seed in others for kind in [_NOTHING, rated[-1]]]
         long = plan.steps or LONG
-        runs += [_run("set", task, LR, *kind, first, long) for kind in [("nothing", 0.0), ("rehearse-0.5", 0.0)]]
-        runs += [_run("firm", task, 5e-6, *kind, first, long) for kind in [*main, ("esi", 0.05), ("project", 1.0)]]
+        runs += [_run(plan, "set", task, LR, *kind, first, long) for kind in [_NOTHING, ("rehearse-0.5", 0.0)]]
+        runs += [_run(plan, "firm", task, 5e-6, *kind, first, long) for kind in firm]
     # Long runs and others are the same ones where --steps says how long.
     return list({run.name: run for run in runs}.values())
 
@@ -96,16 +101,42 @@ def comparisons(found: Iterable[Found]) -> list[Comparison]:
         return first.index(method) if method in first else len(first), method, run["settings"].get("ratio", 0.0)
 
     measured = sorted((run for run in found if run["rows"]), key=order)
-    starts = {run["settings"]["aligned"]: run["rows"][0] for run in measured if "task" not in run["settings"]}
+    starts = {run["settings"]["aligned"]: run["rows"][0] for run in measured if "recipe" in run["settings"]}
+    losses = {(name, CHAT): row["benign_nll"] for name, row in starts.items()}
+    for run in measured:
+        if "unlearned" in run["settings"]:
+            losses[run["settings"]["aligned"], run["settings"]["unlearned"]] = run["rows"][0]["task_nll"]
     groups: dict[tuple[str, ...], Comparison] = {}
     for run in measured:
         name, task, lr, steps = (run["settings"].get(key) for key in ("aligned", "task", "lr", "steps"))
-        if task is None or name not in starts:
+        if task is None or name not in starts or (name, task) not in losses:
             continue
-        start = {**starts[name], "task_nll": starts[name]["benign_nll" if task == CHAT else "gsm8k_nll"]}
+        start = {**starts[name], "task_nll": losses[name, task]}
         key = (name, task, str(lr), str(steps))
         groups.setdefault(key, Comparison(name, task, lr, steps, start, [])).runs.append(run)
     return [groups[key] for key in sorted(groups)]
+
+
+def least_task_nll(group: Comparison, groups: Iterable[Comparison]) -> float | None:
+    """How well the task is learned at best with nothing protected: at any learning rate, within the steps of all runs.
+
+    One for all comparisons on the same model and task, so that learning rates can be compared as well.
+
+    Returns:
+        None where everything that was run protects something.
+    """
+    alike = [other for other in groups if (other.aligned, other.task) == (group.aligned, group.task)]
+    shortest = min(other.steps[-1] for other in alike)
+    return min(
+        (
+            row["task_nll"][0]
+            for other in alike
+            for run in other.kinds.get(_NOTHING, [])
+            for row in run["rows"]
+            if row["step"] <= shortest
+        ),
+        default=None,
+    )
 
 
 def _aligned_run(name: str) -> Run:
@@ -113,17 +144,28 @@ def _aligned_run(name: str) -> Run:
         aligned(lab, name)
         scores = safety_scores(lab, name)
         record.facts["jaccard_with_base"] = round(scores.top(RATIO).jaccard(lab.base_scores().top(RATIO)), 4)
-        row = {"step": 0, **lab.measure()}
-        if lab.data.gsm8k is not None:
-            row["gsm8k_nll"] = lab.nll(_task(lab, GSM8K)[1])
-        record.replace([row])
+        record.replace([{"step": 0, **lab.measure()}])
 
-    return Run("spa", f"aligned-{name}", {"aligned": name, "recipe": vars(ALIGNED[name])}, perform)
+    return Run(
+        "spa", f"aligned-{name}", {"aligned": name, "recipe": {**vars(ALIGNED[name]), **balance(BALANCED)}}, perform
+    )
 
 
-def _run(name: str, task: str, lr: float, method: str, ratio: float, seed: int, steps: Sequence[int]) -> Run:
+def _unlearned_run(name: str, plan: Plan) -> Run:
+    """The loss on GSM8K before it is learned. That on ordinary answers is among what is always measured."""
+
+    def perform(lab: Lab, record: Record) -> None:
+        aligned(lab, name)
+        record.replace([{"step": 0, "task_nll": lab.nll(_task(lab, GSM8K)[1])}])
+
+    return Run("spa", f"aligned-{name}-{GSM8K}", {"aligned": name, "unlearned": GSM8K, "gsm8k": plan.gsm8k}, perform)
+
+
+def _run(
+    plan: Plan, name: str, task: str, lr: float, method: str, ratio: float, seed: int, steps: Sequence[int]
+) -> Run:
     settings = {"aligned": name, "task": task, "lr": lr, "method": method, "ratio": ratio, "seed": seed}
-    settings["steps"] = list(steps)
+    settings |= {"steps": list(steps), **({"gsm8k": plan.gsm8k} if task == GSM8K else {})}
 
     def perform(lab: Lab, record: Record) -> None:
         pairs, held_out = _task(lab, task)
@@ -178,7 +220,7 @@ def _task(lab: Lab, task: str) -> tuple[Pairs, Pairs]:
     if task == CHAT:
         return lab.data.answers[len(taught(lab)) :], lab.data.benign
     assert lab.data.gsm8k is not None
-    return lab.data.gsm8k[:-_HELD_OUT], lab.data.gsm8k[-_HELD_OUT:]
+    return lab.data.gsm8k[:-GSM8K_HELD_OUT], lab.data.gsm8k[-GSM8K_HELD_OUT:]
 
 
 def _mask(lab: Lab, name: str, task: str, pairs: Pairs, method: str, ratio: float, seed: int) -> Mask | None:

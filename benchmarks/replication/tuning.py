@@ -57,8 +57,7 @@ def tune_and_measure(
         extra: adds measurements to those of every row.
     """
     path = lab.path(f"{record.path.parent.name}-{record.path.stem}-training")
-    settings = {"steps": list(steps)}
-    run = resume.load(path, settings) if path.exists() else None
+    run = resume.load(path, record.settings) if path.exists() else None
     done = [] if run is None else run.losses
     record.rows = [row for row in record.rows if row["step"] <= len(done)]
     if run is not None:
@@ -75,7 +74,7 @@ def tune_and_measure(
         recent = losses[-10:]
         record.add({"step": step, "loss": round(sum(recent) / len(recent), 4), **measured, **extra(measured)})
         if step in steps and _WORTH_SAVING <= step < steps[-1]:
-            resume.save(path, weights.read(), optimizer, losses, settings)
+            resume.save(path, weights.read(), optimizer, losses, record.settings)
 
     tune(lab.model, optimizer, make_parts(len(done)), steps[-1], done=done, after_step=after)
     path.unlink(missing_ok=True)

@@ -219,7 +219,12 @@ def _tune_checked(
 def _table(before: _Measurement, after: _Measurement, mask: Mask, effort: _Effort) -> str:
     count = effort.held_out
     rows = [
-        ("attack success", f"{before.asr:.0%}", f"{after.asr:.0%}", f"of {count} held-out harmful prompts"),
+        (
+            "attack success",
+            f"{before.asr:.0%}",
+            f"{after.asr:.0%}",
+            f"of {count} held-out harmful prompts; broken answers count",
+        ),
         (
             "benign refusals",
             f"{before.benign_refusal:.0%}",

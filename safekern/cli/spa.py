@@ -16,9 +16,11 @@ from safekern.prompts import load
 from safekern.resume import Weights
 from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, rehearsed_per_step, with_rehearsal
 
-# Passes over what is rehearsed within which the NLL of held-out answers and refusals stayed below where it began.
-# Beside GSM8K both rose from the second pass on, to the last of 1,000 steps (benchmarks/README.md).
-_PASSES = {"benign": 3, "harmful": 5}
+# Passes over what is rehearsed within which the NLL of held-out answers and refusals stayed below where it began. Beside
+# GSM8K it was back there after 1.9 passes over 120 answers, and 5.9 over 170 refusals (benchmarks/README.md).
+_PASSES = {"benign": 2, "harmful": 5}
+# As many as make no more passes over the built-in pairs.
+_ITERATIONS = 150
 
 _DESCRIPTION = """\
 Fine-tunes an aligned model on your prompts and responses with the weights of a mask frozen, bit for bit (SPA, arXiv
@@ -40,7 +42,7 @@ example: keep what makes a model safe while it learns grade-school math
 
 --data is JSON, JSONL or CSV with the fields prompt/response, instruction/output, question/answer, or messages. In our
 experiments freezing slowed the loss of safety and rehearsal kept it (README, "Does it work?"); --rehearsal 0 leaves it
-out. The built-in pairs are few: for more than 200 steps, give your own.
+out. The built-in pairs are few: for more than 150 steps, give your own.
 
 If it is interrupted: the same command again with --resume. It ends with the same bits.
 """
@@ -65,7 +67,7 @@ def add_parser(commands: Any) -> None:
         metavar="W",
         help=f"share of these two in the loss, from 0 (none) to less than 1 (default: {REHEARSAL})",
     )
-    tuning.add_training(parser, iterations=200, lr=2e-5, batch_size=TUNING_BATCH_SIZE, every=100)
+    tuning.add_training(parser, iterations=_ITERATIONS, lr=2e-5, batch_size=TUNING_BATCH_SIZE, every=100)
     parser.set_defaults(run=run)
 
 
