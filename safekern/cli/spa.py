@@ -16,8 +16,8 @@ from safekern.prompts import load
 from safekern.resume import Weights
 from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, rehearsed_per_step, with_rehearsal
 
-# Passes over what is rehearsed within which the NLL of held-out answers and refusals stayed below where it began. It was
-# back there after 1.9 passes over 120 answers, and 5.9 over 170 refusals, beside GSM8K (benchmarks/README.md).
+# Passes over what is rehearsed within which the NLL of held-out answers and refusals stays below where it began. Beside
+# GSM8K it was back there after 1.9 passes over 120 answers, and 5.9 over 170 refusals (benchmarks/README.md).
 _PASSES = {"benign": 2, "harmful": 5}
 # As many as make no more passes over the built-in pairs.
 _ITERATIONS = 150
