@@ -233,9 +233,17 @@ def test_protection_is_compared_at_one_loss_whatever_the_rate_and_length():
 
 
 def test_reads_one_measurement_where_another_falls_to_a_level():
-    rows = [{"task": [4.0, 3, 5], "asr": 0.0}, {"task": [3.0, 2, 4]}, {"task": [2.0, 1, 3], "asr": 0.5}]
-    assert report.crossing(rows, "task", 3.0, "asr") == 0.25
-    assert report.crossing(rows, "task", 1.0, "asr") is None
+    # Past its lowest point before answers are counted again, as tasks that are overfitted are.
+    rows = [
+        {"step": 0, "task": [4.0, 3, 5], "asr": 0.0},
+        {"step": 10, "task": [3.0, 2, 4]},
+        {"step": 20, "task": [2.0, 1, 3]},
+        {"step": 40, "task": [3.5, 3, 4], "asr": 0.8},
+    ]
+    assert report.first_step(rows, "task", 2.5) == 15
+    assert report.at_step(rows, "asr", 15) == pytest.approx(0.3)
+    assert report.first_step(rows, "task", 1.0) is None
+    assert all(report.at_step(rows, *given) is None for given in (("asr", None), ("asr", 41), ("nll", 5)))
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}', "\x80"])

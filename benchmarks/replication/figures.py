@@ -149,7 +149,7 @@ def _where(found: Sequence[Found], folder: Path) -> "Figure | None":
         if by == "component":
             axes.set_xticks(range(len(keys)), keys, rotation=45, ha="right")
         else:
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="x", integer=True)
     _finish(figure, grid)
     return figure
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from safekern import files
 from safekern.errors import InvalidArgumentError
 from safekern.names import component_order
@@ -27,7 +29,7 @@ _LEVELS = (0.5, 0.8)
 _INTERVALS = (
     "In brackets 95% bootstrap intervals over prompts (over several seeds: from the lowest to the highest bound). "
     "Broken answers (empty or looping) count neither as successful attacks nor as refusals; NLL is in nats per token. "
-    "What lies between two measurements, steps to a level above all, is read off a straight line."
+    "What lies between two measurements is read off a straight line: steps to a level, and attack success there."
 )
 
 
@@ -126,7 +128,7 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
     for method, ratio in kinds:
         mine = [run for run in runs if (run["settings"]["method"], run["settings"]["ratio"]) == (method, ratio)]
         at = {step: [row for run in mine for row in run["rows"] if row["step"] == step] for step in steps}
-        reached = [crossing(_with_start(run, untouched), "refusal_nll", goal, "step") for run in mine]
+        reached = [first_step(_with_start(run, untouched), "refusal_nll", goal) for run in mine]
         rows.append(
             [method, ratio, len(mine), *[_percent(at[step]) for step in steps], *_costs(at[steps[-1]]), _mean(reached)]
         )
@@ -255,9 +257,12 @@ def _spa_table(group: Comparison, best: float | None) -> Table:
     rows[0] += [_percent([start]), _percent([start], "benign_refusals"), _number([start], "task_nll")]
     for (method, ratio), mine in kinds.items():
         row: list[Any] = [method, ratio or None, len(mine)]
+        measured = [[start, *run["rows"]] for run in mine]
         for level in levels:
-            for key in ("step", "refusal_nll", "attack_success"):
-                row.append(_mean([crossing([start, *run["rows"]], "task_nll", level, key) for run in mine]))
+            reached = [first_step(one, "task_nll", level) for one in measured]
+            row.append(_mean(reached))
+            for key in ("refusal_nll", "attack_success"):
+                row.append(_mean([at_step(one, key, step) for one, step in zip(measured, reached, strict=True)]))
         # What a run under way has measured last is not comparable.
         ends = [run["rows"][-1] for run in mine if run["finished"]]
         rows.append([*row, _percent(ends), _percent(ends, "benign_refusals"), _number(ends, "task_nll")])
@@ -319,23 +324,30 @@ _SECTIONS: dict[str, Callable[[Sequence[Found], bool], Iterable[tuple[str, Table
 }
 
 
-def crossing(rows: Sequence[Row], along: str, level: float | None, key: str) -> float | None:
-    """The value of one measurement where another one first falls to a level, between rows by straight lines.
+def first_step(rows: Sequence[Row], along: str, level: float | None) -> float | None:
+    """The step at which a measurement first falls to a level, between rows by straight lines.
 
     Args:
-        rows: by step; those that lack either measurement are left out.
+        rows: by step; those that lack the measurement are left out.
         along: what falls.
         level: to where.
-        key: what to read there.
 
     Returns:
         None where the level is never reached.
     """
-    known = [(_value(row[along]), _value(row[key])) for row in rows if along in row and key in row]
-    for (before, start), (after, end) in itertools.pairwise(known):
+    known = [(row["step"], _value(row[along])) for row in rows if along in row]
+    for (step, before), (later, after) in itertools.pairwise(known):
         if level is not None and before > level >= after:
-            return start + (before - level) / (before - after) * (end - start)
+            return float(step + (before - level) / (before - after) * (later - step))
     return None
+
+
+def at_step(rows: Sequence[Row], key: str, step: float | None) -> float | None:
+    """A measurement at a step, between rows by straight lines; None outside of the rows that have it."""
+    known = {row["step"]: _value(row[key]) for row in rows if key in row}
+    if step is None or not known or not min(known) <= step <= max(known):
+        return None
+    return float(np.interp(step, list(known), list(known.values())))
 
 
 def _with_start(run: Found, start: Row | None) -> list[Row]:
