@@ -61,14 +61,14 @@ def encode(
 def join(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Tensor]:
     """Join the tokens of prompts and answers to a batch padded on the right, as `encode` returns it."""
     shape = len(rows), max(len(asked) + len(answered) for asked, answered in rows)
-    input_ids = torch.full(shape, pad)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED)
+    input_ids = torch.full(shape, pad, device="cpu")
+    attention_mask = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    labels = torch.full(shape, IGNORED, device="cpu")
     for row, (asked, answered) in enumerate(rows):
         end = len(asked) + len(answered)
-        input_ids[row, :end] = torch.tensor(asked + answered)
+        input_ids[row, :end] = torch.tensor(asked + answered, device="cpu")
         attention_mask[row, :end] = 1
-        labels[row, len(asked) : end] = torch.tensor(answered, dtype=torch.int64)
+        labels[row, len(asked) : end] = torch.tensor(answered, dtype=torch.int64, device="cpu")
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

@@ -52,6 +52,9 @@ class InMemory:
                 "are not supported yet"
             )
         self._tensor = tensor.detach()
+        if tensor.is_cuda:
+            # It is read in threads, which have a stream of their own.
+            torch.cuda.current_stream(tensor.device).synchronize()
         self.code = files.CODES.get(tensor.dtype, str(tensor.dtype))
         self.shape = tuple(tensor.shape)
 

@@ -61,6 +61,8 @@ def generate(
     Raises:
         InvalidArgumentError: The model has fewer positions than prompt and answer take.
     """
+    if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
+        model = cast("PreTrainedModel", model.module)
     pad, stops = padding_id(tokenizer), _stop_ids(model, tokenizer)
     input_ids, attention_mask = _pad_left(prompts, pad)
     length = input_ids.shape[1]
@@ -139,8 +141,9 @@ def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
 
 def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     shape = len(rows), max(map(len, rows))
-    input_ids, attention_mask = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)
+    input_ids = torch.full(shape, pad, device="cpu")
+    attention_mask = torch.zeros(shape, dtype=torch.int64, device="cpu")
     for row, ids in enumerate(rows):
-        input_ids[row, shape[1] - len(ids) :] = torch.tensor(ids)
+        input_ids[row, shape[1] - len(ids) :] = torch.tensor(ids, device="cpu")
         attention_mask[row, shape[1] - len(ids) :] = 1
     return input_ids, attention_mask

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from safekern.arguments import check_whole_number, is_number
 from safekern.chat import (
     Message,
     Prompt,
@@ -105,6 +106,9 @@ class GuardJudge:
         sample: draw the responses from the model's distribution instead of answering greedily.
         seed: of the Gumbel noise and the samples. One judge draws new noise for every prompt; a new one starts over.
 
+    Attributes:
+        generator: what the noise is drawn with. ``score`` puts it back for each of several sweeps.
+
     Raises:
         InvalidArgumentError: a tokenizer without chat template, a template that does not show the conversation, answers
             of which one begins with the other, different vocabularies without fast tokenizers, a size below 1.
@@ -127,17 +131,17 @@ class GuardJudge:
         sample: bool = False,
         seed: int = 0,
     ) -> None:
-        if max_new_tokens < 1:
-            raise InvalidArgumentError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
-        if not 0 < tau < float("inf"):
-            raise InvalidArgumentError(f"tau is {tau}, but must be positive")
+        check_whole_number("max_new_tokens", max_new_tokens, 1)
+        check_whole_number("seed", seed, 0)
+        if not is_number(tau) or not 0 < tau < float("inf"):
+            raise InvalidArgumentError(f"tau is {tau!r}, but must be a positive number")
         require_template(tokenizer)
         self._guard = guard
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
         self._tau = tau
         self._sample = sample
-        self._seeds = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self._template = _Template(guard_tokenizer, format or find_format(guard_tokenizer))
         self._vocabularies = _Vocabularies(tokenizer, guard_tokenizer)
 
@@ -224,7 +228,12 @@ class GuardJudge:
             return generate(model, self._tokenizer, asked, self._max_new_tokens)
         device = model_device(model)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self._next_seed())
+            seed = self._next_seed()
+            # Not torch.manual_seed, which seeds the devices that fork_rng does not give their state back, too.
+            torch.default_generator.manual_seed(seed)
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             return generate(model, self._tokenizer, asked, self._max_new_tokens, sample=True)
 
     def _differentiate(self, prompts: Sequence[Prompt], answers: Sequence["_Answer"]) -> tuple[Tensor, Tensor]:
@@ -294,7 +303,7 @@ class GuardJudge:
         return -torch.empty_like(logits[:count]).exponential_(generator=generator).log()
 
     def _next_seed(self) -> int:
-        return int(torch.randint(2**62, (), generator=self._seeds))
+        return int(torch.randint(2**62, (), generator=self.generator, device="cpu"))
 
 
 def find_format(guard_tokenizer: "PreTrainedTokenizerBase") -> GuardFormat:
@@ -421,7 +430,7 @@ class _Vocabularies:
         text = str(self._tokenizer.decode(ids))
         ids, spans = _spans(self._tokenizer, text)
         guard_ids, guard_spans = _spans(self._guard_tokenizer, text)
-        overlap = torch.zeros(len(ids), len(guard_ids), dtype=torch.float64)
+        overlap = torch.zeros(len(ids), len(guard_ids), dtype=torch.float64, device="cpu")
         for row, (start, end) in enumerate(spans):
             for column, (guard_start, guard_end) in enumerate(guard_spans):
                 overlap[row, column] = max(0, min(end, guard_end) - max(start, guard_start))
@@ -460,7 +469,7 @@ class _Vocabularies:
         for counts in counted:
             offsets.append(len(pieces))
             pieces += next(encoded) if counts else []
-        return torch.tensor(pieces), torch.tensor(offsets)
+        return torch.tensor(pieces, device="cpu"), torch.tensor(offsets, device="cpu")
 
 
 def _spans(tokenizer: "PreTrainedTokenizerBase", text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -35,6 +35,9 @@ Objective = Callable[[nn.Module, Any], Tensor]
 # nor change them (a mask or a scale that belongs to someone's training).
 _SET_ASIDE = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
+# Elements of one gradient per batch that are kept to compare sweeps by.
+_WATCHED = 256
+
 # Python's warning filters belong to the whole process. Reentrant, since an objective may score another model.
 _FILTERS_LOCK = threading.RLock()
 
@@ -76,8 +79,10 @@ def score(
             swept several times: each sweep is a full forward and backward over all batches that accumulates a part of
             the parameters and keeps the running global top candidates. ``top(ratio)`` of the result, for a ratio of at
             most ``keep``, is then the same mask bit for bit; anything else raises. Every sweep starts from the same
-            state of torch's random numbers, so shuffling and dropout repeat; that each batch has the same loss again is
-            checked. Backward has to be deterministic too (see :func:`torch.use_deterministic_algorithms`).
+            state of torch's random numbers, and of the torch.Generator that an objective has as its ``generator``, so
+            shuffling, dropout and noise repeat. That each batch has the same loss again is checked, and the same
+            gradient of one parameter but for rounding. Backward has to be deterministic too (see
+            :func:`torch.use_deterministic_algorithms`).
         keep: the share of the model's weights to keep as candidates, in (0, 1]. A candidate takes 20 bytes of
             ``memory`` (8 between sweeps), so a smaller share leaves more of it to accumulators and needs fewer sweeps.
         offload: accumulate in CPU memory when the model is on a GPU (``memory`` then bounds that). Every gradient
@@ -145,16 +150,16 @@ def score(
 
         def begin(part: list[str]) -> _GradientFold:
             _check_finite(sigma)
-            return _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload)
+            watch = replay.watch if len(parts) > 1 else None
+            return _GradientFold(model, params, part, sharded, absolute=reduction == "abs", host=offload, watch=watch)
 
         for sweep, part in enumerate(parts, 1):
             label = "score" if len(parts) == 1 else f"score, sweep {sweep}/{len(parts)}"
             bar = tqdm(
                 desc=label, unit="batch", total=_length(loader), disable=None if progress is None else not progress
             )
-            # Every sweep but the last gives the random numbers back that it used: shuffling and dropout repeat.
             explained = _memory_explained(model, params, part)
-            with torch.random.fork_rng(gpus, enabled=sweep < len(parts)), bar, explained:
+            with _chance_repeats(objective, gpus, enabled=sweep < len(parts)), bar, explained:
                 fold, _ = everyone.agreed(partial(begin, part))
                 _sweep(fold, model, loader, compute, replay, bar, check_others)
             _, counts = replicas.agreed(partial(replay.finish, fold.num_batches), lambda _: replay.num_batches)
@@ -259,8 +264,8 @@ def _sweep(
             with torch.enable_grad(), guard:
                 loss = compute(model, _to_device(batch, device))
                 _check_loss(loss, fold.num_batches)
-                replay.check(fold.num_batches, loss.detach())
                 fold.backward(loss)
+                replay.check(fold.num_batches, loss.detach())
             fold.finish_batch()
             bar.update()
 
@@ -345,28 +350,63 @@ def _parts(params: Mapping[str, nn.Parameter], memory: float, k: int, offload: b
     return parts
 
 
+@contextmanager
+def _chance_repeats(objective: object, gpus: list[int], *, enabled: bool) -> Iterator[None]:
+    """Gives back the random numbers that were used, torch's and the objective's: shuffling, dropout, noise repeat."""
+    generator = getattr(objective, "generator", None)
+    state = generator.get_state() if enabled and isinstance(generator, torch.Generator) else None
+    try:
+        with torch.random.fork_rng(gpus, enabled=enabled):
+            yield
+    finally:
+        if state is not None:
+            put_back(lambda: cast(torch.Generator, generator).set_state(state))
+
+
 class _Replay:
-    """Makes sure that every sweep over the loader sees the batches of the first one, by their losses."""
+    """Makes sure that every sweep over the loader sees the batches of the first one, by their losses and gradients."""
 
     def __init__(self, sweeps: int) -> None:
         self._sweeps = sweeps
         self._sweep = 1
         self._losses: list[Tensor] = []
+        # Of one parameter, the beginning of its gradient in each batch.
+        self._watched: str | None = None
+        self._gradients: list[Tensor | None] = []
+        self._arrived: dict[str, Tensor] = {}
         self.num_batches = 0
 
+    def watch(self, name: str, grad: Tensor) -> None:
+        """Takes note of a gradient, or a part of one."""
+        if self._watched in (None, name):
+            start = grad.reshape(-1)[:_WATCHED].float()
+            self._arrived[name] = self._arrived[name] + start if name in self._arrived else start.clone()
+
     def check(self, batch: int, loss: Tensor) -> None:
+        """Compares a batch whose gradients have arrived with that of the first sweep."""
         if self._sweeps == 1:
             return
+        # The first to arrive, since others may belong to no batch.
+        self._watched = self._watched or next(iter(self._arrived), None)
+        gradient = self._arrived.get(self._watched or "")
+        self._arrived.clear()
         if self._sweep == 1:
             self._losses.append(loss.clone())
+            self._gradients.append(gradient)
+            return
+        if batch >= self.num_batches:
             return
         # Bit for bit, but for a NaN, of which the gradients are going to tell more.
-        if batch < self.num_batches and not torch.allclose(loss, self._losses[batch], 0, 0, equal_nan=True):
+        if not torch.allclose(loss, self._losses[batch], 0, 0, equal_nan=True):
             raise ScoringError(
                 f"batch {batch} of sweep {self._sweep} has a loss of {loss.item()!r}, in the first sweep it was "
-                f"{self._losses[batch].item()!r}: sweeps need the same batches in the same order and a deterministic "
-                "objective. Sources of chance are a DataLoader with a generator of its own, NumPy or Python random "
-                "numbers, and kernels that torch.use_deterministic_algorithms(True) replaces"
+                f"{self._losses[batch].item()!r}: {_REPLAYED}"
+            )
+        if not _alike(gradient, self._gradients[batch]):
+            raise ScoringError(
+                f"batch {batch} of sweep {self._sweep} has the loss but not the gradients of the first sweep: "
+                f"{_REPLAYED}. An objective that draws noise may have its torch.Generator as its attribute "
+                "`generator`, which is put back for every sweep"
             )
 
     def finish(self, num_batches: int) -> None:
@@ -379,6 +419,22 @@ class _Replay:
             )
         self.num_batches = num_batches
         self._sweep += 1
+
+
+_REPLAYED = (
+    "sweeps need the same batches in the same order and a deterministic objective. Sources of chance are a DataLoader "
+    "with a generator of its own, NumPy or Python random numbers, and kernels that "
+    "torch.use_deterministic_algorithms(True) replaces"
+)
+
+
+def _alike(gradient: Tensor | None, before: Tensor | None) -> bool:
+    """Whether gradients differ by rounding at most, as those of kernels that add in any order do."""
+    if gradient is None or before is None:
+        return gradient is before
+    distance, size = (gradient - before).norm().item(), before.norm().item()
+    # Of NaN and infinity, finish_batch tells more.
+    return not distance > 0.1 * size
 
 
 class _GradientFold:
@@ -397,6 +453,7 @@ class _GradientFold:
         *,
         absolute: bool,
         host: bool,
+        watch: Callable[[str, Tensor], None] | None,
     ) -> None:
         self._model = model
         self._params = params
@@ -407,6 +464,7 @@ class _GradientFold:
             name: torch.zeros(tensor.shape, dtype=torch.float32, device="cpu" if host else tensor.device)
             for name, tensor in held.items()
         }
+        self._watch = watch
         self.num_batches = 0
         # On each device a flag per accumulator, and one for the loss: read once per batch, since a read waits for it.
         self._nonfinite: dict[torch.device, Tensor] = {}
@@ -488,6 +546,8 @@ class _GradientFold:
                 'reduction="mean", or gradient checkpointing with use_reentrant=False'
             )
         self._arrived.add(name)
+        if self._watch is not None:
+            self._watch(name, grad.detach())
         if acc is not None and flag is not None:
             ops.accumulate_([acc], [_beside(acc, local(grad.detach()).contiguous())], flag, self._absolute)
 

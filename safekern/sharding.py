@@ -194,7 +194,7 @@ class Shard:
         if last - first + 1 == self.numel:
             return slice(start, end)
         rest = indices[start:end].long()
-        kept = torch.ones(rest.shape, dtype=torch.bool)
+        kept = torch.ones(rest.shape, dtype=torch.bool, device=rest.device)
         for size, offset, length in reversed(list(zip(self.shape, self.offset, self.local_shape, strict=True))):
             position = rest % size
             kept &= (position >= offset) & (position < offset + length)

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from safekern.arguments import check_whole_number, is_number, is_whole_number
 from safekern.errors import InvalidArgumentError, NonFiniteError
-from safekern.faults import out_of_memory_explained
+from safekern.faults import out_of_memory_explained, put_back
 from safekern.objectives import encode, refusal
 from safekern.prompts import Pairs, check_pairs
 from safekern.sharding import local
@@ -279,7 +279,8 @@ def tune(
     left = max(0, iterations - len(losses))
     # disable=None shows the bar on a terminal only.
     bar = tqdm(total=iterations, initial=len(losses), desc="tuning", unit="step", disable=None)
-    with bar, _memory_explained(model, optimizer):
+    # Gradients of before are not of these losses, and of a step that failed none may be left to the next.
+    with bar, _memory_explained(model, optimizer), _without_gradients(optimizer):
         for batches in itertools.islice(zip(*streams, strict=False), left):
             total = 0.0
             for weight, batch in zip(weights, batches, strict=True):
@@ -301,6 +302,15 @@ def tune(
     if len(losses) < iterations:
         raise InvalidArgumentError(f"the batches ran out after {len(losses)} of {iterations} iterations")
     return losses
+
+
+@contextmanager
+def _without_gradients(optimizer: Optimizer) -> Iterator[None]:
+    optimizer.zero_grad()
+    try:
+        yield
+    finally:
+        put_back(optimizer.zero_grad)
 
 
 def _checked(parts: object) -> list[tuple[float, Iterable[Batch]]]:
@@ -337,7 +347,7 @@ def _memory_explained(model: torch.nn.Module, optimizer: Optimizer) -> AbstractC
 
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
     while True:
-        yield from torch.randperm(count, generator=generator).tolist()
+        yield from torch.randperm(count, generator=generator, device="cpu").tolist()
 
 
 def _check(pairs: Pairs, batch_size: int) -> None:

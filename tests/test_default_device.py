@@ -3,14 +3,18 @@
 The meta device stands for it here: it is always there, and a tensor that was made on it by mistake cannot be computed.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import islice
 
 import pytest
 import torch
+from language_models import byte_tokenizer, tiny_llama
 from small_net import Net, full_mask, random_mask
 
 import safekern
+from safekern.evaluation import mean_nll
+from safekern.sharding import Shard
 
 
 @contextmanager
@@ -123,6 +127,29 @@ def test_steps_are_counted_beyond_256(otherwise):
             weight.grad = torch.ones(4, dtype=torch.float32, device="cpu")
             optimizer.step()
     assert optimizer.state[weight]["step"] == 300
+
+
+def test_language_models(otherwise):
+    tokenizer, model, guard = byte_tokenizer(), tiny_llama(), tiny_llama()
+    pairs = safekern.prompts.builtin("harmful", "tune")[:4]
+    found = []
+    for context in (nullcontext, otherwise):
+        with context():
+            batches = list(islice(safekern.training.shuffled(tokenizer, pairs, 2, seed=0), 2))
+            assert all(tensor.device.type == "cpu" for batch in batches for tensor in batch.values())
+            answers = safekern.attack_success_rate(model, tokenizer, pairs.prompts, max_new_tokens=4).responses
+            nll = mean_nll(model, tokenizer, pairs.prompts, pairs.responses)
+            judge = safekern.objectives.GuardJudge(guard, tokenizer, tokenizer, max_new_tokens=4, sample=True)
+            scores = safekern.score(model, [pairs.prompts], judge)
+        found.append((answers, nll, scores.top(0.01)))
+    assert found[0] == found[1]
+
+
+def test_shards(otherwise):
+    with otherwise():
+        shard = Shard(torch.Size((4, 4)), (0, 2), (4, 2), True)
+        places = shard.inside(torch.tensor([0, 2, 3, 6, 9], dtype=torch.int32, device="cpu"))
+    assert places.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -382,3 +382,10 @@ def test_smollm2_finds_true_answers_likelier(smollm2):
     right = ["The capital of France is Paris.", "The capital of Italy is Rome."]
     wrong = ["The capital of France is Rome.", "The capital of Italy is Paris."]
     assert mean_nll(model, tokenizer, prompts, right) + 0.5 < mean_nll(model, tokenizer, prompts, wrong)
+
+
+def test_data_parallel_models_answer(model, tokenizer):
+    wrapped = torch.nn.DataParallel(model)
+    assert attack_success_rate(wrapped, tokenizer, PROMPTS) == attack_success_rate(model, tokenizer, PROMPTS)
+    given = (tokenizer, PROMPTS, RESPONSES)
+    assert mean_nll(wrapped, *given) == mean_nll(model, *given)

@@ -297,6 +297,37 @@ def test_score(own):
             torch.testing.assert_close(again.gradient(name), scores.gradient(name), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("sample", [False, True])
+def test_score_in_sweeps(sample):
+    tokenizer, model, guard = byte_tokenizer(), tiny_llama(), llama(259)
+    masks = []
+    for memory in (None, 60_000):
+        judge = GuardJudge(guard, tokenizer, tokenizer, max_new_tokens=TOKENS, sample=sample)
+        scores = safekern.score(model, [PROMPTS[:2], PROMPTS[2:]], judge, memory=memory, keep=0.002)
+        assert ("Top" in repr(scores)) == (memory is not None)
+        masks.append(scores.top(0.002))
+    assert masks[0] == masks[1]
+
+
+def test_samples_leave_other_devices_alone(monkeypatch):
+    tokenizer, model, seeded = byte_tokenizer(), tiny_llama(), []
+    judge = GuardJudge(llama(259), tokenizer, tokenizer, max_new_tokens=TOKENS, sample=True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    judge(model, PROMPTS)
+    assert not seeded
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_new_tokens": "40"}, {"max_new_tokens": 2.5}, {"max_new_tokens": 0}, {"seed": 1.5}]
+    + [{"tau": value} for value in ("x", 0.0, float("inf"), float("nan"))],
+)
+def test_wrong_arguments_are_named(wrong):
+    tokenizer = byte_tokenizer()
+    with pytest.raises(InvalidArgumentError, match=next(iter(wrong))):
+        GuardJudge(llama(259), tokenizer, tokenizer, **wrong)
+
+
 def test_samples_are_seeded_and_leave_the_global_generator():
     tokenizer = byte_tokenizer()
     model, guard = tiny_llama(), llama(259)

@@ -380,7 +380,6 @@ def test_a_selected_grad_has_the_form_of_its_parameter():
         lambda grad: grad.isnan().any(),
         lambda grad: grad.mean(),
         lambda grad: grad.clone(),
-        lambda grad: grad.bfloat16(),
         lambda grad: grad.view(-1),
         lambda grad: grad[0],
         lambda grad: grad.copy_(torch.zeros(grad.shape)),
@@ -398,6 +397,53 @@ def test_other_operations_say_what_to_do(operation):
     with pytest.raises(InvalidArgumentError, match=r"does not work on a SelectedGrad.*`selected`"):
         operation(grad)
     assert torch.equal(grad.selected, before)
+
+
+@pytest.mark.parametrize(
+    ("move", "dtype", "device"),
+    [
+        (lambda model: model.to(torch.bfloat16), torch.bfloat16, "cpu"),
+        (lambda model: model.double(), torch.float64, "cpu"),
+        (lambda model: model.cpu(), torch.float32, "cpu"),
+        (lambda model: model.to("meta"), torch.float32, "meta"),
+        (lambda model: model.share_memory(), torch.float32, "cpu"),
+    ],
+)
+def test_a_model_is_moved_with_the_gradients_it_has(move, dtype, device):
+    model, optimizer = collecting()
+    loss_of(model, 0).backward()
+    optimizer.step()
+    before = {name: model.get_parameter(name).grad.selected.clone() for name in MASKED}
+    move(model)
+    for name, param in model.named_parameters():
+        assert (param.dtype, param.device.type) == (dtype, device)
+        if name in MASKED:
+            assert type(param.grad) is SelectedGrad and (param.grad.dtype, param.grad.device.type) == (dtype, device)
+            assert device == "meta" or torch.equal(param.grad.selected, before[name])
+
+
+def test_gradients_wider_than_their_parameter():
+    weights = [nn.Parameter(torch.linspace(-1, 1, 64).bfloat16().view(8, 8)) for _ in range(2)]
+    mask = Mask.from_indices({"w": [1, 5, 63]}, {"w": (8, 8)})
+    for weight, in_backward in zip(weights, (False, True), strict=True):
+        weight.grad_dtype = torch.float32
+        optimizer = SETAdamW([("w", weight)], mask, lr=1e-2, in_backward=in_backward)
+        for _ in range(2):
+            weight.float().square().sum().backward()
+        assert weight.grad.dtype == torch.float32 and (type(weight.grad) is SelectedGrad) == in_backward
+        optimizer.step()
+    assert torch.equal(bits(weights[0]), bits(weights[1]))
+
+
+def test_state_may_be_written_between_backward_and_step():
+    pairs = pair(lr=1e-2)
+    for model, optimizer in pairs:
+        train(model, optimizer, range(2))
+        loss_of(model, 2).backward()
+        for param, state in list(optimizer.state.items()):
+            optimizer.state[param] = dict(state)
+        optimizer.step()
+    assert_same_training(pairs)
 
 
 @pytest.mark.parametrize("fused", [False, True])

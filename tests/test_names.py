@@ -17,6 +17,7 @@ PARTS = ["module", "_orig_mod", "base_layer", "base_model", "model", "layers", "
         ("_orig_mod.model.norm.weight", "model.norm.weight"),
         ("module._orig_mod.module.x.weight", "x.weight"),
         ("model.layers.0._orig_mod.q_proj.weight", "model.layers.0.q_proj.weight"),
+        ("model.layers.0._checkpoint_wrapped_module.q_proj.weight", "model.layers.0.q_proj.weight"),
         ("base_model.model.model.layers.0.q_proj.base_layer.weight", "model.layers.0.q_proj.weight"),
         ("module.base_model.model.x.weight", "x.weight"),
         ("base_model.model.base_model.model.x.base_layer.base_layer.weight", "x.weight"),

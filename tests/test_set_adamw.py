@@ -520,13 +520,32 @@ def pop_each(optimizer):
         assert "step" in state.pop(param)
 
 
+def pop_items(optimizer):
+    state = optimizer.state
+    while state:
+        state.popitem()
+
+
+def update_to_nothing(optimizer):
+    optimizer.state.update({param: {} for param in optimizer.state})
+
+
 def empty_each(optimizer):
     for param in optimizer.state:
         optimizer.state[param] = {}
 
 
 @pytest.mark.parametrize(
-    "reset", [assign_nothing, lambda optimizer: optimizer.state.clear(), delete_each, pop_each, empty_each]
+    "reset",
+    [
+        assign_nothing,
+        lambda optimizer: optimizer.state.clear(),
+        delete_each,
+        pop_each,
+        pop_items,
+        update_to_nothing,
+        empty_each,
+    ],
 )
 @pytest.mark.parametrize(
     "make", [SETAdamW, SPAAdamW, functools.partial(SETAdamW, in_backward=True)], ids=["set", "spa", "in backward"]
@@ -546,6 +565,13 @@ def test_without_its_state_it_starts_anew(make, reset):
     train(model, optimizer, range(3, 6))
     train(other, fresh, range(3, 6))
     assert_same(snapshot(model, optimizer), snapshot(other, fresh))
+
+
+def test_state_of_what_has_none_is_empty():
+    model = Net()
+    model.first.weight.requires_grad = False
+    for optimizer in (SPAAdamW(model.named_parameters(), random_mask(model)), torch.optim.AdamW(model.parameters())):
+        assert optimizer.state[model.first.weight] == {}
 
 
 def test_repr_shows_hyperparameters():

@@ -606,6 +606,22 @@ def test_arguments_that_cannot_work_are_refused():
             SPAAdamW(params, mask)
 
 
+@pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_a_model_that_was_converted_trains_on(before, after):
+    model = make_model(before)
+    mask = make_mask(model)
+    optimizer = SPAAdamW(model.named_parameters(), mask, lr=1e-2)
+    train(model, optimizer, 2)
+    moments = {param: state["exp_avg"].clone() for param, state in optimizer.state.items()}
+    model.to(after)
+    for param, state in optimizer.state.items():
+        assert torch.equal(state["exp_avg"].float(), moments[param].float())
+    converted = snapshot(model)
+    train(model, optimizer, 2)
+    assert all(state["step"] == 4 for state in optimizer.state.values())
+    assert_protected(model, converted, mask)
+
+
 def test_steps_that_cannot_be_taken_change_nothing():
     embedding = nn.Embedding(5, 3, sparse=True)
     linear = nn.Linear(3, 2)

@@ -291,6 +291,37 @@ def test_sweeps_that_would_differ_are_errors(loader, error, message):
     assert_untouched(model, before)
 
 
+def noisy(generator):
+    """An objective whose gradients depend on chance, and whose value does not."""
+
+    def objective(model, batch):
+        slope = model(**batch).loss * torch.rand((), generator=generator)
+        return 1 + (slope - slope.detach())
+
+    return objective
+
+
+def test_gradients_of_chance_are_noticed_behind_equal_losses():
+    model = used_model()
+    before = snapshot(model)
+    with pytest.raises(ScoringError, match="has the loss but not the gradients of the first sweep"):
+        score(model, token_batches(), noisy(torch.Generator().manual_seed(0)), memory=600)
+    assert_untouched(model, before)
+
+
+def test_an_objectives_generator_is_put_back_for_every_sweep():
+    states, masks = [], []
+    for memory in (None, 600):
+        generator = torch.Generator().manual_seed(0)
+        objective = noisy(generator)
+        objective.generator = generator
+        masks.append(score(used_model(), token_batches(), objective, memory=memory, keep=0.05).top(0.05))
+        states.append(generator.get_state())
+    assert masks[0] == masks[1]
+    # As many numbers are used up, so that what follows is the same as well.
+    assert torch.equal(*states)
+
+
 def test_a_growing_loader_is_an_error():
     batches, counts = token_batches(3), iter([2, 3])
 

@@ -161,3 +161,29 @@ def test_tune_stops_at_a_loss_that_is_not_finite():
             1,
         )
     assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+def test_tune_steps_on_no_gradients_but_its_own():
+    tokenizer = byte_tokenizer()
+    batch, other = in_order(tokenizer, pairs("a", 2), 1)
+    model, untouched = tiny_llama(), tiny_llama()
+    optimizer, theirs = (torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, untouched))
+    with pytest.raises(NonFiniteError):
+        tune(model, optimizer, [(1.0, [other]), (float("inf"), [other])], 1)
+    forwards = []
+
+    def interrupt(*_):
+        forwards.append(1)
+        if len(forwards) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        handle = model.register_forward_pre_hook(interrupt)
+        tune(model, optimizer, [(1.0, [other]), (1.0, [other])], 1)
+    handle.remove()
+    assert all(param.grad is None for param in model.parameters())
+    # Of the caller's own.
+    refusal(model, other).backward()
+    for each, opt in ((model, optimizer), (untouched, theirs)):
+        tune(each, opt, [(1.0, [batch, other])], 2)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -105,7 +105,7 @@ class MaskedOptimizer(Optimizer):
     def state(self, state: Mapping[Tensor, dict[str, Tensor]]) -> None:
         self._states = {name: state[param] for _, name, param in self._named() if state.get(param)}
         # So that the next use makes what is missing.
-        self._seen.clear()
+        self._seen = {name: seen for name, seen in self._seen.items() if name in self._states}
 
     def _checked_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """A group to be added, in the form torch keeps names in; an error if it repeats what is given already."""
@@ -268,6 +268,12 @@ class _State(dict[Tensor, dict[str, Tensor]]):
         popped = super().pop(*arguments)
         self._optimizer.state = self
         return popped
+
+    # By way of the above.
+    popitem, setdefault, update = MutableMapping.popitem, MutableMapping.setdefault, MutableMapping.update
+
+    def __missing__(self, param: Tensor) -> dict[str, Tensor]:
+        return {}
 
     def clear(self) -> None:
         super().clear()

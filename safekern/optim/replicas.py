@@ -60,4 +60,4 @@ def average(replicated: Mapping[str, tuple[Tensor, Tensor]], *, complete: bool) 
             if isinstance(grad, SelectedGrad):
                 grad.selected = mean
             elif count:
-                params[t].grad = SelectedGrad(params[t], positions_of[t], mean)
+                params[t].grad = SelectedGrad(params[t], positions_of[t], mean, dtype=params[t].grad_dtype)

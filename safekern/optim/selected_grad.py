@@ -51,9 +51,10 @@ _READING = (
 class SelectedGrad(Tensor):
     """The gradient of a masked parameter, of which only the selected entries are kept, in fp32.
 
-    It stands in ``param.grad`` with the parameter's shape, dtype and device, and takes 4 bytes per selected weight.
-    Backward adds to it; ``zero_grad``, ``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``,
-    ``torch.amp.GradScaler`` and in-place multiplication by a number act on it as on a gradient that is zero elsewhere.
+    It stands in ``param.grad`` with the parameter's shape and device and the gradient's dtype, and takes 4 bytes per
+    selected weight. Backward adds to it; ``zero_grad``, ``torch.nn.utils.clip_grad_norm_`` and ``clip_grad_value_``,
+    ``torch.amp.GradScaler``, in-place multiplication by a number and ``Module.to`` act on it as on a gradient that is
+    zero elsewhere.
     Any other operation raises :class:`~safekern.InvalidArgumentError`. The gradient of a sharded parameter is a DTensor
     whose local tensor is one of these.
 
@@ -77,13 +78,15 @@ class SelectedGrad(Tensor):
         positions: Tensor,
         selected: Tensor,
         before_reading: weakref.WeakMethod[Callable[[], None]] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
     ) -> Self:
-        """Stands for a gradient with the shape, strides, dtype and device of ``like``.
+        """Stands for a gradient with the shape, strides, device and, unless another is given, dtype of ``like``.
 
         ``before_reading`` is called before anything that depends on the values.
         """
         grad = torch.Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+            cls, like.shape, strides=like.stride(), dtype=dtype or like.dtype, device=positions.device
         )
         grad.positions, grad.selected, grad._before_reading = positions, selected, before_reading
         return grad
@@ -93,6 +96,11 @@ class SelectedGrad(Tensor):
             f"SelectedGrad({self.selected.numel()} of {self.numel()} entries, shape={tuple(self.shape)}, "
             f"dtype={self.dtype}, selected={self.selected})"
         )
+
+    # On the whole gradient, which is not there, torch's own would end the process.
+    def share_memory_(self) -> Self:
+        self.selected.share_memory_()
+        return self
 
     def __reduce_ex__(self, protocol: object) -> Any:
         raise _unsupported("copying or pickling")
@@ -114,6 +122,13 @@ class SelectedGrad(Tensor):
             raise _unsupported(func)
         if func is aten.detach.default:
             return cls(self, self.positions, self.selected, self._before_reading)
+        if func is aten._to_copy.default:
+            # A module that is moved or converted takes its gradients along. The values stay in fp32.
+            device = kwargs.get("device") or self.device
+            selected = self.selected.to(device, copy=True)
+            return cls(
+                self, self.positions.to(device), selected, self._before_reading, dtype=kwargs.get("dtype") or self.dtype
+            )
         if func is aten.linalg_vector_norm.default and not any(others[1:]):
             return func(self.selected, *others, **kwargs)
         if func is aten.add_.Tensor and isinstance(others[0], Tensor) and others[0].shape == self.shape:

@@ -220,8 +220,8 @@ class SETAdamW(MaskedOptimizer):
             param.grad = None
             piece, indices = local(param), self._selections[name].indices
             read = weakref.WeakMethod(self._average_to_read) if is_replicated(param) else None
-            selected = SelectedGrad(piece, indices, gather_selected(local(grad), piece, indices), read)
-            param.grad = like(grad, selected)
+            values = gather_selected(local(grad), piece, indices)
+            param.grad = like(grad, SelectedGrad(piece, indices, values, read, dtype=grad.dtype))
 
     def _others(self, param: Tensor) -> "list[tuple[SETAdamW, str]]":
         return [] if self._hooks is None else self._hooks.others(param)

@@ -266,11 +266,14 @@ def _update(group: dict[str, Any], targets: list[_Target]) -> None:
 
 
 def _lie_like(param: Tensor, moments: Sequence[Tensor]) -> bool:
-    """Whether moments are sharded and lie in memory as their parameter does."""
+    """Whether moments are sharded and lie in memory as their parameter does, in its dtype or fp32."""
     piece = local(param)
     shape, device, contiguous = piece.shape, piece.device, piece.is_contiguous()
     for moment in moments:
         mine = local(moment)
+        # A model may be widened, or narrowed, after it was trained.
+        if mine.dtype not in (piece.dtype, torch.float32):
+            return False
         if (mine is moment) != (piece is param) or mine.shape != shape or mine.device != device:
             return False
         if not (contiguous and mine.is_contiguous()) and mine.stride() != piece.stride():

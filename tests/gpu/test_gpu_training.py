@@ -319,6 +319,28 @@ def test_optimizers_work_on_a_stream_of_their_own(make):
 
 
 @on_cuda
+def test_files_wait_for_the_callers_stream(tmp_path):
+    model = models(torch.bfloat16)[1]
+    mask = random_mask(model)
+    base = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-2)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)
+        give_gradients(model, 0)
+        optimizer.step()
+        safekern.save_delta(model, mask, tmp_path / "delta.safetensors", base=base)
+    torch.cuda.synchronize()
+    tuned = [param.detach().clone() for param in model.parameters()]
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(base[name])
+    safekern.apply_delta(model, tmp_path / "delta.safetensors")
+    assert all(torch.equal(param, want) for param, want in zip(model.parameters(), tuned, strict=True))
+
+
+@on_cuda
 def test_grad_scaler_skips_a_step_that_overflowed():
     model = tiny_llama().to(DEVICE)
     mask = random_mask(model)
