@@ -223,12 +223,17 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raise unless the tokenizer has a chat template.
 
     Raises:
-        InvalidArgumentError: It has none.
+        InvalidArgumentError: It has none, or several without a default.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InvalidArgumentError(
             "the tokenizer has no chat template: load the tokenizer of the model's instruct version, or set "
             "tokenizer.chat_template"
+        )
+    if isinstance(tokenizer.chat_template, Mapping) and "default" not in tokenizer.chat_template:
+        raise InvalidArgumentError(
+            f"the tokenizer has several chat templates ({', '.join(tokenizer.chat_template)}) and none of the name "
+            "'default': set tokenizer.chat_template to one of them"
         )
 
 

@@ -19,6 +19,7 @@ from safekern.checkpoint import OnDisk, Source, Weights
 from safekern.eligibility import check_plain
 from safekern.errors import (
     DeltaAppliedError,
+    DeltaDtypeError,
     DeltaMismatchError,
     DeltaNamesError,
     FileFormatError,
@@ -111,6 +112,7 @@ def apply_delta(model: nn.Module | StrPath, path: StrPath) -> None:
         DeltaMismatchError: the weights are not those of the base model, or its names, shapes or dtypes differ. Nothing
             was changed.
         DeltaNamesError: a parameter is not there under a name like its own. It is a DeltaMismatchError.
+        DeltaDtypeError: a parameter is there in another dtype. It is a DeltaMismatchError.
         DeltaAppliedError: the weights are those that the delta makes. Nothing was changed. It is a DeltaMismatchError.
         InvalidArgumentError: a parameter is not a plain tensor on a real device, or overlaps itself in memory. Nothing
             was changed.
@@ -316,9 +318,11 @@ def _compare(
         if (weights[found].code, weights[found].shape) != (parameters[name].code, parameters[name].shape)
     ]
     if other:
-        raise DeltaMismatchError(
+        shapes_fit = all(weights[found].shape == parameters[name].shape for name, found in pairs)
+        raise (DeltaDtypeError if shapes_fit else DeltaMismatchError)(
             f"{len(other):,} of {len(pairs):,} parameters have another dtype or shape: {names.listed(other)}. A delta "
-            "is exact, so it needs the model in the dtypes that it was made in"
+            "is exact, so it needs the model in the dtypes that it was made in. Where a checkpoint is loaded in others "
+            "than its files have, apply the delta in memory, which safekern apply does with --out"
         )
     scans = _scan_all(
         {found: weights[found] for _, found in pairs},

@@ -35,6 +35,10 @@ class DeltaAppliedError(DeltaMismatchError):
     """A delta that was applied before; nothing was changed."""
 
 
+class DeltaDtypeError(DeltaMismatchError):
+    """A delta of parameters in other dtypes than the model's or checkpoint's; nothing was changed."""
+
+
 class DeltaNamesError(DeltaMismatchError):
     """A delta with parameters that the model holds under no names like theirs; nothing was changed."""
 

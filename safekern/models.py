@@ -33,6 +33,10 @@ _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+# By which quantised weights are multiplied, as checkpoints of fp8, GPTQ, AWQ and compressed-tensors name them.
+_SCALES = re.compile(r"(weight_scale(_inv)?|\.q?scales|\.qweight|\.qzeros|_scale_inv)$")
+
+
 def load(
     source: StrPath,
     *,
@@ -67,6 +71,10 @@ def load(
     """
     check_path(source)
     path = Path(source)
+    try:
+        path.exists()
+    except OSError as error:
+        raise FileAccessError(f"{source!s:.100}: no such model: {error.strerror}; check the path") from error
     if path.is_dir():
         if not (path / "config.json").is_file():
             gguf = sorted(path.glob("*.gguf"))
@@ -99,7 +107,8 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
     Example:
         >>> safekern.models.save(model, tokenizer, "aligned")  # doctest: +SKIP
     """
-    folder = Path(folder)
+    # Through links: the model goes where they lead.
+    folder = Path(os.path.realpath(folder))
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
 
@@ -193,6 +202,12 @@ def _load_pretrained(
         raise FileFormatError(
             f"{name}: the checkpoint lacks {listed(missing)}, which would be random numbers; "
             "it is damaged, or of another kind of model"
+        )
+    scales = sorted(key for key in found["unexpected_keys"] if _SCALES.search(key))
+    if scales:
+        raise FileFormatError(
+            f"{name}: holds scales that the model does not use ({listed(scales)}), so its quantised weights would be "
+            "read as they are: its config.json lacks the quantization_config; get the checkpoint anew"
         )
     return model, tokenizer
 

@@ -376,7 +376,8 @@ def test_the_command_knows_the_ops():
     ("arguments", "message"),
     [
         (["--ops", "sigma", "matmul"], "no op matmul: there are accumulate"),
-        (["--scaling", "--ops", "score"], "--scaling is for accumulate"),
+        (["--scaling", "--ops", "sigma", "score"], "--scaling is for accumulate"),
+        (["--scaling", "--ops", "sigma", "--elements", "777"], "--elements is the size at which ratios grow"),
         (["--out", "absent/results.csv"], "absent"),
         (["--plot", f"{__file__}/plots"], "cannot be created"),
         (["--compare", "absent.csv", "absent.csv"], "absent.csv cannot be read"),

@@ -84,6 +84,14 @@ def test_demo_writes_everything(tiny_demo, tmp_path, capsys):
     assert "notes.txt" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["mask.safetensors", "scores.safetensors", "report.json"])
+def test_demo_takes_no_file_of_others_for_its_own(tiny_demo, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert main(["demo", "--quick", "--out", str(tmp_path), "--save-scores", "--device", "cpu"]) == 1
+    assert "so it is not replaced" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "mine"
+
+
 def test_demo_without_a_folder_writes_nothing(tiny_demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["demo", "--quick", "--device", "cpu"]) == 0

@@ -6,8 +6,9 @@ import socket
 
 import pytest
 import torch
-from cli_folder import SMALL
-from safetensors.torch import load_file
+from cli_folder import BENIGN, SMALL, write_rows
+from language_models import CHATML, byte_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from safekern import Mask, Scores, models, training
@@ -134,6 +135,55 @@ class TestSet:
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--dtype", "float32", "--out", "wide"]) == 1
         assert "another dtype" in capsys.readouterr().err
         assert not (folder / "wide").exists()
+
+    def test_apply_where_a_checkpoint_is_loaded_in_another_dtype_than_its_files_have(self, folder, capsys):
+        config = json.loads((folder / "base" / "config.json").read_text())
+        (folder / "base" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+        assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--out", "run"]) == 0
+        assert set_command() == 0
+        capsys.readouterr()
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--in-place"]) == 1
+        assert "which safekern apply does with --out" in capsys.readouterr().err
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "tuned"]) == 0
+        report = json.loads((folder / "run" / "set.json").read_text())
+        assert report["tuned_fingerprint"] == fingerprint(models.load("tuned")[0])
+
+    def test_apply_to_a_read_only_base(self, folder):
+        assert set_command() == 0
+        for path in [*(folder / "base").iterdir(), folder / "base"]:
+            path.chmod(path.stat().st_mode & ~0o222)
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "tuned"]) == 0
+        assert all(path.stat().st_mode & 0o200 for path in [*(folder / "tuned").iterdir(), folder / "tuned"])
+        assert not list(folder.glob(".*"))
+
+    def test_apply_leaves_links_that_lead_nowhere(self, folder, capsys):
+        assert set_command() == 0
+        (folder / "tuned").symlink_to("nowhere")
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "tuned"]) == 1
+        assert "tuned: exists already" in capsys.readouterr().err
+
+    def test_a_model_of_an_earlier_run_does_not_stay_beside_another_report(self, folder, capsys):
+        assert set_command("--save-model") == 0
+        before = tensors(folder / "run" / "model")
+        assert set_command() == 1
+        assert "holds the model of an earlier run" in capsys.readouterr().err
+        assert same_bits(before, tensors(folder / "run" / "model"))
+        assert set_command("--save-model", "--seed", "1") == 0
+        assert not same_bits(before, tensors(folder / "run" / "model"))
+
+    @pytest.mark.parametrize("command", ["set", "spa"])
+    def test_what_the_chat_template_refuses_is_found_before_training(self, folder, capsys, command):
+        refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        byte_tokenizer(refuses + CHATML).save_pretrained("base")
+        turns = [(("user", row["prompt"]), ("assistant", row["response"])) for row in BENIGN]
+        turns.append((("system", "Be nice."), *turns[0]))
+        rows = [{"messages": [{"role": role, "content": text} for role, text in each]} for each in turns]
+        write_rows(folder / "odd.jsonl", rows)
+        given = ["--benign"] if command == "set" else ["--rehearsal", "0", "--data"]
+        arguments = ["--model", "base", "--mask", "run/mask.safetensors", "--iterations", "1", *given, "odd.jsonl"]
+        assert main([command, *arguments, "--out", "odd"]) == 1
+        assert f"{given[-1]}, pair 7: the tokenizer's chat template refuses" in capsys.readouterr().err
+        assert not (folder / "odd" / "training.safetensors").exists()
 
     def test_apply_to_experts_that_are_stored_one_by_one(self, folder, capsys):
         config = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}
@@ -302,9 +352,6 @@ class TestModelFolder:
         # It is of another command, though in a folder of safekern.
         assert main([*SPA[:-1], "run"]) == 1
         assert "spa.json does not say that this command wrote it" in capsys.readouterr().err
-        # And now of a run that wrote none.
-        assert set_command() == 0
-        assert set_command("--save-model") == 1
         assert same_bits(tensors(folder / "run" / "model"), second)
 
     @pytest.mark.parametrize("report", ["", "[]", '{"written": "model/"}', '{"written": ["mask.png"]}'])
@@ -403,8 +450,6 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
         ([*SPA, "--rehearsal", "1"], "rehearsal is 1.0"),
         ([*SPA, "--rehearsal", "0", "--harmful", "harmful.jsonl"], "leave them out"),
         ([*SPA, "--harmful", "absent.jsonl"], "cannot be read"),
-        (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--noise", "-1"], "noise must be"),
-        (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--seed", "-1"], "seed must be"),
         (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "run"], "exists already"),
         (["apply", "--model", "base", "run/mask.safetensors", "--out", "new", "--device", "cuda:99"], "--device cuda"),
@@ -430,11 +475,21 @@ def test_refusals(folder, arguments, message, capsys):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("seed", ["-1", "9" * 30])
-def test_a_seed_that_no_generator_takes_is_refused(seed, capsys):
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("set", "--seed", "-1"),
+        ("set", "--seed", "9" * 30),
+        ("set", "--lr", "nan"),
+        ("spa", "--lr", "0"),
+        ("verify", "--seed", "-1"),
+        ("verify", "--noise", "-1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(command, option, value, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--seed", seed])
-    assert "argument --seed: a whole number" in capsys.readouterr().err
+        main([command, "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", option, value])
+    assert f"argument {option}: a " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["score", "set", "spa", "verify", "apply"])
@@ -472,6 +527,17 @@ class TestModels:
         (folder / "base" / "model.safetensors").unlink()
         with pytest.raises(FileAccessError, match="safetensors"):
             models.load("base")
+
+    def test_scales_that_nobody_takes_are_refused(self, folder, capsys):
+        weights = tensors(folder / "base")
+        weights["model.layers.0.mlp.up_proj.weight_scale_inv"] = torch.ones(1)
+        save_file(weights, folder / "base" / "model.safetensors", {"format": "pt"})
+        assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--out", "scaled"]) == 1
+        assert "lacks the quantization_config" in capsys.readouterr().err
+
+    def test_names_that_no_file_can_have(self, folder, capsys):
+        assert main(["score", "--model", "m" * 5000, "--pairs", "harmful.jsonl", "--out", "long"]) == 1
+        assert "check the path" in capsys.readouterr().err
 
     def test_weights_that_are_missing(self, folder):
         from safetensors.torch import save_file

@@ -2,12 +2,12 @@ import importlib.util
 
 import pytest
 import torch
-from language_models import smollm2_once
+from language_models import byte_tokenizer, smollm2_once, tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from safekern.errors import MissingDependencyError
-from safekern.models import load_smollm2
+from safekern.models import load_smollm2, save
 from safekern.objectives import encode, refusal
 
 PROMPT, RESPONSE = "What is the capital of France?", "The capital of France is Paris."
@@ -106,3 +106,11 @@ def test_saved_model_reads_back_the_same(pair, tmp_path):
     assert (tokenizer_again.eos_token_id, tokenizer_again.pad_token_id) == (2, 2)
     for name, tensor in encode(tokenizer, PROMPT, RESPONSE).items():
         assert torch.equal(tensor, encode(tokenizer_again, PROMPT, RESPONSE)[name])
+
+
+def test_a_model_is_saved_where_a_link_leads(tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "model").symlink_to(tmp_path / "large disk")
+    save(tiny_llama(), byte_tokenizer(), tmp_path / "model")
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "large disk" / "config.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "large disk"}

@@ -236,3 +236,13 @@ def test_refusal_without_a_labelled_token(tokenizer, model):
     first[:, 0] = 5
     with pytest.raises(InvalidArgumentError, match="no token of the batch is labelled"):
         refusal(model, {**batch, "labels": first})
+
+
+def test_several_chat_templates_without_a_default_are_refused():
+    tokenizer = byte_tokenizer({"rag": CHATML, "tool_use": CHATML})
+    with pytest.raises(InvalidArgumentError, match=r"several chat templates \(rag, tool_use\)"):
+        encode(tokenizer, "Hi", "Hello.")
+    tokenizer = byte_tokenizer({"default": CHATML, "rag": "no"})
+    assert torch.equal(
+        encode(tokenizer, "Hi", "Hello.")["input_ids"], encode(byte_tokenizer(), "Hi", "Hello.")["input_ids"]
+    )

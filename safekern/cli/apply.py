@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import secrets
 import shutil
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from safekern import files
 from safekern.cli import options
 from safekern.delta import apply_delta, check_delta
-from safekern.errors import DeltaNamesError, FileAccessError, InvalidArgumentError
+from safekern.errors import DeltaDtypeError, DeltaNamesError, FileAccessError, InvalidArgumentError
 from safekern.faults import put_back
 from safekern.models import save
 from safekern.tables import printable
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         out = folder
     else:
         out = args.out
-        if out.exists():
+        if os.path.lexists(out):
             raise FileAccessError(f"{out}: exists already; give a new folder, so that nothing is overwritten")
         if folder.is_dir() and out.resolve().is_relative_to(folder.resolve()):
             raise InvalidArgumentError(f"--out {out}: lies inside of --model {folder}; give a folder outside of it")
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _names_fit(folder: Path, delta: Path) -> bool:
-    """Whether a checkpoint's files hold the parameters as the model does.
+    """Whether a checkpoint's files hold the parameters as the loaded model does, in name and dtype.
 
     Raises:
         SafekernError: they do, and the delta is not of these weights.
@@ -114,7 +116,7 @@ def _names_fit(folder: Path, delta: Path) -> bool:
     try:
         with options.stage("check"):
             check_delta(folder, delta)
-    except DeltaNamesError:
+    except (DeltaNamesError, DeltaDtypeError):
         return False
     return True
 
@@ -126,6 +128,9 @@ def _apply_to_copy(folder: Path, delta: Path, out: Path) -> None:
         try:
             # Links are followed: in the cache of the hub, they lead to files that must not change.
             shutil.copytree(folder, temporary)
+            # What is read-only there is to be changed here, or removed.
+            for path in (temporary, *temporary.rglob("*")):
+                path.chmod(path.stat().st_mode | (stat.S_IRWXU if path.is_dir() else stat.S_IRUSR | stat.S_IWUSR))
         except (OSError, shutil.Error) as error:
             raise FileAccessError(f"{folder}: cannot be copied to {out}: {error}") from error
         apply_delta(temporary, delta)

@@ -75,16 +75,9 @@ def add_parser(commands: Any) -> None:
     modes.add_argument("--scaling", action="store_true", help="safekern alone, at growing sizes and ratios")
     modes.add_argument("--memory", action="store_true", help="peak memory of whole training runs, a process each")
     modes.add_argument("--compare", nargs=2, type=Path, metavar=("OLD", "NEW"), help="two files written by --out")
-    parser.add_argument("--tolerance", type=_tolerance, help="of --compare (default: 0.1)")
+    parser.add_argument("--tolerance", type=options.not_negative, help="of --compare (default: 0.1)")
     parser.add_argument("--score-memory", type=options.number, help="of --memory: bytes that scoring may take")
     parser.set_defaults(run=run)
-
-
-def _tolerance(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"a number of at least 0 is needed, such as 0.1, got {text}")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:
@@ -111,8 +104,12 @@ def run(args: argparse.Namespace) -> int:
     if unknown:
         raise InvalidArgumentError(f"no op {', '.join(unknown)}: there are {', '.join(_OPS)}")
     growing = {**_STREAMING, **dict.fromkeys(_SPARSE)}
-    if args.scaling and args.ops and not growing.keys() & set(args.ops):
-        raise InvalidArgumentError(f"--scaling is for {', '.join(growing)}: give one of them with --ops")
+    if args.scaling and not growing.keys() >= set(args.ops or ()):
+        raise InvalidArgumentError(f"--scaling is for {', '.join(growing)}: give no others with --ops")
+    if args.scaling and args.elements and args.ops and not set(_SPARSE) & set(args.ops):
+        raise InvalidArgumentError(
+            f"--elements is the size at which ratios grow, of {', '.join(_SPARSE)}: leave it out, or give one of them"
+        )
     options.device(args.device)
     if args.out:
         files.check_writable(args.out)
@@ -172,9 +169,7 @@ def _usual(args: argparse.Namespace, base: "Setting") -> "Iterable[tuple[str, Se
     from safekern.bench import cases
 
     model_params = args.model_params or (200_000 if args.quick else 20_000_000)
-    ratios, dtypes = args.ratios or [0.001, 0.01, 0.05], args.dtypes or _DTYPES
-    if args.quick:
-        ratios = ratios[:1]
+    ratios, dtypes = args.ratios or ([0.001] if args.quick else [0.001, 0.01, 0.05]), args.dtypes or _DTYPES
     for op in args.ops or cases.OPS:
         kind = cases.OPS[op]
         size = model_params if kind.whole_model else base.elements
@@ -215,8 +210,10 @@ def _show_slopes(rows: "Sequence[Row]") -> None:
     from safekern.bench import results
 
     for axis in ("elements", "selected"):
-        print(f"\ntime grows with {axis} to the power of (over the upper two decades)")
-        for (op, dtype, threads), slope in results.slopes(_along(rows, axis), axis).items():
+        slopes = results.slopes(_along(rows, axis), axis)
+        if slopes:
+            print(f"\ntime grows with {axis} to the power of (over the upper two decades)")
+        for (op, dtype, threads), slope in slopes.items():
             print(f"  {op:12}{dtype:10}{counted(threads, 'thread'):10} {slope:6.2f}")
 
 

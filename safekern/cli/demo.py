@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from safekern import ops
+from safekern import files, ops
 from safekern.cli import options
-from safekern.errors import InvalidArgumentError, MissingDependencyError, SafekernError
+from safekern.errors import FileAccessError, InvalidArgumentError, MissingDependencyError, SafekernError
 from safekern.evaluation import attack_success_rate, mean_nll, refusal_rate
 from safekern.mask import Mask
 from safekern.models import load_smollm2, save
@@ -123,7 +123,16 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidArgumentError("--save-scores needs a folder to write to: add --out DIR")
     if args.out is not None:
         options.check_replaceable(args.out / "model", args.out / "report.json")
-        options.prepare_folder(args.out, "report.json")
+        options.prepare_folder(args.out, "mask.safetensors", "mask")
+        if args.save_scores:
+            files.check_writable(args.out / "scores.safetensors", "scores")
+        report_path = args.out / "report.json"
+        if report_path.exists() and not options.written_before(report_path):
+            raise FileAccessError(
+                f"{report_path}: exists already and is no report of this command, so it is not replaced; give another "
+                "--out, or move it away"
+            )
+        files.check_writable(report_path)
     device = options.device(args.device)
     effort = _QUICK if args.quick else _FULL
     harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")

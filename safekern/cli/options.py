@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -40,6 +41,22 @@ def ratio(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"a number above 0 and up to 1 is needed, such as 0.01 for 1%, got {text}")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number above 0 is needed, got {text}")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """A finite number of at least 0."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"a number of at least 0 is needed, such as 0.1, got {text}")
     return value
 
 
@@ -190,15 +207,20 @@ def check_replaceable(folder: Path, report: Path) -> None:
     """
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
-    try:
-        written = json.loads(report.read_text())["written"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        written = None
-    if not (isinstance(written, list) and f"{folder.name}/" in written):
+    if f"{folder.name}/" not in written_before(report):
         raise FileAccessError(
             f"{folder}: exists already, and {report} does not say that this command wrote it, so it is not replaced; "
             "give another --out, or move it away"
         )
+
+
+def written_before(report: Path) -> list[Any]:
+    """What a report says that the command which wrote it has written; nothing if it is none, or not there."""
+    try:
+        written = json.loads(report.read_text())["written"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return written if isinstance(written, list) else []
 
 
 @contextlib.contextmanager

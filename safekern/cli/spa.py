@@ -84,9 +84,11 @@ def run(args: argparse.Namespace) -> None:
     harmful, benign = tuning.read_pairs(args)
     check_rehearsal(args.rehearsal)
     if args.rehearsal:
-        for kind, rehearsed in (("benign", benign), ("harmful", harmful)):
-            _note_passes(args, kind, len(rehearsed))
+        for kind, those in (("benign", benign), ("harmful", harmful)):
+            _note_passes(args, kind, len(those))
     model, tokenizer = options.load_model(args)
+    rehearsed = {"--harmful": harmful, "--benign": benign} if args.rehearsal else {}
+    tuning.check_pairs(tokenizer, {"--data": pairs, **rehearsed})
     mask, base = options.load_mask(args.mask, model)
     if any(param.dtype.itemsize < 4 for param in model.parameters()):
         print(

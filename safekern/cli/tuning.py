@@ -3,13 +3,15 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
+from tqdm import tqdm
 
 from safekern import resume
+from safekern.chat import encode
 from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
@@ -18,7 +20,7 @@ from safekern.tables import printable
 from safekern.training import Batch, tune
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FILE = "training.safetensors"
 
@@ -40,7 +42,7 @@ def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float,
     group.add_argument(
         "--iterations", type=options.number, default=iterations, metavar="N", help=f"steps (default: {iterations})"
     )
-    group.add_argument("--lr", type=float, default=lr, help=f"learning rate (default: {lr:g})")
+    group.add_argument("--lr", type=options.positive, default=lr, help=f"learning rate (default: {lr:g})")
     group.add_argument(
         "--batch-size",
         type=options.number,
@@ -70,8 +72,13 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
     Raises:
         SafekernError: it cannot.
     """
+    target = args.out / "model"
+    if not saves_model and "model/" in options.written_before(args.out / report):
+        raise InvalidArgumentError(
+            f"--out {args.out}: holds the model of an earlier run, which would stay beside the report of this one; add "
+            "--save-model to replace it, or give another --out"
+        )
     if saves_model:
-        target = args.out / "model"
         if target.exists() and Path(args.model).resolve().is_relative_to(target.resolve()):
             raise InvalidArgumentError(
                 f"--out {args.out}: the tuned model would take the place of --model; give another"
@@ -95,6 +102,25 @@ def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     harmful = load(args.harmful) if args.harmful else builtin("harmful", "tune")
     benign = load(args.benign) if args.benign else builtin("benign", "tune")
     return harmful, benign
+
+
+def check_pairs(tokenizer: "PreTrainedTokenizerBase", sources: Mapping[str, Pairs]) -> None:
+    """Makes sure that every pair can be trained on: a run that fails on its way could not go on with other data.
+
+    Args:
+        tokenizer: the model's.
+        sources: by the option that they are from.
+
+    Raises:
+        InvalidArgumentError: one cannot; names it.
+    """
+    for source, pairs in sources.items():
+        rows = zip(pairs.prompts, pairs.responses, strict=True)
+        for number, pair in enumerate(tqdm(rows, f"check {source}", len(pairs), leave=False, disable=None), 1):
+            try:
+                encode(tokenizer, *pair)
+            except InvalidArgumentError as error:
+                raise InvalidArgumentError(f"{source}, pair {number}: {error}") from error
 
 
 def digest(pairs: Pairs) -> str:

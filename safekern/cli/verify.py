@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--noise",
-        type=float,
+        type=options.not_negative,
         nargs="+",
         metavar="X",
         help=f"standard deviations, in units of each tensor's (default: {' '.join(f'{level:g}' for level in NOISE)})",
@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> None:
         help=f"{_QUICK_LIMIT} prompts of each kind and noise {' and '.join(map(str, _QUICK_NOISE))}, unless given",
     )
     parser.add_argument("--batch-size", type=options.number, default=32, metavar="N", help="answered together (32)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise and the random weights (default: 0)")
+    parser.add_argument("--seed", type=options.seed, default=0, help="of the noise and the random weights (default: 0)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
