@@ -57,7 +57,7 @@ def test_scoring_takes_the_model_its_accumulators_and_one_gradient(tmp_path):
     taken = run("large") - run("small")
     stated = weights + 2 * weights + gradient
     print(f"{taken / MB:.0f} MiB above a tiny model; model, accumulators and a gradient are {stated / MB:.0f} MiB")
-    # What is left are activations and the allocator. All gradients at once would be as much as the model. Beside
-    # large jobs 110 MiB less than usual were seen, perhaps since a system short of memory drops pages of the model,
-    # which is mapped from its file; the accumulators it cannot drop.
+    # What is left are activations and the allocator. All gradients at once would be as much as the model. Where another
+    # process left 1 GB of the machine, 60 MiB less were seen, and beside several 110: a system short of memory drops
+    # pages of the model, which is mapped from its file. The accumulators it cannot drop.
     assert weights * 1.9 < taken < stated + 0.4 * weights
