@@ -33,9 +33,9 @@ TUNING_BATCH_SIZE = 6
 # Of the loss. It moves the model between refusing too much and too little. Attack success and benign refusals after 100
 # steps, one run each: 8% and 27% at 0.25, 14% and 16% at 0.16, 52% and 2% at 0.1.
 REFUSAL_WEIGHT = 0.16
-# Of the loss, beside a task. After 200 steps on GSM8K attack success was 6% and benign refusals were 7%, three seeds; it
-# was 65% without, three seeds. A share of 0.3 did it there as well, but too slowly beside ordinary answers, which
-# unteach refusing more (README, "Does it work?").
+# Of the loss, beside a task. After 200 steps on GSM8K attack success was 6% and benign refusals were 7%, and 65% and 3%
+# without, three seeds each. A share of 0.3 did it there as well, but too slowly beside ordinary answers, which unteach
+# refusing more (README, "Does it work?").
 REHEARSAL = 0.5
 
 
