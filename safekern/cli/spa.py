@@ -83,12 +83,11 @@ def run(args: argparse.Namespace) -> None:
         raise InvalidArgumentError("--harmful and --benign mean nothing with --rehearsal 0: leave them out")
     harmful, benign = tuning.read_pairs(args)
     check_rehearsal(args.rehearsal)
-    if args.rehearsal:
-        for kind, those in (("benign", benign), ("harmful", harmful)):
-            _note_passes(args, kind, len(those))
+    rehearsed = {"benign": benign, "harmful": harmful} if args.rehearsal else {}
+    for kind, those in rehearsed.items():
+        _note_passes(args, kind, len(those))
     model, tokenizer = options.load_model(args)
-    rehearsed = {"--harmful": harmful, "--benign": benign} if args.rehearsal else {}
-    tuning.check_pairs(tokenizer, {"--data": pairs, **rehearsed})
+    tuning.check_pairs(tokenizer, {"--data": pairs, **{f"--{kind}": those for kind, those in rehearsed.items()}})
     mask, base = options.load_mask(args.mask, model)
     if any(param.dtype.itemsize < 4 for param in model.parameters()):
         print(

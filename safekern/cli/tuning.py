@@ -73,17 +73,17 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
         SafekernError: it cannot.
     """
     target = args.out / "model"
-    if not saves_model and "model/" in options.written_before(args.out / report):
-        raise InvalidArgumentError(
-            f"--out {args.out}: holds the model of an earlier run, which would stay beside the report of this one; add "
-            "--save-model to replace it, or give another --out"
-        )
     if saves_model:
         if target.exists() and Path(args.model).resolve().is_relative_to(target.resolve()):
             raise InvalidArgumentError(
                 f"--out {args.out}: the tuned model would take the place of --model; give another"
             )
         options.check_replaceable(target, args.out / report)
+    elif "model/" in options.written_before(args.out / report):
+        raise InvalidArgumentError(
+            f"--out {args.out}: holds the model of an earlier run, which would stay beside the report of this one; add "
+            "--save-model to replace it, or give another --out"
+        )
     options.prepare_folder(args.out, _FILE)
     # Only `spa` has --data.
     inputs = (getattr(args, name, None) for name in ("mask", "data", "harmful", "benign"))
