@@ -56,7 +56,8 @@ def spa_runs(plan: Plan) -> list[Run]:
         # For those who have nothing to rehearse.
         runs += [_run(plan, "set", task, 5e-6, *kind, seed, steps) for seed in others for kind in [_NOTHING, rated[-1]]]
         long = plan.steps or LONG
-        runs += [_run(plan, "set", task, LR, *kind, first, long) for kind in [_NOTHING, ("rehearse-0.5", 0.0)]]
+        lasting = [_NOTHING, ("rehearse-0.5", 0.0), *main[1:], *ratios]
+        runs += [_run(plan, "set", task, LR, *kind, first, long) for kind in lasting]
         runs += [_run(plan, "firm", task, 5e-6, *kind, first, long) for kind in firm]
     # Long runs and others are the same ones where --steps says how long.
     return list({run.name: run for run in runs}.values())
