@@ -43,3 +43,20 @@ def check_whole_number(name: str, value: object, least: int) -> None:
     """
     if not is_whole_number(value) or value < least:
         raise InvalidArgumentError(f"{name} is {value!r}, but must be a whole number of at least {least:,}")
+
+
+def check_seed(seed: object) -> int:
+    """What a random generator of PyTorch takes.
+
+    Raises:
+        InvalidArgumentError: it is no integer, negative, or of more than 63 bits.
+
+    Example:
+        >>> from safekern.arguments import check_seed
+        >>> check_seed(2**64)
+        Traceback (most recent call last):
+        safekern.errors.InvalidArgumentError: seed must be a whole number from 0 to 2^63 - 1, got 18446744073709551616
+    """
+    if not (is_whole_number(seed) and 0 <= seed < 2**63):
+        raise InvalidArgumentError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    return int(seed)

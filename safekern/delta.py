@@ -321,8 +321,8 @@ def _compare(
         shapes_fit = all(weights[found].shape == parameters[name].shape for name, found in pairs)
         raise (DeltaDtypeError if shapes_fit else DeltaMismatchError)(
             f"{len(other):,} of {len(pairs):,} parameters have another dtype or shape: {names.listed(other)}. A delta "
-            "is exact, so it needs the model in the dtypes that it was made in. Where a checkpoint is loaded in others "
-            "than its files have, apply the delta in memory, which safekern apply does with --out"
+            "is exact, so model and base have to be in the dtypes that it was made in: load them with dtype= (--dtype "
+            "of the command, with --out) where a checkpoint's files are in others"
         )
     scans = _scan_all(
         {found: weights[found] for _, found in pairs},

@@ -370,7 +370,7 @@ class _Replay:
         self._sweeps = sweeps
         self._sweep = 1
         self._losses: list[Tensor] = []
-        # Of one parameter, the beginning of its gradient in each batch.
+        # Of one parameter, some of its gradient in each batch, from all over it: an expert may have none.
         self._watched: str | None = None
         self._gradients: list[Tensor | None] = []
         self._arrived: dict[str, Tensor] = {}
@@ -379,8 +379,8 @@ class _Replay:
     def watch(self, name: str, grad: Tensor) -> None:
         """Takes note of a gradient, or a part of one."""
         if self._watched in (None, name):
-            start = grad.reshape(-1)[:_WATCHED].float()
-            self._arrived[name] = self._arrived[name] + start if name in self._arrived else start.clone()
+            some = grad.reshape(-1)[:: max(1, grad.numel() // _WATCHED)].float()
+            self._arrived[name] = self._arrived[name] + some if name in self._arrived else some.clone()
 
     def check(self, batch: int, loss: Tensor) -> None:
         """Compares a batch whose gradients have arrived with that of the first sweep."""

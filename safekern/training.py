@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from safekern.arguments import check_whole_number, is_number, is_whole_number
+from safekern.arguments import check_seed, check_whole_number, is_number, is_whole_number
 from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.objectives import encode, refusal
@@ -85,8 +85,8 @@ def shuffled(
     """
     _check(pairs, batch_size)
     check_whole_number("skip", skip, 0)
-    check_whole_number("seed", seed, 0)
-    order = itertools.islice(_endless_order(len(pairs), torch.Generator().manual_seed(seed)), skip * batch_size, None)
+    generator = torch.Generator().manual_seed(check_seed(seed))
+    order = itertools.islice(_endless_order(len(pairs), generator), skip * batch_size, None)
     while True:
         rows = list(itertools.islice(order, batch_size))
         yield encode(tokenizer, [pairs.prompts[row] for row in rows], [pairs.responses[row] for row in rows])

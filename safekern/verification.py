@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from safekern.arguments import is_number, is_whole_number
+from safekern.arguments import check_seed, is_number
 from safekern.chat import Prompt
 from safekern.checkpoint import fingerprint
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
@@ -188,8 +188,7 @@ def verify(
     levels = list(noise) if isinstance(noise, Iterable) else []
     if not levels or not all(is_number(level) and 0 <= level < math.inf for level in levels):
         raise InvalidArgumentError(f"noise must be finite numbers of at least 0, got {noise!r}")
-    if not (is_whole_number(seed) and 0 <= seed < 2**63):
-        raise InvalidArgumentError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    seed = check_seed(seed)
     if not (scores is None or isinstance(scores, Scores)):
         raise InvalidArgumentError(
             f"scores must be Scores, as safekern.score returns them, got {type(scores).__name__}"

@@ -84,7 +84,7 @@ def test_demo_writes_everything(tiny_demo, tmp_path, capsys):
     assert "notes.txt" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["mask.safetensors", "scores.safetensors", "report.json"])
+@pytest.mark.parametrize("name", ["mask.safetensors", "scores.safetensors", "report.json", "mask.png"])
 def test_demo_takes_no_file_of_others_for_its_own(tiny_demo, tmp_path, capsys, name):
     (tmp_path / name).write_text("mine")
     assert main(["demo", "--quick", "--out", str(tmp_path), "--save-scores", "--device", "cpu"]) == 1

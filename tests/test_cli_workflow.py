@@ -1,5 +1,6 @@
 """``score``, ``set``, ``spa``, ``verify`` and ``apply`` as commands, one after the other, on a tiny model on disk."""
 
+import functools
 import json
 import shutil
 import socket
@@ -7,14 +8,15 @@ import socket
 import pytest
 import torch
 from cli_folder import BENIGN, SMALL, write_rows
-from language_models import CHATML, byte_tokenizer
+from language_models import CHATML, byte_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from safekern import Mask, Scores, models, training
 from safekern.checkpoint import Patched, fingerprint
-from safekern.cli import main
+from safekern.cli import main, tuning
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
+from safekern.prompts import Pairs
 
 
 @pytest.fixture
@@ -143,7 +145,7 @@ class TestSet:
         assert set_command() == 0
         capsys.readouterr()
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--in-place"]) == 1
-        assert "which safekern apply does with --out" in capsys.readouterr().err
+        assert "(--dtype of the command, with --out)" in capsys.readouterr().err
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "tuned"]) == 0
         report = json.loads((folder / "run" / "set.json").read_text())
         assert report["tuned_fingerprint"] == fingerprint(models.load("tuned")[0])
@@ -170,6 +172,19 @@ class TestSet:
         assert same_bits(before, tensors(folder / "run" / "model"))
         assert set_command("--save-model", "--seed", "1") == 0
         assert not same_bits(before, tensors(folder / "run" / "model"))
+        shutil.rmtree("run/model")
+        assert set_command() == 0
+
+    @pytest.mark.parametrize("command", ["set", "spa"])
+    def test_a_report_of_others_stays(self, folder, capsys, command):
+        report = folder / "mine" / f"{command}.json"
+        report.parent.mkdir()
+        report.write_text("mine")
+        data = ["--data", "benign.jsonl", "--rehearsal", "0"] if command == "spa" else SMALL
+        arguments = ["--model", "base", "--mask", "run/mask.safetensors", "--iterations", "1", *data, "--out", "mine"]
+        assert main([command, *arguments]) == 1
+        assert "is no report of this command" in capsys.readouterr().err
+        assert report.read_text() == "mine" and list(report.parent.iterdir()) == [report]
 
     @pytest.mark.parametrize("command", ["set", "spa"])
     def test_what_the_chat_template_refuses_is_found_before_training(self, folder, capsys, command):
@@ -184,6 +199,19 @@ class TestSet:
         assert main([command, *arguments, "--out", "odd"]) == 1
         assert f"{given[-1]}, pair 7: the tokenizer's chat template refuses" in capsys.readouterr().err
         assert not (folder / "odd" / "training.safetensors").exists()
+
+    def test_what_is_longer_than_the_model_takes_is_found_before_training(self):
+        pairs = Pairs(["a", "a" * 200], ["b", "b"], ["", ""])
+        longer = r"--data, pair 2: .* has up to \d+ tokens, but the model takes 128 at most"
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=8, n_layer=1, n_head=1, n_positions=128))
+        check = functools.partial(tuning.check_pairs, model, byte_tokenizer())
+        with pytest.raises(InvalidArgumentError, match=longer):
+            check({"--harmful": pairs[:1], "--data": pairs})
+        check({"--harmful": pairs[:1]})
+        # Without a table of positions nothing is too long.
+        llama = tiny_llama()
+        llama.config.max_position_embeddings = 16
+        tuning.check_pairs(llama, byte_tokenizer(), {"--data": pairs})
 
     def test_apply_to_experts_that_are_stored_one_by_one(self, folder, capsys):
         config = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 1}

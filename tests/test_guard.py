@@ -319,7 +319,7 @@ def test_samples_leave_other_devices_alone(monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_new_tokens": "40"}, {"max_new_tokens": 2.5}, {"max_new_tokens": 0}, {"seed": 1.5}]
+    [{"max_new_tokens": "40"}, {"max_new_tokens": 2.5}, {"max_new_tokens": 0}, {"seed": 1.5}, {"seed": 2**70}]
     + [{"tau": value} for value in ("x", 0.0, float("inf"), float("nan"))],
 )
 def test_wrong_arguments_are_named(wrong):

@@ -422,6 +422,18 @@ def test_a_model_is_moved_with_the_gradients_it_has(move, dtype, device):
             assert device == "meta" or torch.equal(param.grad.selected, before[name])
 
 
+def test_the_values_follow_a_gradient_that_is_given_new_data():
+    # As Module.to does for another device of the same kind of tensor, such as a GPU.
+    model, optimizer = collecting()
+    loss_of(model, 0).backward()
+    grad = model.first.weight.grad
+    moved = SelectedGrad(grad, grad.positions.clone(), grad.selected + 1)
+    grad.data = moved
+    assert grad.selected is moved.selected and grad.positions is moved.positions
+    assert type(grad.data) is SelectedGrad and grad.data.selected is moved.selected
+    optimizer.step()
+
+
 def test_gradients_wider_than_their_parameter():
     weights = [nn.Parameter(torch.linspace(-1, 1, 64).bfloat16().view(8, 8)) for _ in range(2)]
     mask = Mask.from_indices({"w": [1, 5, 63]}, {"w": (8, 8)})
@@ -435,13 +447,18 @@ def test_gradients_wider_than_their_parameter():
     assert torch.equal(bits(weights[0]), bits(weights[1]))
 
 
-def test_state_may_be_written_between_backward_and_step():
+def write_each(optimizer):
+    for param, state in list(optimizer.state.items()):
+        optimizer.state[param] = dict(state)
+
+
+@pytest.mark.parametrize("write", [write_each, lambda optimizer: optimizer.state.clear()])
+def test_state_may_be_written_between_backward_and_step(write):
     pairs = pair(lr=1e-2)
     for model, optimizer in pairs:
         train(model, optimizer, range(2))
         loss_of(model, 2).backward()
-        for param, state in list(optimizer.state.items()):
-            optimizer.state[param] = dict(state)
+        write(optimizer)
         optimizer.step()
     assert_same_training(pairs)
 

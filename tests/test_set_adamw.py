@@ -530,6 +530,11 @@ def update_to_nothing(optimizer):
     optimizer.state.update({param: {} for param in optimizer.state})
 
 
+def unite_with_nothing(optimizer):
+    state = optimizer.state
+    state |= {param: {} for param in state}
+
+
 def empty_each(optimizer):
     for param in optimizer.state:
         optimizer.state[param] = {}
@@ -544,6 +549,7 @@ def empty_each(optimizer):
         pop_each,
         pop_items,
         update_to_nothing,
+        unite_with_nothing,
         empty_each,
     ],
 )
@@ -565,6 +571,18 @@ def test_without_its_state_it_starts_anew(make, reset):
     train(model, optimizer, range(3, 6))
     train(other, fresh, range(3, 6))
     assert_same(snapshot(model, optimizer), snapshot(other, fresh))
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_state_that_was_taken_out_is_put_back(make):
+    model = Net()
+    optimizer = make(model.named_parameters(), random_mask(model), lr=1e-2)
+    train(model, optimizer, range(2))
+    before, param = snapshot(model, optimizer), model.first.weight
+    state = optimizer.state
+    taken = state.pop(param)
+    assert state.setdefault(param, taken) is taken and state.setdefault(param, {}) is taken
+    assert_same(snapshot(model, optimizer), before)
 
 
 def test_state_of_what_has_none_is_empty():

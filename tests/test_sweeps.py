@@ -309,6 +309,26 @@ def test_gradients_of_chance_are_noticed_behind_equal_losses():
     assert_untouched(model, before)
 
 
+def test_gradients_of_chance_are_noticed_where_some_experts_have_none():
+    class OneExpert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.linspace(-1, 1, 4 * 16 * 16).view(4, 16, 16))
+            self.other = nn.Parameter(torch.ones(16, 16))
+
+        def forward(self, x):
+            return (x @ self.other @ self.experts[2]).square().mean()
+
+    generator = torch.Generator().manual_seed(0)
+
+    def objective(model, x):
+        slope = model(x) * torch.rand((), generator=generator)
+        return 1 + (slope - slope.detach())
+
+    with pytest.raises(ScoringError, match="has the loss but not the gradients of the first sweep"):
+        score(OneExpert(), [torch.ones(3, 16)] * 3, objective, memory=5000, keep=0.01)
+
+
 def test_an_objectives_generator_is_put_back_for_every_sweep():
     states, masks = [], []
     for memory in (None, 600):

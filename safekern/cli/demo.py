@@ -12,7 +12,7 @@ import torch
 
 from safekern import files, ops
 from safekern.cli import options
-from safekern.errors import FileAccessError, InvalidArgumentError, MissingDependencyError, SafekernError
+from safekern.errors import InvalidArgumentError, MissingDependencyError, SafekernError
 from safekern.evaluation import attack_success_rate, mean_nll, refusal_rate
 from safekern.mask import Mask
 from safekern.models import load_smollm2, save
@@ -122,17 +122,12 @@ def run(args: argparse.Namespace) -> None:
     if args.save_scores and args.out is None:
         raise InvalidArgumentError("--save-scores needs a folder to write to: add --out DIR")
     if args.out is not None:
-        options.check_replaceable(args.out / "model", args.out / "report.json")
+        for name in ("model", "mask.png"):
+            options.check_replaceable(args.out / name, args.out / "report.json")
         options.prepare_folder(args.out, "mask.safetensors", "mask")
         if args.save_scores:
             files.check_writable(args.out / "scores.safetensors", "scores")
-        report_path = args.out / "report.json"
-        if report_path.exists() and not options.written_before(report_path):
-            raise FileAccessError(
-                f"{report_path}: exists already and is no report of this command, so it is not replaced; give another "
-                "--out, or move it away"
-            )
-        files.check_writable(report_path)
+        options.check_report(args.out / "report.json")
     device = options.device(args.device)
     effort = _QUICK if args.quick else _FULL
     harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")

@@ -195,23 +195,37 @@ def check_output(option: str, path: Path, inputs: Iterable[Path | str | None]) -
     files.check_writable(path)
 
 
-def check_replaceable(folder: Path, report: Path) -> None:
-    """Makes sure that what stands where a model goes may be replaced: nothing, or what the command wrote there before.
+def check_replaceable(path: Path, report: Path) -> None:
+    """Makes sure that what stands where a result goes may be replaced: nothing, or what the command wrote there before.
 
     Args:
-        folder: where the model goes.
+        path: where the model, or a picture, goes.
         report: the JSON file that the command writes beside it; under ``"written"`` it lists what it wrote.
 
     Raises:
         FileAccessError: it is something else.
     """
-    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
-    if f"{folder.name}/" not in written_before(report):
+    if (f"{path.name}/" if path.is_dir() else path.name) not in written_before(report):
         raise FileAccessError(
-            f"{folder}: exists already, and {report} does not say that this command wrote it, so it is not replaced; "
+            f"{path}: exists already, and {report} does not say that this command wrote it, so it is not replaced; "
             "give another --out, or move it away"
         )
+
+
+def check_report(path: Path) -> None:
+    """Makes sure that a report can be written, and replaces nothing but one.
+
+    Raises:
+        FileAccessError: it cannot, or something else is there.
+    """
+    if path.exists() and not written_before(path):
+        raise FileAccessError(
+            f"{path}: exists already and is no report of this command, so it is not replaced; give another --out, or "
+            "move it away"
+        )
+    files.check_writable(path)
 
 
 def written_before(report: Path) -> list[Any]:

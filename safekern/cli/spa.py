@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> None:
     for kind, those in rehearsed.items():
         _note_passes(args, kind, len(those))
     model, tokenizer = options.load_model(args)
-    tuning.check_pairs(tokenizer, {"--data": pairs, **{f"--{kind}": those for kind, those in rehearsed.items()}})
+    sources = {"--data": pairs, **{f"--{kind}": those for kind, those in rehearsed.items()}}
+    tuning.check_pairs(model, tokenizer, sources)
     mask, base = options.load_mask(args.mask, model)
     if any(param.dtype.itemsize < 4 for param in model.parameters()):
         print(

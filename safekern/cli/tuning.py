@@ -1,17 +1,20 @@
 """What ``safekern set`` and ``safekern spa`` share: a training run that can be interrupted and resumed."""
 
 import argparse
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.optim import Optimizer
 from tqdm import tqdm
 
 from safekern import resume
-from safekern.chat import encode
+from safekern.chat import answer_logits, encode
 from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
@@ -79,7 +82,7 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
                 f"--out {args.out}: the tuned model would take the place of --model; give another"
             )
         options.check_replaceable(target, args.out / report)
-    elif "model/" in options.written_before(args.out / report):
+    elif os.path.lexists(target) and "model/" in options.written_before(args.out / report):
         raise InvalidArgumentError(
             f"--out {args.out}: holds the model of an earlier run, which would stay beside the report of this one; add "
             "--save-model to replace it, or give another --out"
@@ -88,6 +91,7 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
     # Only `spa` has --data.
     inputs = (getattr(args, name, None) for name in ("mask", "data", "harmful", "benign"))
     options.check_output("--out", args.out / report, inputs)
+    options.check_report(args.out / report)
     exists = (args.out / _FILE).exists()
     if args.resume and not exists:
         raise FileAccessError(f"{args.out / _FILE}: no such file, so there is no run to resume; leave --resume out")
@@ -104,23 +108,39 @@ def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     return harmful, benign
 
 
-def check_pairs(tokenizer: "PreTrainedTokenizerBase", sources: Mapping[str, Pairs]) -> None:
+def check_pairs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sources: Mapping[str, Pairs]) -> None:
     """Makes sure that every pair can be trained on: a run that fails on its way could not go on with other data.
 
     Args:
+        model: what is trained.
         tokenizer: the model's.
         sources: by the option that they are from.
 
     Raises:
         InvalidArgumentError: one cannot; names it.
     """
+    lengths: dict[tuple[str, int], int] = {}
     for source, pairs in sources.items():
         rows = zip(pairs.prompts, pairs.responses, strict=True)
         for number, pair in enumerate(tqdm(rows, f"check {source}", len(pairs), leave=False, disable=None), 1):
-            try:
-                encode(tokenizer, *pair)
-            except InvalidArgumentError as error:
-                raise InvalidArgumentError(f"{source}, pair {number}: {error}") from error
+            with _pair_named(source, number):
+                lengths[source, number] = encode(tokenizer, *pair)["labels"].shape[1]
+    source, number = max(lengths, key=lambda row: lengths[row])
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and lengths[source, number] > most:
+        # Many models take more, and only trying tells.
+        pairs = sources[source]
+        batch = encode(tokenizer, pairs.prompts[number - 1], pairs.responses[number - 1])
+        with _pair_named(source, number), torch.no_grad():
+            answer_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+
+
+@contextlib.contextmanager
+def _pair_named(source: str, number: int) -> Iterator[None]:
+    try:
+        yield
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{source}, pair {number}: {error}") from error
 
 
 def digest(pairs: Pairs) -> str:

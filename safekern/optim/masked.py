@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -270,7 +270,16 @@ class _State(dict[Tensor, dict[str, Tensor]]):
         return popped
 
     # By way of the above.
-    popitem, setdefault, update = MutableMapping.popitem, MutableMapping.setdefault, MutableMapping.update
+    popitem, update = MutableMapping.popitem, MutableMapping.update
+
+    def setdefault(self, param: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        if param not in self:
+            self[param] = state
+        return self[param]
+
+    def __ior__(self, states: Any) -> Self:  # type: ignore[override, misc]
+        self.update(states)
+        return self
 
     def __missing__(self, param: Tensor) -> dict[str, Tensor]:
         return {}

@@ -97,6 +97,17 @@ class SelectedGrad(Tensor):
             f"dtype={self.dtype}, selected={self.selected})"
         )
 
+    # How Module.to gives a gradient its place on another device: the values have to go with it.
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, moved: Tensor) -> None:
+        assert isinstance(moved, SelectedGrad)
+        Tensor.data.__set__(self, moved)  # type: ignore[attr-defined]
+        self.positions, self.selected = moved.positions, moved.selected
+
     # On the whole gradient, which is not there, torch's own would end the process.
     def share_memory_(self) -> Self:
         self.selected.share_memory_()
@@ -142,7 +153,7 @@ class SelectedGrad(Tensor):
     def _selected_of(self, grad: Tensor) -> Tensor:
         if not isinstance(grad, SelectedGrad):
             return gather_selected(grad, self, self.positions)
-        if grad.positions is not self.positions:
+        if not _same(grad.positions, self.positions):
             raise _unsupported("adding a gradient selected by another mask")
         return grad.selected
 
@@ -153,6 +164,13 @@ def _unsupported(operation: object) -> InvalidArgumentError:
         "of a gradient. Use its `selected` values instead, or make the optimizer without in_backward. For "
         "DistributedDataParallel, call safekern.integrations.leave_to_set(model, mask) before wrapping the model"
     )
+
+
+def _same(positions: Tensor, others: Tensor | None) -> bool:
+    """Whether positions are equal. Those of one optimizer are one tensor, until the parameter moves."""
+    if positions is others or others is None:
+        return others is not None
+    return positions.device == others.device and torch.equal(positions, others)
 
 
 def is_selected(name: str, grad: Tensor, positions: Tensor | None) -> bool:
@@ -169,7 +187,7 @@ def is_selected(name: str, grad: Tensor, positions: Tensor | None) -> bool:
     piece = local(grad)
     if not isinstance(piece, SelectedGrad):
         return False
-    if piece.positions is not positions:
+    if not _same(piece.positions, positions):
         raise StepError(
             f"the gradient of parameter {name} was already reduced to the entries that another optimizer selects: "
             "give a parameter to one optimizer with in_backward=True, and no other"
