@@ -1,9 +1,13 @@
 """Where the elements of a parameter lie in memory, which is what the kernels work on."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safekern import ops
 from safekern.indices import index_dtype
@@ -128,6 +132,45 @@ def overlaps_itself(param: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
+
+
+def sharing(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Pairs of tensors that have an element of memory in common, by their positions.
+
+    Those without memory of their own (on the meta device, wrappers of other tensors) are left out.
+    """
+    spans: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for t, tensor in enumerate(tensors):
+        is_wrapper: bool = is_traceable_wrapper_subclass(tensor)
+        if is_wrapper or tensor.layout != torch.strided or tensor.is_meta:
+            continue
+        if tensor.numel() and (start := tensor.data_ptr()):
+            length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.setdefault(tensor.device, []).append((start, start + length * tensor.element_size(), t))
+    found = []
+    for of_device in spans.values():
+        before: list[tuple[int, int]] = []
+        for start, stop, t in sorted(of_device):
+            before = [(end, other) for end, other in before if end > start]
+            # Spans of strided tensors may interleave and have nothing in common.
+            found += [
+                (other, t) for _, other in before if np.shares_memory(_extent(tensors[other]), _extent(tensors[t]))
+            ]
+            before.append((stop, t))
+    return found
+
+
+def _extent(tensor: Tensor) -> NDArray[np.void]:
+    """An array at the tensor's addresses, which may be those of another device: it is never read."""
+    size = tensor.element_size()
+    interface = {
+        "version": 3,
+        "data": (tensor.data_ptr(), True),
+        "shape": tuple(tensor.shape),
+        "strides": tuple(stride * size for stride in tensor.stride()),
+        "typestr": f"|V{size}",
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))
 
 
 def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:

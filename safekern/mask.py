@@ -309,7 +309,8 @@ class Mask(Mapping[str, Tensor]):
                 lines.append(f"  {name}: missing.{_suggestion(name, named)}")
         if len(wrong) > _SHOWN:
             lines.append(f"  and {len(wrong) - _SHOWN:,} more: {', '.join(wrong[_SHOWN:])}")
-        lines.append("Use a mask made for this model, or load the model the mask was made for.")
+        tied = "" if found.keys() >= set(wrong) else " Of a tied weight's names, named_parameters() lists the first."
+        lines.append(f"Use a mask made for this model, or load the model the mask was made for.{tied}")
         raise MaskMismatchError("\n".join(lines))
 
     def check(self, model: nn.Module) -> None:

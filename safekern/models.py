@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SMOLLM2 = "smollm2"
+_ADAPTER = "adapter_config.json"
+_MERGED = "load it with its base, merge it (safekern.merge_lora keeps a mask's weights) and save the whole model"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # What the hub accepts, but for what is clearly meant as a path.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -79,6 +81,8 @@ def load(
         if not (path / "config.json").is_file():
             gguf = sorted(path.glob("*.gguf"))
             hint = f"; or give one of its GGUF files, such as {gguf[0]}" if gguf else ""
+            if (path / _ADAPTER).is_file():
+                hint = f". It holds a PEFT adapter alone: {_MERGED}"
             raise FileAccessError(f"{path}: holds no config.json; give a folder that save_pretrained wrote{hint}")
     elif path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -197,6 +201,11 @@ def _load_pretrained(
             place, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
         )
     model, found = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise FileFormatError(
+            f"{name}: holds a PEFT adapter ({_ADAPTER}), which transformers puts on top of the weights: {_MERGED}; or, "
+            f"if the weights beside it are merged already, remove {_ADAPTER}"
+        )
     missing = sorted(found["missing_keys"])
     if missing:
         raise FileFormatError(

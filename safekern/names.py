@@ -8,7 +8,7 @@ from safekern.errors import MaskMismatchError
 COMPONENTS = ("embed", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 """The components that most models have, in the order in which reports show them."""
 
-_WRAPPERS = ("module", "_orig_mod", "base_layer", "original_module", "_checkpoint_wrapped_module")
+_WRAPPERS = ("module", "_orig_mod", "base_layer", "original_module", "_checkpoint_wrapped_module", "token_adapter")
 # Names that attention and MLP both use, or that say nothing at all, are shown with their parent's.
 _VAGUE = ("c_proj", "dense", "proj")
 
@@ -16,7 +16,7 @@ _VAGUE = ("c_proj", "dense", "proj")
 def canonical(name: str) -> str:
     """Strips what DDP, ``torch.compile``, PEFT and torch's checkpoint wrapper add to a parameter's name.
 
-    These are the components ``module``, ``_orig_mod``, ``base_layer``, ``original_module`` and
+    These are the components ``module``, ``_orig_mod``, ``base_layer``, ``original_module``, ``token_adapter`` and
     ``_checkpoint_wrapped_module`` anywhere, and ``base_model.model.`` at the start. The last component is the
     parameter's own name and always stays.
 

@@ -19,6 +19,8 @@ from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentErr
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "goal", "messages")
 RESPONSE_FIELDS = ("response", "completion", "output", "answer")
+# What a prompt is about, of Alpaca, Dolly and SQuAD.
+_ADDED = {"instruction": ("input", "context"), "question": ("context",)}
 
 Source = str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Iterable[str]
 
@@ -118,11 +120,12 @@ def builtin(kind: Literal["harmful", "benign"], split: Literal["tune", "eval"]) 
 def load(source: Source) -> Pairs:
     """Reads prompts with their responses.
 
-    The prompt is in the field ``prompt``, ``instruction`` (``input``, if not empty, follows it after a blank line),
-    ``question`` or ``goal``, the response in ``response``, ``completion``, ``output`` or ``answer``. Instead of both,
-    ``messages`` may hold a conversation: the assistant's message that ends it is the response, and all before it the
-    prompt. Every row must use the same two fields; others are ignored, but for ``category``. A ``target``, as AdvBench
-    has it, is never taken for the response: it is the start of the answer that an attack wants.
+    The prompt is in the field ``prompt``, ``instruction``, ``question`` or ``goal``, the response in ``response``,
+    ``completion``, ``output`` or ``answer``. What is in ``input`` or ``context`` follows an instruction after a blank
+    line, and ``context`` a question. Instead of both, ``messages`` may hold a conversation: the assistant's message
+    that ends it is the response, and all before it the prompt. Every row must use the same two fields; others are
+    ignored, but for ``category``. A ``target``, as AdvBench has it, is never taken for the response: it is the start of
+    the answer that an attack wants.
 
     Args:
         source: a ``.json`` file (a list of objects), ``.jsonl`` (an object per line) or ``.csv`` (with a header), in
@@ -302,10 +305,11 @@ def _prompt_in(rows: _Rows, row: Mapping[str, Any], field: str) -> Prompt:
             rows.fail(f"'{field}' holds no message before the assistant's")
         return _plain(messages)
     text = _text(rows, row[field], field)
-    extra = row.get("input") if field == "instruction" else None
+    name = _one_field(rows, row, _ADDED.get(field, ()))
+    extra = None if name is None else row[name]
     if extra is not None and not isinstance(extra, str):
-        rows.fail(f"'input' is a {type(extra).__name__}, but must be a str")
-    return f"{text}\n\n{_text(rows, extra, 'input')}" if extra and extra.strip() else text
+        rows.fail(f"'{name}' is a {type(extra).__name__}, but must be a str")
+    return f"{text}\n\n{_text(rows, extra, str(name))}" if extra and extra.strip() else text
 
 
 def _one_field(rows: _Rows, row: Mapping[str, Any], fields: tuple[str, ...]) -> str | None:

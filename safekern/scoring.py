@@ -337,7 +337,7 @@ def _parts(params: Mapping[str, nn.Parameter], memory: float, k: int, offload: b
         raise InvalidArgumentError(
             f"memory={memory:,.0f} bytes is too little: {largest} needs {accumulators[largest]:,} for its accumulator, "
             f"and {k:,} candidates need {candidates:,}. Give at least {accumulators[largest] + candidates:,} bytes, "
-            "lower keep=, or accumulate in CPU memory with offload=True"
+            "lower keep= (--ratio), or leave memory= out and accumulate in CPU memory with offload=True (--offload)"
         )
     parts: list[list[str]] = [[]]
     left = room

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -284,7 +284,7 @@ def tune(
         for batches in itertools.islice(zip(*streams, strict=False), left):
             total = 0.0
             for weight, batch in zip(weights, batches, strict=True):
-                loss = weight * refusal(model, {name: tensor.to(device) for name, tensor in batch.items()})
+                loss = weight * refusal(model, {name: _moved(value, device) for name, value in batch.items()})
                 loss.backward()
                 total += loss.item()
             if not math.isfinite(total):
@@ -311,6 +311,11 @@ def _without_gradients(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         put_back(optimizer.zero_grad)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    # Batches may hold what is no tensor, such as ids of their rows.
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _checked(parts: object) -> list[tuple[float, Iterable[Batch]]]:

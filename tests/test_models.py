@@ -1,13 +1,14 @@
 import importlib.util
+import shutil
 
 import pytest
 import torch
-from language_models import byte_tokenizer, smollm2_once, tiny_llama
+from language_models import byte_tokenizer, smollm2_once, tiny_llama, with_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from safekern.errors import MissingDependencyError
-from safekern.models import load_smollm2, save
+from safekern.errors import FileAccessError, FileFormatError, MissingDependencyError
+from safekern.models import load, load_smollm2, save
 from safekern.objectives import encode, refusal
 
 PROMPT, RESPONSE = "What is the capital of France?", "The capital of France is Paris."
@@ -106,6 +107,18 @@ def test_saved_model_reads_back_the_same(pair, tmp_path):
     assert (tokenizer_again.eos_token_id, tokenizer_again.pad_token_id) == (2, 2)
     for name, tensor in encode(tokenizer, PROMPT, RESPONSE).items():
         assert torch.equal(tensor, encode(tokenizer_again, PROMPT, RESPONSE)[name])
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save(tiny_llama(), byte_tokenizer(), base)
+    with_adapter(tiny_llama(), ["q_proj"]).save_pretrained(adapter)
+    with pytest.raises(FileAccessError, match=r"config\.json.* It holds a PEFT adapter alone: .*merge_lora"):
+        load(adapter)
+    assert load(base)
+    shutil.copytree(adapter, base, dirs_exist_ok=True)
+    with pytest.raises(FileFormatError, match=r"holds a PEFT adapter .*on top of the weights.* remove adapter_config"):
+        load(base)
 
 
 def test_a_model_is_saved_where_a_link_leads(tmp_path):

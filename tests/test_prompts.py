@@ -123,6 +123,12 @@ def test_an_instruction_with_its_input():
     assert load(rows).prompts == load_prompts(rows) == ["Add.\n\n1, 2", "Add.", "Add.", "Add."]
 
 
+@pytest.mark.parametrize("field", ["instruction", "question"])
+def test_what_a_prompt_is_about_follows_it(field):
+    rows = [{field: "When?", "context": text, "answer": "1999."} for text in ("It began in 1999.", "")]
+    assert load(rows).prompts == load_prompts(rows) == ["When?\n\nIt began in 1999.", "When?"]
+
+
 def test_messages(tmp_path):
     rows = [{"messages": [*TURNS, LAST]}, {"messages": [TURNS[0], LAST]}]
     for source in (rows, write(tmp_path / "a.jsonl", rows)):

@@ -573,6 +573,39 @@ def test_without_its_state_it_starts_anew(make, reset):
     assert_same(snapshot(model, optimizer), snapshot(other, fresh))
 
 
+def tie_by_data(model):
+    model.second = nn.Linear(13, 37, bias=False)
+    model.second.weight.data = model.first.weight.data
+
+
+def view_a_part(model):
+    model.second = nn.Parameter(model.first.weight.data[3:5])
+
+
+@pytest.mark.parametrize("tie", [tie_by_data, view_a_part])
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW, functools.partial(SETAdamW, in_backward=True)])
+def test_parameters_that_share_memory_are_refused(make, tie):
+    model = nn.Module()
+    model.first, model.other = nn.Linear(13, 37), nn.Linear(13, 37)
+    tie(model)
+    for name in ("first.weight", *(name for name, _ in model.named_parameters() if name.startswith("second"))):
+        mask = Mask.from_indices({name: [0]}, {name: model.get_parameter(name).shape})
+        with pytest.raises(InvalidArgumentError, match=r"parameters .*first\.weight.* share memory"):
+            make(model.named_parameters(), mask)
+    # The others are what torch's own optimizers make of them.
+    make(model.named_parameters(), Mask.from_indices({"other.weight": [0]}, {"other.weight": (37, 13)}))
+
+
+def test_parameters_in_one_buffer_are_apart():
+    buffer = torch.zeros(8, 8)
+    model = nn.ParameterDict({"left": buffer[:4, :4], "right": buffer[:4, 4:], "below": buffer[4:]})
+    optimizer = SETAdamW(model.named_parameters(), full_mask(model))
+    assert len(optimizer.param_groups[0]["params"]) == 3
+    model["corner"] = nn.Parameter(buffer[:3, 3:6:2])
+    with pytest.raises(InvalidArgumentError, match="parameters left and corner share memory"):
+        SETAdamW(model.named_parameters(), full_mask(model))
+
+
 @pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
 def test_state_that_was_taken_out_is_put_back(make):
     model = Net()

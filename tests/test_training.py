@@ -68,6 +68,12 @@ def test_tune_weighs_the_parts_of_the_loss():
     torch.testing.assert_close(gradients[0], 0.2 * gradients[1] + 0.8 * gradients[2])
 
 
+def test_batches_may_hold_what_is_no_tensor():
+    model, tokenizer = tiny_llama(), byte_tokenizer()
+    batch = {**in_order(tokenizer, pairs("a", 1), 1)[0], "output_hidden_states": False}
+    assert tune(model, torch.optim.SGD(model.parameters(), lr=0.1), [(1.0, [batch])], 1)
+
+
 def test_tune_lowers_the_loss_and_clears_gradients():
     tokenizer, model = byte_tokenizer(), tiny_llama()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

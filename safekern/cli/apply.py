@@ -35,7 +35,7 @@ example: the model that `safekern set` made, from the one it started with
 A delta is exact, so --dtype must be what it was for `safekern set`.
 """
 # What folders of models hold beside the safetensors files, by the names that the libraries give.
-_OTHER_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf")
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf", "adapter_*")
 
 
 def add_parser(commands: Any) -> None:

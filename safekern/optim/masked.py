@@ -15,7 +15,7 @@ from safekern import names
 from safekern.arguments import is_scalar
 from safekern.eligibility import check_initialized
 from safekern.errors import InvalidArgumentError, MaskMismatchError, StepError
-from safekern.layout import mark_written, memory_indices
+from safekern.layout import mark_written, memory_indices, sharing
 from safekern.mask import Mask, check_mask
 from safekern.sharding import Shard, is_sharded, local
 
@@ -130,17 +130,34 @@ class MaskedOptimizer(Optimizer):
             What :meth:`_named` yields.
         """
         named = list(self._named())
-        for _, name, param in named:
-            self._bind_one(name, param)
+        self._bind_those(named)
         return named
 
-    def _bind_one(self, name: str, param: Tensor) -> None:
-        before, form = self._seen.get(name, (None, None))
-        swapped = before is not None and before != id(param)
-        now = form_of(param)
-        if swapped or form != now:
+    def _bind_those(self, named: Iterable[Named]) -> None:
+        """:meth:`_bind` for some parameters."""
+        found = []
+        for _, name, param in named:
+            before, form = self._seen.get(name, (None, None))
+            swapped = before is not None and before != id(param)
+            now = form_of(param)
+            if swapped or form != now:
+                found.append((name, param, swapped, now))
+        if found:
+            self._check_apart()
+        for name, param, swapped, now in found:
             self._follow(name, param, swapped=swapped)
             self._seen[name] = id(param), now
+
+    def _check_apart(self) -> None:
+        """Refuses masked parameters in whose memory another one lies, through which they would be updated too."""
+        named = [(name, local(param)) for _, name, param in self._named()]
+        for pair in sharing([piece for _, piece in named]):
+            one, other = (named[t][0] for t in pair)
+            if one in self._masked or other in self._masked:
+                raise InvalidArgumentError(
+                    f"parameters {one} and {other} share memory, so that an update of one changes what the mask says "
+                    "of the other: tie them as one parameter (a.weight = b.weight, without .data), or give one a copy"
+                )
 
     def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
         """Works out what depends on the memory of a parameter; an error leaves everything as it was."""

@@ -40,7 +40,7 @@ def protect(optimizer: Optimizer, mask: Mask, named_parameters: NamedParameters)
     Safety Preserving Adaptation (arXiv 2604.08297) around any ``torch.optim.Optimizer``: the protected values are saved
     once and written back after every ``step()``, through the optimizer's step hooks. Inside a step (in a closure)
     protected weights may move. Of two optimizers (Muon for matrices, AdamW for the rest), each takes a handle, with the
-    same mask.
+    same mask; of one inside another (SAM), that whose ``step()`` is called.
 
     Before a step, protected weights are compared with the saved ones, also those that this optimizer does not hold, so
     that weights loaded meanwhile are not overwritten: the step raises ``ProtectionError``. All are compared in
