@@ -1,6 +1,7 @@
 """``score(memory=...)``: several sweeps give the mask of one, bit for bit, in the memory they were given."""
 
 import json
+import re
 import struct
 from contextlib import nullcontext
 from pathlib import Path
@@ -448,9 +449,9 @@ def test_older_releases_refuse_the_file_by_its_number(tmp_path):
 def test_progress_shows_the_sweep(capsys):
     score(toy(), token_batches(3), memory=600, progress=True)
     shown = capsys.readouterr().err
+    # A slow machine may draw one state twice.
     for sweep in (1, 2, 3):
-        assert f"score, sweep {sweep}/3" in shown
-    assert shown.replace(" ", "").count("3/3[") == 3
+        assert re.search(rf"score, sweep {sweep}/3: 100%[^\r]* 3/3 \[", shown)
 
 
 def peak_of(run):
