@@ -132,7 +132,7 @@ class GuardJudge:
         seed: int = 0,
     ) -> None:
         check_whole_number("max_new_tokens", max_new_tokens, 1)
-        generator = torch.Generator("cpu").manual_seed(check_seed(seed))
+        seed = check_seed(seed)
         if not is_number(tau) or not 0 < tau < float("inf"):
             raise InvalidArgumentError(f"tau is {tau!r}, but must be a positive number")
         require_template(tokenizer)
@@ -141,7 +141,7 @@ class GuardJudge:
         self._max_new_tokens = max_new_tokens
         self._tau = tau
         self._sample = sample
-        self.generator = generator
+        self.generator = torch.Generator("cpu").manual_seed(seed)
         self._template = _Template(guard_tokenizer, format or find_format(guard_tokenizer))
         self._vocabularies = _Vocabularies(tokenizer, guard_tokenizer)
 

@@ -262,7 +262,7 @@ def _sweep(
             # Once, since it touches the process's warning filters, and every batch takes the same way.
             guard = nullcontext() if fold.num_batches else _dropped_gradients_raise()
             with torch.enable_grad(), guard:
-                loss = compute(model, _to_device(batch, device))
+                loss = compute(model, to_device(batch, device))
                 _check_loss(loss, fold.num_batches)
                 fold.backward(loss)
                 replay.check(fold.num_batches, loss.detach())
@@ -650,13 +650,14 @@ def _check_loss(loss: object, index: int) -> None:
         )
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device, and everything else as it is."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
-        return _with_items(batch, {key: _to_device(value, device) for key, value in batch.items()})
+        return _with_items(batch, {key: to_device(value, device) for key, value in batch.items()})
     if isinstance(batch, (tuple, list)):
-        moved = [_to_device(value, device) for value in batch]
+        moved = [to_device(value, device) for value in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 

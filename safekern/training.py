@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.objectives import encode, refusal
 from safekern.prompts import Pairs, check_pairs
+from safekern.scoring import to_device
 from safekern.sharding import local
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ def tune(
         for batches in itertools.islice(zip(*streams, strict=False), left):
             total = 0.0
             for weight, batch in zip(weights, batches, strict=True):
-                loss = weight * refusal(model, {name: _moved(value, device) for name, value in batch.items()})
+                loss = weight * refusal(model, to_device(batch, device))
                 loss.backward()
                 total += loss.item()
             if not math.isfinite(total):
@@ -311,11 +312,6 @@ def _without_gradients(optimizer: Optimizer) -> Iterator[None]:
         yield
     finally:
         put_back(optimizer.zero_grad)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    # Batches may hold what is no tensor, such as ids of their rows.
-    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _checked(parts: object) -> list[tuple[float, Iterable[Batch]]]:

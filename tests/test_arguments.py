@@ -217,7 +217,10 @@ PAIRS = Pairs(["a", "b"], ["x", "y"], ["", ""])
         (lambda: builtin("benign", "test"), "got 'benign' and 'test'"),
         (lambda: in_order(byte_tokenizer(), ["a"], 1), r"Pairs are needed, got list: pass prompts\.load"),
         (lambda: in_order(byte_tokenizer(), PAIRS, "1"), "batch_size is '1', but must be a whole number"),
-        (lambda: next(shuffled(byte_tokenizer(), PAIRS, 1, "0")), "seed must be a whole number"),
+        (
+            lambda: next(shuffled(byte_tokenizer(), PAIRS, 1, "0")),
+            r"seed must be a whole number from 0 to 2\^63 - 1, got '0'",
+        ),
         (lambda: next(shuffled(byte_tokenizer(), PAIRS, 1, 0, skip=-1)), "skip is -1, but must be a whole number"),
         (lambda: balanced(byte_tokenizer(), PAIRS, None), "Pairs are needed, got NoneType"),
         (lambda: balanced(byte_tokenizer(), PAIRS, PAIRS, refusal_weight="0.1"), "refusal_weight is 0.1, but must be"),

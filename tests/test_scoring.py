@@ -306,7 +306,7 @@ def test_mappings_reach_the_objective_in_their_own_types():
         Frozen(items),
         types.MappingProxyType(items),
     ]
-    moved = [scoring._to_device(batch, torch.device("meta")) for batch in batches]
+    moved = [scoring.to_device(batch, torch.device("meta")) for batch in batches]
     assert [type(batch) for batch in moved] == [*map(type, batches[:4]), dict, dict]
     assert moved[0].input_ids.is_meta and moved[1].labels.is_meta and moved[2].logits.is_meta
     assert moved[3].labels.is_meta and moved[3].source == "here"
@@ -316,7 +316,7 @@ def test_mappings_reach_the_objective_in_their_own_types():
 
 def test_batches_move_to_the_models_device():
     batch = {"pair": Pair(torch.ones(1), torch.zeros(1)), "nested": [(torch.ones(2), 5)], "text": "x"}
-    moved = scoring._to_device(batch, torch.device("meta"))
+    moved = scoring.to_device(batch, torch.device("meta"))
     assert [leaf.device.type for leaf in tree_leaves(moved) if isinstance(leaf, Tensor)] == ["meta"] * 3
     assert isinstance(moved["pair"], Pair)
     assert moved["nested"][0][1] == 5

@@ -128,6 +128,7 @@ def run(args: argparse.Namespace) -> None:
         if args.save_scores:
             files.check_writable(args.out / "scores.safetensors", "scores")
         options.check_report(args.out / "report.json")
+        files.check_writable(args.out / "report.json")
     device = options.device(args.device)
     effort = _QUICK if args.quick else _FULL
     harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")

@@ -215,17 +215,16 @@ def check_replaceable(path: Path, report: Path) -> None:
 
 
 def check_report(path: Path) -> None:
-    """Makes sure that a report can be written, and replaces nothing but one.
+    """Makes sure that a report takes the place of nothing but one.
 
     Raises:
-        FileAccessError: it cannot, or something else is there.
+        FileAccessError: something else is there.
     """
     if path.exists() and not written_before(path):
         raise FileAccessError(
             f"{path}: exists already and is no report of this command, so it is not replaced; give another --out, or "
             "move it away"
         )
-    files.check_writable(path)
 
 
 def written_before(report: Path) -> list[Any]:

@@ -130,13 +130,13 @@ class MaskedOptimizer(Optimizer):
             What :meth:`_named` yields.
         """
         named = list(self._named())
-        self._bind_those(named)
+        self._bind_those((name, param) for _, name, param in named)
         return named
 
-    def _bind_those(self, named: Iterable[Named]) -> None:
+    def _bind_those(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """:meth:`_bind` for some parameters."""
         found = []
-        for _, name, param in named:
+        for name, param in named:
             before, form = self._seen.get(name, (None, None))
             swapped = before is not None and before != id(param)
             now = form_of(param)

@@ -168,9 +168,9 @@ def _unsupported(operation: object) -> InvalidArgumentError:
 
 def _same(positions: Tensor, others: Tensor | None) -> bool:
     """Whether positions are equal. Those of one optimizer are one tensor, until the parameter moves."""
-    if positions is others or others is None:
-        return others is not None
-    return positions.device == others.device and torch.equal(positions, others)
+    if others is None:
+        return False
+    return positions is others or (positions.device == others.device and torch.equal(positions, others))
 
 
 def is_selected(name: str, grad: Tensor, positions: Tensor | None) -> bool:

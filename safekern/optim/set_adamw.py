@@ -202,7 +202,7 @@ class SETAdamW(MaskedOptimizer):
         grad = param.grad
         if grad is None:
             return
-        self._bind_those([({}, name, param)])
+        self._bind_those([(name, param)])
         if self._is_selected(name, grad):
             return
         if grad.requires_grad:
