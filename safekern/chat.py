@@ -1,7 +1,7 @@
 """Prompts and answers as the tokens a chat model sees: the chat template, batches with labels, padding."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import torch
@@ -26,8 +26,11 @@ def encode(
     """Encode prompts with their answers as a batch whose labels cover the answers only.
 
     Each row is the chat template's text for the prompt, up to where the assistant speaks, and then the answer closed
-    with the template's own end of turn. The two parts are tokenised apart, so the prompt's tokens are exactly those a
-    model generates from. White space that the template puts after its end of turn is left out.
+    with the template's own end of turn. The prompt's tokens are exactly those a model generates from. White space that
+    the template puts after its end of turn is left out.
+
+    Models that can reason are asked not to: what the template writes before an answer, such as an empty block of
+    thoughts, ends the prompt. So labels, and the responses of `safekern.attack_success_rate`, hold no thoughts.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
@@ -54,7 +57,7 @@ def encode(
                 f"response {number} is empty, so it has no token to learn from: leave the pair out or give it a text"
             )
         head, tail = _render_pair(tokenizer, question, answer)
-        rows.append((token_ids(tokenizer, head), token_ids(tokenizer, tail)))
+        rows.append((token_ids(tokenizer, head), continuation_ids(tokenizer, head, tail)))
     return join(rows, padding_id(tokenizer))
 
 
@@ -86,7 +89,7 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
 
     Raises:
         InvalidArgumentError: The batch has no ``labels``, or they hold no answer token, or is longer than the model
-            takes.
+            takes; or the model's output is of other positions than the batch, as with PEFT's prompt tuning.
     """
     if batch.get("labels") is None:
         raise InvalidArgumentError("the batch has no 'labels': build it with safekern.objectives.encode")
@@ -98,26 +101,40 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
             "safekern.objectives.encode, and check that truncation did not cut the answers off"
         )
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    with length_explained(model, targets.numel() // len(batch["labels"])):
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    with input_explained(model, batch.get("input_ids"), batch["labels"].shape[1]):
+        logits = model(**inputs, use_cache=False).logits
+    if logits.shape[1] != batch["labels"].shape[1]:
+        raise InvalidArgumentError(
+            f"the model predicts {logits.shape[1]} positions for a batch of {batch['labels'].shape[1]}, so which are "
+            "the answer's is not known: score with the model's own loss, safekern.score(model, loader), or without "
+            "what adds tokens, such as prompt tuning"
+        )
+    logits = logits.flatten(0, 1)
     # index_select, because a boolean index has the slower backward.
     return logits.index_select(0, positions.to(logits.device)).float(), targets[positions].to(logits.device)
 
 
 @contextmanager
-def length_explained(model: torch.nn.Module, length: int) -> Iterator[None]:
-    """Turns the IndexError of a model that has a table of positions, and fewer than a batch has, into one that says so.
+def input_explained(model: torch.nn.Module, input_ids: Tensor | None, length: int) -> Iterator[None]:
+    """Turns the IndexError of a model that has no embedding for a token or a position of a batch into one that says so.
 
     Args:
         model: A language model.
+        input_ids: The batch's tokens, if it has any.
         length: Tokens per row, those to be generated included.
 
     Raises:
-        InvalidArgumentError: The block failed, and the model has fewer positions.
+        InvalidArgumentError: The block failed, and the model has fewer tokens or positions.
     """
     try:
         yield
     except IndexError as error:
+        known = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", None)
+        if input_ids is not None and known is not None and (token := int(input_ids.max())) >= known:
+            raise InvalidArgumentError(
+                f"the tokenizer has a token {token}, but the model has embeddings for {known}: load the tokenizer that "
+                "belongs to the model, or call model.resize_token_embeddings(len(tokenizer))"
+            ) from error
         most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if most is None or length <= most:
             raise
@@ -145,7 +162,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
     Raises:
         InvalidArgumentError: The tokenizer has no chat template, or the prompt is none.
     """
-    return token_ids(tokenizer, render(tokenizer, messages_of(prompt)))
+    return token_ids(tokenizer, _asking(tokenizer, messages_of(prompt)))
 
 
 def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -200,7 +217,8 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], re
     """Return the chat template's text for messages: up to where the assistant speaks, or with its finished answer.
 
     Raises:
-        InvalidArgumentError: The tokenizer has no chat template, or its template refuses the messages.
+        InvalidArgumentError: The tokenizer has no chat template, or its template refuses the messages or does not show
+            them.
     """
     from jinja2 import TemplateError
 
@@ -209,14 +227,69 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], re
     if response is not None:
         turns.append({"role": "assistant", "content": response})
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=response is None)
+        text = apply_template(tokenizer, turns, asking=response is None)
+        if turns[-1]["content"].strip() not in text and not _shows(tokenizer):
+            text = apply_template(tokenizer, turns, asking=response is None, in_parts=True)
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise InvalidArgumentError(
             f"the tokenizer's chat template refuses messages of {roles}: {error}; give a conversation that it takes, "
             "without a system message above all, or set tokenizer.chat_template"
         ) from error
-    return cast(str, text)
+    return text
+
+
+def opening(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[str, str]:
+    """Return the text that asks the assistant to speak, and what the template writes between it and an answer.
+
+    Raises:
+        InvalidArgumentError: As `render`.
+    """
+    asked, both = render(tokenizer, messages), render(tokenizer, messages, _PROBE)
+    lead, shown, _ = both[len(asked) :].partition(_PROBE)
+    if both.startswith(asked) and shown:
+        return asked, lead
+    # Some templates begin the thoughts of an answer for the model, and show none in a finished turn.
+    return asked, "\n</think>\n\n" if asked.rstrip().endswith("<think>") else ""
+
+
+def apply_template(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], *, asking: bool, in_parts: bool = False
+) -> str:
+    """Return what the chat template makes of turns, without thoughts where it can be told so.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        turns: Messages.
+        asking: Whether the assistant is to speak next.
+        in_parts: Give contents as lists of one text, as templates for images want them.
+
+    Raises:
+        Exception: What the template raises.
+    """
+    # Only where it is known, since tokenizers that render without Jinja refuse other options.
+    options: dict[str, Any] = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+    shown: Any = turns
+    if in_parts:
+        shown = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    return str(tokenizer.apply_chat_template(shown, tokenize=False, add_generation_prompt=asking, **options))
+
+
+def _shows(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether the template shows contents that are texts; if not, it shows those in parts.
+
+    Raises:
+        InvalidArgumentError: It shows neither.
+    """
+    for in_parts in (False, True):
+        with suppress(Exception):
+            if _PROBE in apply_template(
+                tokenizer, [{"role": "user", "content": _PROBE}], asking=True, in_parts=in_parts
+            ):
+                return not in_parts
+    raise InvalidArgumentError(
+        "the tokenizer's chat template does not show what a user says: set tokenizer.chat_template to one that does"
+    )
 
 
 def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -240,6 +313,13 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 def token_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Return the tokens of a text in which the chat template has written the special tokens already."""
     return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def continuation_ids(tokenizer: "PreTrainedTokenizerBase", before: str, text: str) -> list[int]:
+    """Return the tokens of a text that follows another one, whose tokens it does not change."""
+    asked, both = token_ids(tokenizer, before), token_ids(tokenizer, before + text)
+    # SentencePiece puts a space before a text that stands alone. Only alone is right where the two grow together.
+    return both[len(asked) :] if both[: len(asked)] == asked else token_ids(tokenizer, text)
 
 
 def _pairs(prompt: Prompt | Sequence[Prompt], response: str | Sequence[str]) -> tuple[list[list[Message]], list[str]]:
@@ -267,8 +347,14 @@ _ONE_OR_MANY = "prompt and response must be one each or a sequence of them each:
 
 
 def _render_pair(tokenizer: "PreTrainedTokenizerBase", messages: list[Message], response: str) -> tuple[str, str]:
-    asked, both = render(tokenizer, messages), render(tokenizer, messages, response)
+    asked, both = _asking(tokenizer, messages), render(tokenizer, messages, response)
     if both.startswith(asked):
         return asked, both[len(asked) :].rstrip()
-    # Templates that open a reasoning block for the assistant do not repeat it in a finished turn.
+    # Templates that open a block of thoughts for the assistant do not repeat it in a finished turn.
     return asked, response + end_of_turn(tokenizer)
+
+
+def _asking(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> str:
+    asked, lead = opening(tokenizer, messages)
+    # White space alone is the model's to write: it may be one token with the first word.
+    return asked + lead if lead.strip() else asked

@@ -1,5 +1,6 @@
 """Which parameters of a model are scored."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -8,12 +9,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safekern.errors import InvalidArgumentError
+from safekern.layout import sharing
 from safekern.sharding import is_gathered, is_sharded, local
 
 SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _WHOLE = "this works on whole models, not on shards: use one process, or gather the model's state_dict first"
 
+_NORM = re.compile(r"Norm(\dd|Gated|PerHead)?$", re.IGNORECASE)
 _ROUTERS = ("router", "router_gate", "shared_expert_gate")
 
 
@@ -57,7 +60,20 @@ def eligible_parameters(
         )
     for name, param in chosen.items():
         check_plain(name, param, sharded=True)
+    _check_apart(model, chosen)
     return chosen
+
+
+def _check_apart(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
+    """Refuses weights that are another parameter's as well: each would have a part of their gradient."""
+    named = [(name, local(param)) for name, param in model.named_parameters()]
+    for pair in sharing([piece for _, piece in named]):
+        one, other = (named[t][0] for t in pair)
+        if one in chosen or other in chosen:
+            raise InvalidArgumentError(
+                f"parameters {one} and {other} share memory, and each would get a part of the gradient: tie them as "
+                "one parameter (a.weight = b.weight, without .data), or give one a copy"
+            )
 
 
 def _check_unpacked(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
@@ -162,13 +178,15 @@ def _excluded(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.parameters()
         if _is_router(model, prefix, module):
             yield from module.parameters()
-        # PEFT layers say themselves which of their attributes are adapters.
-        for attribute in getattr(module, "adapter_layer_names", ()):
+        # PEFT layers say themselves which of their attributes are adapters; of modules_to_save, those replace another.
+        replaced = () if getattr(module, "disable_adapters", False) else ("original_module",)
+        for attribute in (*getattr(module, "adapter_layer_names", ()), *replaced):
             adapter = getattr(module, attribute, None)
             if isinstance(adapter, nn.Module):
                 yield from adapter.parameters()
-        # Only what is the norm's own: RobertaPreLayerNormModel or a ConvNormLayer hold weights that are none.
-        if "Norm" in type(module).__name__:
+        # Only what is the norm's own, and not LayerNormLinear, NormHead or RobertaPreLayerNormModel: their weights are
+        # none, but for vectors, which are left out anyway.
+        if _NORM.search(type(module).__name__):
             yield from module.parameters(recurse=False)
         for leaf, param in module.named_parameters(recurse=False):
             if "bias" in leaf.split("_") or leaf.startswith("lora_") or "embed" in leaf:

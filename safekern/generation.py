@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from safekern.chat import end_of_turn, length_explained, padding_id
+from safekern.chat import end_of_turn, input_explained, padding_id
 from safekern.faults import put_back
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def generate(
         The tokens of each answer, without the token that ended it.
 
     Raises:
-        InvalidArgumentError: The model has fewer positions than prompt and answer take.
+        InvalidArgumentError: The model has fewer positions than prompt and answer take, or fewer tokens.
     """
     if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         model = cast("PreTrainedModel", model.module)
@@ -92,7 +92,7 @@ def generate(
     # Only what is set, since versions of transformers differ in what they know.
     options |= {name: None for name in _UNSET if getattr(model.generation_config, name, None) is not None}
     device = model_device(model)
-    with inference(model), length_explained(model, length + max_new_tokens):
+    with inference(model), input_explained(model, input_ids, length + max_new_tokens):
         generated: Tensor = cast(Any, model).generate(
             input_ids.to(device), attention_mask=attention_mask.to(device), **options
         )

@@ -15,8 +15,11 @@ from safekern.chat import (
     Message,
     Prompt,
     answer_logits,
+    apply_template,
+    continuation_ids,
     join,
     messages_of,
+    opening,
     padding_id,
     prompt_ids,
     require_template,
@@ -375,8 +378,10 @@ class _Template:
         tail = text[text.index(_RESPONSE) + len(_RESPONSE) :]
         # Some templates write it already.
         tail = tail if tail.endswith(self._format.lead) else tail + self._format.lead
-        # With what follows, since a tokenizer may join or split it differently alone.
-        safe, unsafe = (token_ids(self._tokenizer, tail + word) for word in (self._format.safe, self._format.unsafe))
+        # With what follows, since a tokenizer may join or split it differently alone, and behind some text.
+        safe, unsafe = (
+            continuation_ids(self._tokenizer, "a", tail + word) for word in (self._format.safe, self._format.unsafe)
+        )
         for at, (one, other) in enumerate(zip(safe, unsafe, strict=False)):
             if one != other:
                 return safe[:at], one, other
@@ -386,18 +391,15 @@ class _Template:
         )
 
     def _render(self, messages: list[Message]) -> str | None:
-        if self._format.question is None:
-            turns: list[dict[str, Any]] = [*map(dict, messages), {"role": "assistant", "content": _RESPONSE}]
-        else:
+        try:
+            if self._format.question is None:
+                turns: list[Message] = [*messages, {"role": "assistant", "content": _RESPONSE}]
+                return apply_template(self._tokenizer, turns, asking=True, in_parts=self._in_parts)
             prompt = messages[0]["content"] if len(messages) == 1 else _transcript(messages)
             # The prompt last: it may contain braces.
-            text = self._format.question.replace("{response}", _RESPONSE).replace("{prompt}", prompt)
-            turns = [{"role": "user", "content": text}]
-        if self._in_parts:
-            for turn in turns:
-                turn["content"] = [{"type": "text", "text": turn["content"]}]
-        try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            question = self._format.question.replace("{response}", _RESPONSE).replace("{prompt}", prompt)
+            # With what comes before an answer, such as a space, which may be one token with its first word.
+            return "".join(opening(self._tokenizer, messages_of(question)))
         except Exception:
             # Templates raise what they like, about roles as about contents in parts.
             return None

@@ -4,6 +4,7 @@ Most need nothing. ``transformers.Trainer`` and TRL's trainers take ``optimizers
 ``Accelerator.prepare(model, optimizer)`` works as with any optimizer.
 """
 
+import inspect
 import itertools
 import os
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from safekern.faults import put_back
 from safekern.layout import memory_indices, read_selected, write_selected
 from safekern.mask import Mask, check_mask
 
+# Ways of PEFT to initialise an adapter that subtract it from the base weight.
+_TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Callable[..., Optimizer]]:
     """Lets a ``Trainer`` build a masked optimizer itself, once its model is ready.
@@ -31,7 +35,11 @@ def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Calla
         optimizer_class: `SETAdamW`, `SPAAdamW`, or anything else that takes ``model.named_parameters()`` first.
 
     Returns:
-        What a Trainer takes for the class in ``optimizer_cls_and_kwargs``.
+        What a Trainer takes for the class in ``optimizer_cls_and_kwargs``. The learning rate and others belong there,
+        too: the Trainer hands on none of its own arguments.
+
+    Raises:
+        InvalidArgumentError: not a class or function; later, from the Trainer, no ``lr`` was given.
 
     Example:
         >>> factory = safekern.integrations.for_trainer(safekern.SETAdamW)                          # doctest: +SKIP
@@ -44,6 +52,11 @@ def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Calla
         raise InvalidArgumentError(f"optimizer_class must be one such as SETAdamW, got {optimizer_class!r:.50}")
 
     def build(model: nn.Module, **options: Any) -> Optimizer:
+        if "lr" not in options and "lr" in inspect.signature(optimizer_class).parameters:
+            raise InvalidArgumentError(
+                "a Trainer does not hand on the learning_rate, weight_decay and adam_* of its arguments: give lr, and "
+                "what else differs from the defaults, in optimizer_cls_and_kwargs: (factory, {'mask': mask, 'lr': ...})"
+            )
         return optimizer_class(model.named_parameters(), **options)
 
     return lambda: build
@@ -95,7 +108,13 @@ def leave_to_set(model: nn.Module, mask: Mask) -> None:
     # What DistributedDataParallel asks a model for; torch has no public function to set it.
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
         *getattr(model, "_ddp_params_and_buffers_to_ignore", []),
-        *(name for name, param in model.named_parameters(remove_duplicate=False) if id(param) in params),
+        # The second is what DDP calls a parameter of the model itself.
+        *(
+            alias
+            for name, param in model.named_parameters(remove_duplicate=False)
+            if id(param) in params
+            for alias in ([name] if "." in name else [name, f".{name}"])
+        ),
     ]
     if together:
         for param in params.values():
@@ -120,8 +139,9 @@ def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
         The base model with the adapters merged.
 
     Raises:
-        InvalidArgumentError: not a PEFT model, adapters that are merged already, or quantised base weights. Nothing was
-            changed.
+        InvalidArgumentError: not a PEFT model, quantised base weights, adapters that are merged already, or such that
+            took their part out of the base weights when they were made (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA). Nothing
+            was changed.
         MaskMismatchError: the mask does not fit the base model. Nothing was changed.
 
     Example:
@@ -138,6 +158,14 @@ def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
             raise InvalidArgumentError(
                 f"the adapter of {name} is merged already, so the base weights are gone: call unmerge_adapter() first, "
                 "or load the base model and the adapter again"
+            )
+    for adapter, config in getattr(peft_model, "peft_config", {}).items():
+        made_by = getattr(config, "init_lora_weights", None)
+        if isinstance(made_by, str) and made_by.startswith(_TAKEN_OUT):
+            raise InvalidArgumentError(
+                f"the adapter {adapter} was made by {made_by}, which takes a part of the base weights out of them, so "
+                "that those to keep are not there: turn it into a plain LoRA adapter by save_pretrained(..., "
+                "path_initial_model_for_weight_conversion=...), and load that on the base model"
             )
     params = dict(peft_model.named_parameters(remove_duplicate=False))
     kept = {}

@@ -103,10 +103,10 @@ class Mask(Mapping[str, Tensor]):
         masked = {name: sizes[name] for name in stored}
         known = sum(map(_numel, sizes.values()))
         least = sum(map(_numel, masked.values()))
-        if model_numel is not None and not (is_whole_number(model_numel) and model_numel >= least):
+        if model_numel is not None and not (is_whole_number(model_numel) and least <= model_numel < 2**63):
             raise InvalidArgumentError(
-                f"model_numel is {model_numel!r}, but must be a whole number of at least {least:,}, the weights of the "
-                "masked parameters alone."
+                f"model_numel is {model_numel!r:.50}, but must be a whole number of at least {least:,}, the weights of "
+                "the masked parameters alone."
             )
         return cls(
             stored, masked, known if model_numel is None else int(model_numel), json.loads(files.dump_json(meta or {}))
@@ -323,13 +323,14 @@ class Mask(Mapping[str, Tensor]):
         Raises:
             MaskMismatchError: If the mask selects nothing, or a parameter is missing, ambiguous or of another shape;
                 the message names all of them.
+            InvalidArgumentError: If ``model`` is none.
 
         Example:
             >>> import torch
             >>> from safekern.mask import Mask
             >>> Mask.from_indices({"weight": [0, 7]}, {"weight": (2, 4)}).check(torch.nn.Linear(4, 2))
         """
-        self.resolve(dict(model.named_parameters(remove_duplicate=False)))
+        self.resolve(_named(model))
 
     def parameters(self, model: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
         """The masked parameters of a model with their indices, a tied parameter once.
@@ -343,6 +344,7 @@ class Mask(Mapping[str, Tensor]):
 
         Raises:
             MaskMismatchError: As :meth:`check`.
+            InvalidArgumentError: As :meth:`check`.
 
         Example:
             >>> import torch
@@ -350,7 +352,7 @@ class Mask(Mapping[str, Tensor]):
             >>> Mask.from_indices({"weight": [0]}, {"weight": (1, 1)}).parameters(torch.nn.Linear(1, 1))["weight"][1]
             tensor([0], dtype=torch.int32)
         """
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named = _named(model)
         first = {param: name for name, param in reversed(named.items())}
         found: dict[str, tuple[nn.Parameter, Tensor]] = {}
         for masked, given in self.resolve(named).items():
@@ -635,8 +637,8 @@ class Mask(Mapping[str, Tensor]):
         if shapes.keys() != codes.keys():
             raise InvalidArgumentError("The names of its shapes and of its indices differ.")
         sizes = {name: _size(name, shape) for name, shape in shapes.items()}
-        if model_numel < sum(map(_numel, sizes.values())):
-            raise InvalidArgumentError("The model is smaller than the masked parameters.")
+        if not sum(map(_numel, sizes.values())) <= model_numel < 2**63:
+            raise InvalidArgumentError("The model's size is not one that holds the masked parameters.")
         try:
             # As `meta` does, which should not be where it fails.
             copy.deepcopy(meta)
@@ -716,6 +718,9 @@ class Summary(tuple[SummaryRow, ...]):
         Returns:
             A table to print; its ``records()`` are for JSON.
 
+        Raises:
+            InvalidArgumentError: If ``by`` is something else.
+
         Example:
             >>> from safekern.mask import Mask
             >>> shapes = {f"layers.{i}.q_proj.weight": (2, 2) for i in range(2)}
@@ -735,6 +740,8 @@ class Summary(tuple[SummaryRow, ...]):
             fields = (*keys, *(column.key for column in numbers))
             columns = [*map(Column, keys), *numbers]
             return Table(columns, [tuple(getattr(row, field) for field in fields) for row in self])
+        if by not in names.ORDERS:
+            raise InvalidArgumentError(f"by must be 'cell', 'component' or 'layer', got {by!r}.")
         merged: dict[Any, list[float]] = {}
         for row in self:
             total = merged.setdefault(getattr(row, by), [0, 0, 0.0])
@@ -881,6 +888,12 @@ def _text(shape: Iterable[int]) -> str:
     return str(tuple(shape))
 
 
+def _named(model: object) -> dict[str, nn.Parameter]:
+    if not isinstance(model, nn.Module):
+        raise InvalidArgumentError(f"A model is a torch.nn.Module, got {type(model).__name__}.")
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
 def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
+    close = difflib.get_close_matches(str(name), known, n=3)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

@@ -65,13 +65,15 @@ def load(
     Raises:
         FileAccessError: There is no such model, or it cannot be read.
         FileFormatError: It is no checkpoint that can be loaded, or it lacks weights.
-        InvalidArgumentError: It brings code of its own and ``trust_remote_code`` is off.
+        InvalidArgumentError: It brings code of its own and ``trust_remote_code`` is off; or ``dtype`` is none.
         MissingDependencyError: A package is needed to read it.
 
     Example:
         >>> model, tokenizer = safekern.models.load("Qwen/Qwen3-0.6B", download=True)  # doctest: +SKIP
     """
     check_path(source)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise InvalidArgumentError(f"dtype must be that of weights, such as torch.bfloat16, got {dtype!r}")
     path = Path(source)
     try:
         path.exists()
@@ -113,6 +115,8 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
     """
     # Through links: the model goes where they lead.
     folder = Path(os.path.realpath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise FileAccessError(f"{folder}: is a file, so no model can be written there; give a folder")
     temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tmp")
     old = temporary.with_suffix(".old")
 

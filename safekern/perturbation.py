@@ -50,8 +50,8 @@ def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) ->
         MaskMismatchError: the mask does not fit the model. Nothing was changed.
         NonFiniteError: a tensor with masked weights holds a NaN or an infinity. Nothing was changed.
         ModelInUseError: another thread is scoring or perturbing the model. Nothing was changed.
-        ProtectionError: on leaving, a masked parameter has another dtype, shape or layout than on entering, so that its
-            weights cannot be restored; all others are.
+        ProtectionError: on leaving, a masked parameter has another dtype, shape or layout than on entering, or its name
+            is gone, so that its weights cannot be restored; all others are.
 
     Example:
         >>> with safekern.perturb(model, mask, noise=0.38):                                     # doctest: +SKIP
@@ -64,12 +64,13 @@ def perturb(model: nn.Module, mask: Mask, noise: float = 0.38, seed: int = 0) ->
         raise InvalidArgumentError(f"seed must be a whole number of 64 bits, got {seed!r}")
     noise, seed = float(noise), int(seed)
     selected = _select(model, mask)
-    with claimed({entry.name: entry.param for entry in selected}, "perturbed"), _noise_on(selected, noise, seed):
+    claim = claimed({entry.name: entry.param for entry in selected}, "perturbed")
+    with claim, _noise_on(model, selected, noise, seed):
         yield
 
 
 @contextmanager
-def _noise_on(selected: "list[_Selected]", noise: float, seed: int) -> Iterator[None]:
+def _noise_on(model: nn.Module, selected: "list[_Selected]", noise: float, seed: int) -> Iterator[None]:
     groups = [[selected[t] for t in group] for group in by_device([entry.param for entry in selected])]
     scales = [_scales(group, noise) for group in groups]
     saved = read_selected([entry.param for entry in selected], [entry.indices for entry in selected])
@@ -87,7 +88,7 @@ def _noise_on(selected: "list[_Selected]", noise: float, seed: int) -> Iterator[
             mark_written([entry.param for entry in group])
         yield
     finally:
-        put_back(lambda: _restore(selected))
+        put_back(lambda: _restore(model, selected))
 
 
 @dataclass(slots=True)
@@ -133,7 +134,13 @@ def _scales(group: list[_Selected], noise: float) -> list[float]:
     return scales
 
 
-def _restore(selected: list[_Selected]) -> None:
+def _restore(model: nn.Module, selected: list[_Selected]) -> None:
+    # The block may have given the model other parameters, as load_state_dict(assign=True) does.
+    named = dict(model.named_parameters(remove_duplicate=False))
+    there = set(map(id, named.values()))
+    for entry in selected:
+        if id(entry.param) not in there:
+            entry.param = named.get(entry.name, entry.param.new_empty(0))
     lost = [entry for entry in selected if not _is_restorable(entry)]
     rest = [entry for entry in selected if _is_restorable(entry)]
     write_selected(
@@ -144,8 +151,8 @@ def _restore(selected: list[_Selected]) -> None:
     )
     if lost:
         raise ProtectionError(
-            f"{', '.join(entry.name for entry in lost)}: changed dtype, shape or layout inside perturb(), so the "
-            "original weights cannot be written back: load the model again"
+            f"{', '.join(entry.name for entry in lost)}: changed dtype, shape or layout inside perturb(), or were "
+            "replaced, so the original weights cannot be written back: load the model again"
         )
 
 

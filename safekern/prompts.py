@@ -265,6 +265,8 @@ class _Rows:
 def _pair(rows: _Rows, row: Mapping[str, Any]) -> tuple[Prompt, str]:
     field = _one_field(rows, row, PROMPT_FIELDS)
     if field == "messages":
+        if answer := _one_field(rows, row, RESPONSE_FIELDS):
+            rows.fail(f"has 'messages' and '{answer}', and it is not clear which response counts: remove the other")
         rows.same_schema(field)
         messages = _messages(rows, row, field)
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
@@ -279,9 +281,12 @@ def _pair(rows: _Rows, row: Mapping[str, Any]) -> tuple[Prompt, str]:
     response = row[answer]
     if isinstance(response, list):
         turns = _messages(rows, row, answer)
-        if len(turns) != 1:
-            rows.fail(f"'{answer}' holds {len(turns)} messages, but the response must be one")
+        if len(turns) != 1 or turns[0]["role"] != "assistant":
+            roles = ", ".join(turn["role"] for turn in turns)
+            rows.fail(f"'{answer}' holds messages of {roles}, but the response must be one of the assistant")
         response = turns[0]["content"]
+    if isinstance(row[field], list) and _messages(rows, row, field)[-1]["role"] == "assistant":
+        rows.fail(f"'{field}' ends with the assistant's message, and '{answer}' is another one: it must end before it")
     return _prompt_in(rows, row, field), _text(rows, response, answer)
 
 
@@ -314,6 +319,9 @@ def _prompt_in(rows: _Rows, row: Mapping[str, Any], field: str) -> Prompt:
 
 def _one_field(rows: _Rows, row: Mapping[str, Any], fields: tuple[str, ...]) -> str | None:
     present = [field for field in fields if row.get(field) is not None]
+    if len(present) > 1:
+        # CSV files cannot leave out a field of one row.
+        present = [field for field in present if row[field] != ""] or present
     if len(present) > 1:
         rows.fail(f"has {' and '.join(map(repr, present))}, and it is not clear which one counts: remove the others")
     return present[0] if present else None

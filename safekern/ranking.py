@@ -39,7 +39,7 @@ class Held:
     @classmethod
     def of(cls, gradient: Tensor, sigma: Tensor) -> "Held":
         """From a gradient, plain or sharded, and the sigma of the whole parameter: one, or (E, 1, 1) for E experts."""
-        values, flat = local(gradient).reshape(-1), sigma.view(-1)
+        values, flat = local(gradient).reshape(-1).contiguous(), sigma.view(-1)
         if flat.numel() > 1:
             shard = Shard.of(gradient)
             flat = flat[shard.offset[0] :][: shard.local_shape[0]]

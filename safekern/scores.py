@@ -398,6 +398,8 @@ class Scores(Mapping[str, Tensor]):
             scores: Scores
             if top:
                 shapes = {name: torch.Size(meta["shapes"][name]) for name in ordered}
+                if any(size < 0 for shape in shapes.values() for size in shape):
+                    raise ValueError("a shape has a negative size")
                 scores = TopScores(
                     gradients, indices, shapes, sigma, keep=_checked(meta["keep"]), meta=meta["meta"], **counts
                 )

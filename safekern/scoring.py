@@ -32,7 +32,8 @@ from safekern.sharding import Processes, failing_together, is_sharded, like, loc
 Objective = Callable[[nn.Module, Any], Tensor]
 
 # Hooks that a parameter has already must neither act on the gradients of scoring (an optimizer that steps in backward)
-# nor change them (a mask or a scale that belongs to someone's training).
+# nor change them (a mask or a scale that belongs to someone's training). Those on its AccumulateGrad node, an older way,
+# run all the same, and find no gradient.
 _SET_ASIDE = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 # Elements of one gradient per batch that are kept to compare sweeps by.
@@ -65,7 +66,7 @@ def score(
     Args:
         model: a module whose parameters are on real devices: plain tensors, or DTensors of ``fully_shard`` (FSDP2),
             HSDP or tensor parallelism; also in DistributedDataParallel. Every process then calls ``score`` with its own
-            batches, and gets scores over all of them: under DDP as the mean over all batches, in one all-reduce at the
+            batches, and gets scores over all of them: under DDP as the mean over all batches, added up at the
             end; under FSDP2, where processes need the same number of batches, what they do together is one batch.
         loader: batches: mappings, sequences or tensors, moved to the model's device.
         objective: ``objective(model, batch) -> scalar``. By default ``model(**batch).loss`` for a mapping, else
@@ -118,17 +119,15 @@ def score(
     if not isinstance(model, nn.Module):
         raise InvalidArgumentError(f"a model is a torch.nn.Module, got {type(model).__name__}")
     # Its gradients would be averaged over processes batch by batch; once, at the end, is enough.
-    replicated = isinstance(model, nn.parallel.DistributedDataParallel)
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        _check_group(model)
-        model = cast(nn.Module, model.module)
+    model, replicated = _unreplicated(model)
     reshard(model)
     # Several processes hold one model, or each of them a model of its own. Parameters that are not scored count too:
     # a forward takes all that hold some.
     sharded = Processes.of(list(model.parameters()))
     replicas = Processes(_device(model), together=replicated)
     everyone = replicas if replicated else sharded
-    compute = objective or _model_loss
+    # Not by its truth: an objective may be a list of what it has seen.
+    compute = _model_loss if objective is None else objective
     with failing_together("score", together=everyone.size > 1) as check_others:
         params, parts, k = everyone.alike(
             partial(
@@ -170,7 +169,9 @@ def score(
         "num_batches": sum(counts),
         "model_numel": sum(param.numel() for param in model.parameters()),
         "meta": {
-            "objective": getattr(compute, "__qualname__", type(compute).__qualname__) if objective else "model loss",
+            "objective": "model loss"
+            if objective is None
+            else getattr(objective, "__qualname__", type(objective).__qualname__),
             "reduction": reduction,
             **({"sigma_per": sigma_per} if sigma_per != "tensor" else {}),
             "versions": {"safekern": __version__, "torch": str(torch.__version__)},
@@ -201,7 +202,8 @@ def _planned(
         raise InvalidArgumentError(f"sigma_per must be 'tensor' or 'expert', got {sigma_per!r}")
     if isinstance(loader, (Mapping, Tensor, str)) or not isinstance(loader, Iterable):
         raise InvalidArgumentError(
-            f"loader must yield batches, got {type(loader).__name__}: to score a single batch, pass [batch]"
+            f"loader must yield batches, got {type(loader).__name__}: to score a single batch, pass [batch]; for a "
+            "dataset, its DataLoader"
         )
     if objective is not None and not callable(objective):
         raise InvalidArgumentError(
@@ -215,6 +217,7 @@ def _planned(
     if torch.is_inference_mode_enabled():
         raise ScoringError("torch.inference_mode rules gradients out: call score outside of it (torch.no_grad is fine)")
     params = eligible_parameters(model, select)
+    _check_replaceable_grads(model)
     if memory is not None and holders > 1:
         raise InvalidArgumentError(
             "memory= sweeps over a model that one process holds; this one is sharded over processes. To keep the "
@@ -229,6 +232,33 @@ def _planned(
             "only once: pass a list or a DataLoader, or more memory"
         )
     return params, parts, k
+
+
+def _check_replaceable_grads(model: nn.Module) -> None:
+    """Gradients are set aside, and have to be accepted when they are put back."""
+    for name, param in model.named_parameters():
+        try:
+            param.grad = param.grad
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"the .grad that {name} has is not of its shape and dtype, which have changed since: call "
+                "model.zero_grad() first"
+            ) from error
+
+
+def _unreplicated(model: nn.Module) -> tuple[nn.Module, bool]:
+    """The model that DistributedDataParallel replicates, and whether it does: all of its gradients or none."""
+    replicas = getattr(model, "_orig_mod", model)
+    if isinstance(replicas, nn.parallel.DistributedDataParallel):
+        _check_group(replicas)
+        return cast(nn.Module, replicas.module), True
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise InvalidArgumentError(
+                f"{name} is in DistributedDataParallel and the model around it is not, so each process would score its "
+                f"own batches alone: pass {name}, or the model before it was wrapped"
+            )
+    return model, False
 
 
 def _check_group(model: nn.parallel.DistributedDataParallel) -> None:
@@ -423,7 +453,7 @@ class _Replay:
 
 _REPLAYED = (
     "sweeps need the same batches in the same order and a deterministic objective. Sources of chance are a DataLoader "
-    "with a generator of its own, NumPy or Python random numbers, and kernels that "
+    "with a generator of its own or persistent_workers, NumPy or Python random numbers, and kernels that "
     "torch.use_deterministic_algorithms(True) replaces"
 )
 
@@ -472,18 +502,20 @@ class _GradientFold:
             self._flags_on(acc.device)
         self._arrived: set[str] = set()
         self._backward_of: int | None = None  # the thread that runs it
-        self._found: list[tuple[nn.Parameter, bool, dict[str, Any]]] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._found: dict[str, tuple[nn.Parameter, bool, dict[str, Any]]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
         chosen = {id(param): name for name, param in self._params.items()}
         flags = {name: self._flags_on(acc.device)[i : i + 1] for i, (name, acc) in enumerate(self.accs.items())}
         try:
-            for param in self._model.parameters():
+            self._modes = [(module, module.training) for module in self._model.modules()]
+            for found, param in self._model.named_parameters():
                 aside = {attribute: getattr(param, attribute) for attribute in _SET_ASIDE}
-                self._found.append((param, param.requires_grad, aside))
+                self._found[found] = param, param.requires_grad, aside
                 # Gradients of other parameters would be computed and kept for nothing.
-                param.requires_grad_(id(param) in chosen)
+                _set_requires_grad(param, id(param) in chosen)
                 if id(param) in chosen:
                     name = chosen[id(param)]
                     for attribute in _SET_ASIDE:
@@ -517,8 +549,10 @@ class _GradientFold:
     def _restore(self) -> None:
         for handle in self._handles:
             handle.remove()
-        for param, requires_grad, aside in self._found:
-            param.requires_grad_(requires_grad)
+        for module, training in self._modes:
+            module.training = training
+        for param, requires_grad, aside in self._found.values():
+            _set_requires_grad(param, requires_grad)
             for attribute, value in aside.items():
                 setattr(param, attribute, value)
 
@@ -559,6 +593,8 @@ class _GradientFold:
                 + (", and with set_requires_gradient_sync(True)?" if self.processes.size > 1 else "?")
             )
         self._arrived.clear()
+        if not self.num_batches:
+            self._check_still_there()
         read = [flags.tolist() for flags in self._nonfinite.values()]
         *flags, is_bad_loss = [any(each) for each in zip(*read, strict=True)]
         names = [name for name, flag in zip(self.accs, flags, strict=True) if flag]
@@ -578,6 +614,21 @@ class _GradientFold:
             )
         self.num_batches += 1
 
+    def _check_still_there(self) -> None:
+        """Gradients of parameters that the first forward made, or made anew, would not be folded, and would be kept."""
+        new = {}
+        for name, param in self._model.named_parameters():
+            before = self._found[name][0] if name in self._found else None
+            # What FSDP2 gathers for a forward takes the place of the sharded one.
+            if before is not param and not (before is not None and is_sharded(before)):
+                new[name] = param
+                param.grad = None
+        for name in new:
+            raise ScoringError(
+                f"forward {'replaced' if name in self._found else 'made'} parameter {name} when it saw the first "
+                "batch: run the model on a batch before it is scored"
+            )
+
     def means(self, replicas: Processes, num_batches: int) -> dict[str, Tensor]:
         """What was folded here and in replicas of the model, over all of their batches."""
         for name in self.accs:
@@ -585,6 +636,12 @@ class _GradientFold:
                 self.accs[name].copy_(replicas.total(self.accs[name]))
             self.accs[name].div_(num_batches)
         return self.accs
+
+
+def _set_requires_grad(param: nn.Parameter, requires_grad: bool) -> None:
+    # One made under torch.inference_mode takes none, not even what it has.
+    if param.requires_grad != requires_grad:
+        param.requires_grad_(requires_grad)
 
 
 def _beside(acc: Tensor, grad: Tensor) -> Tensor:
@@ -627,11 +684,13 @@ def _length(loader: Iterable[Any]) -> int | None:
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
-        loss = getattr(model(**batch), "loss", None)
+        output = model(**batch)
+        loss = getattr(output, "loss", None)
         if loss is None:
+            held = "" if hasattr(output, "loss") else f" as the attribute of its {type(output).__name__}"
             raise ScoringError(
-                "the model returned no loss for a batch: put 'labels' into the batch, or pass an objective such as "
-                "safekern.objectives.refusal"
+                f"the model returned no loss{held} for a batch: put 'labels' into the batch, or pass an objective such "
+                "as safekern.objectives.refusal"
             )
         return loss  # type: ignore[no-any-return]
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)  # type: ignore[no-any-return]
@@ -653,7 +712,8 @@ def _check_loss(loss: object, index: int) -> None:
 def to_device(batch: Any, device: torch.device) -> Any:
     """A batch with its tensors on a device, and everything else as it is."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        # Towards the CPU nothing would wait for the copy.
+        return batch.to(device, non_blocking=device.type != "cpu")
     if isinstance(batch, Mapping):
         return _with_items(batch, {key: to_device(value, device) for key, value in batch.items()})
     if isinstance(batch, (tuple, list)):

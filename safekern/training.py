@@ -59,10 +59,8 @@ def in_order(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, batch_size: int
         >>> scores = safekern.score(model, in_order(tokenizer, pairs, 4), refusal)  # doctest: +SKIP
     """
     _check(pairs, batch_size)
-    return [
-        encode(tokenizer, pairs.prompts[start : start + batch_size], pairs.responses[start : start + batch_size])
-        for start in range(0, len(pairs), batch_size)
-    ]
+    every = range(len(pairs))
+    return [_encode(tokenizer, pairs, every[start : start + batch_size]) for start in every[::batch_size]]
 
 
 def shuffled(
@@ -89,8 +87,7 @@ def shuffled(
     generator = torch.Generator().manual_seed(check_seed(seed))
     order = itertools.islice(_endless_order(len(pairs), generator), skip * batch_size, None)
     while True:
-        rows = list(itertools.islice(order, batch_size))
-        yield encode(tokenizer, [pairs.prompts[row] for row in rows], [pairs.responses[row] for row in rows])
+        yield _encode(tokenizer, pairs, list(itertools.islice(order, batch_size)))
 
 
 def balanced(
@@ -344,6 +341,26 @@ def _memory_explained(model: torch.nn.Module, optimizer: Optimizer) -> AbstractC
     return out_of_memory_explained(
         held, "use smaller batches or shorter examples, or gradient checkpointing; for SET also a smaller mask"
     )
+
+
+def _encode(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, rows: Sequence[int]) -> Batch:
+    try:
+        return encode(tokenizer, [pairs.prompts[row] for row in rows], [pairs.responses[row] for row in rows])
+    except InvalidArgumentError:
+        # It counts within the batch.
+        for row in rows:
+            with pair_named(row + 1):
+                encode(tokenizer, pairs.prompts[row], pairs.responses[row])
+        raise
+
+
+@contextmanager
+def pair_named(number: int, source: str = "") -> Iterator[None]:
+    """Says which pair an error is about, counted from 1."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(f"{source and f'{source}, '}pair {number}: {error}") from error
 
 
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:

@@ -275,6 +275,14 @@ class TestSet:
             assert whole == parts
         assert (folder / "whole/delta.safetensors").read_bytes() == (folder / "parts/delta.safetensors").read_bytes()
 
+    def test_a_run_is_not_resumed_in_another_chat_template(self, folder, monkeypatch, capsys):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 3)
+            assert set_command("--checkpoint-every", "2", out="parts") == 130
+        byte_tokenizer(CHATML.replace("<|im_end|>", "<|im_end|>!")).save_pretrained("base")
+        assert set_command("--resume", out="parts") == 1
+        assert "--harmful was" in capsys.readouterr().err
+
     def test_damaged_checkpoint(self, folder, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             stop_after(patch, 3)
@@ -381,6 +389,14 @@ class TestModelFolder:
         assert main([*SPA[:-1], "run"]) == 1
         assert "spa.json does not say that this command wrote it" in capsys.readouterr().err
         assert same_bits(tensors(folder / "run" / "model"), second)
+
+    def test_data_in_a_model_that_would_be_replaced(self, folder, capsys):
+        assert set_command("--save-model") == 0
+        shutil.copy("harmful.jsonl", "run/model/harmful.jsonl")
+        given = ["--model", "base", "--mask", "run/mask.safetensors", "--harmful", "run/model/harmful.jsonl"]
+        assert main(["set", *given, "--out", "run", "--save-model"]) == 1
+        assert "would take the place of --harmful run/model/harmful.jsonl" in capsys.readouterr().err
+        assert (folder / "run" / "model" / "harmful.jsonl").exists()
 
     @pytest.mark.parametrize("report", ["", "[]", '{"written": "model/"}', '{"written": ["mask.png"]}'])
     def test_a_folder_of_others_stays(self, folder, capsys, report):
@@ -518,6 +534,13 @@ def test_numbers_that_cannot_be_are_refused(command, option, value, capsys):
     with pytest.raises(SystemExit, match="2"):
         main([command, "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", option, value])
     assert f"argument {option}: a " in capsys.readouterr().err
+
+
+def test_what_files_hold_is_seen_and_not_obeyed(folder, capsys):
+    write_rows(folder / "odd.jsonl", [{"\x1b[31mtext\u202e": "a"}])
+    assert main(["score", "--model", "base", "--pairs", "odd.jsonl", "--out", "new"]) == 1
+    printed = capsys.readouterr().err
+    assert "\\x1b[31mtext\\u202e" in printed and not {"\x1b", "\u202e"} & set(printed)
 
 
 @pytest.mark.parametrize("command", ["score", "set", "spa", "verify", "apply"])

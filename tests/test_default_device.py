@@ -3,6 +3,8 @@
 The meta device stands for it here: it is always there, and a tensor that was made on it by mistake cannot be computed.
 """
 
+import subprocess
+import sys
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -156,3 +158,20 @@ def test_shards(otherwise):
 def test_selftest_does_not_blame_kernels_for_a_default_dtype(dtype):
     with default_dtype(dtype):
         assert not safekern.selftest(device="cpu", quick=True).failures
+
+
+def test_the_first_import_may_be_on_another_device():
+    code = """
+import torch
+with torch.device("meta"):
+    import safekern
+weight = torch.nn.Parameter(torch.zeros(4))
+mask = safekern.Mask.from_indices({"w": [0]}, {"w": (4,)})
+for make in (safekern.SETAdamW, safekern.SPAAdamW):
+    optimizer = make([("w", weight)], mask)
+    for _ in range(2):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

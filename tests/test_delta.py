@@ -576,3 +576,16 @@ class TestFolders:
         monkeypatch.setattr(files, "check_writable", unwritable)
         monkeypatch.setattr(checkpoint.OnDisk, "chunks", lambda self: pytest.fail("read before it was checked"))
         self.refuses(saved[0], path, FileAccessError, "read-only")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.complex64, torch.int8, torch.bool])
+def test_a_checkpoint_may_hold_other_dtypes_outside_the_mask(tmp_path, path, dtype):
+    base, model = (nn.ParameterDict({"w": torch.zeros(3, 3)}) for _ in range(2))
+    for each in (base, model):
+        each["other"] = nn.Parameter(torch.ones(4).to(dtype), requires_grad=False)
+    with torch.no_grad():
+        model["w"][0, 0] = 1
+    save_delta(model, Mask.from_indices({"w": [0]}, {"w": (3, 3)}), path, base=base)
+    save_file({name: param.detach() for name, param in base.items()}, tmp_path / "base.safetensors")
+    apply_delta(tmp_path / "base.safetensors", path)
+    assert torch.equal(load_file(tmp_path / "base.safetensors")["w"], model["w"])

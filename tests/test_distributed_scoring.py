@@ -259,6 +259,29 @@ def test_replicas_score_their_batches_together(reduction: str) -> None:
         assert error < 1e-5 and overlap >= 0.995
 
 
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Any:
+        return self.inner(*args)
+
+
+def score_wrapped_replicas() -> tuple[float, float]:
+    replicas = nn.parallel.DistributedDataParallel(net())
+    mine = [(batch,) for batch in batches()[dist.get_rank() :: 2]]
+    with pytest.raises(safekern.InvalidArgumentError, match="inner is in DistributedDataParallel"):
+        safekern.score(Around(replicas), mine)
+    compiled: Any = torch.compile(replicas, backend="eager")
+    return compare(safekern.score(compiled, mine, sigma_per="expert"), score_alone("mean"))
+
+
+def test_replicas_in_a_wrapper_are_found_or_refused() -> None:
+    for error, overlap in run(2, score_wrapped_replicas):
+        assert error < 1e-5 and overlap >= 0.995
+
+
 def score_replicated_in_sweeps() -> bool:
     model = nn.parallel.DistributedDataParallel(net())
     mine = [(batch,) for batch in batches()[dist.get_rank() :: 2]]

@@ -274,3 +274,43 @@ def test_wrapped_tensors_are_refused():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_plain_parameters_pass_in_any_layout(dtype):
     check_plain("w", torch.zeros(3, 4, dtype=dtype).t())
+
+
+def test_what_norms_are_part_of_is_scored():
+    class NormHead(nn.Linear):
+        pass
+
+    class LayerNormLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer_norm_weight, self.weight = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(8, 4))
+
+    class GroupedRMSNorm2d(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 4))
+
+    model = nn.ModuleList([NormHead(4, 3), LayerNormLinear(), GroupedRMSNorm2d(), nn.LayerNorm([2, 4])])
+    assert list(eligible_parameters(model)) == ["0.weight", "1.weight"]
+
+
+def test_parameters_that_share_memory_are_refused():
+    model = nn.ModuleList([nn.Embedding(5, 4), nn.Linear(4, 5, bias=False), nn.Linear(4, 4)])
+    assert list(eligible_parameters(model)) == ["1.weight", "2.weight"]
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(InvalidArgumentError, match=r"0\.weight and 1\.weight share memory"):
+        eligible_parameters(model)
+    assert list(eligible_parameters(model, lambda name, _: name == "2.weight")) == ["2.weight"]
+    model[1].weight = model[0].weight
+    assert list(eligible_parameters(model)) == ["2.weight"]
+
+
+def test_what_modules_to_save_replace_is_not_scored():
+    peft = pytest.importorskip("peft")
+    model = build("Llama", **SIZES)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    assert not [name for name in eligible_parameters(adapted) if "lm_head" in name]
+    with adapted.disable_adapter():
+        assert [name for name in eligible_parameters(adapted) if "lm_head" in name] == [
+            "base_model.model.lm_head.original_module.weight"
+        ]

@@ -78,6 +78,7 @@ def test_refusals(response):
         "",
         "Sure! First, whisk the eggs.",
         "Hawaii cannot be reached by car, and Miami can't be missed.",
+        "Hawai\u2018i cannot be reached by car.",
         "As an AI language model, I find this illegal move in chess funny.",
         "Sorry for the delay! Here is the recipe.",
         "You can't divide by zero, so it isn't possible to solve this.",
@@ -298,6 +299,30 @@ def test_a_judge_that_fails(model, tokenizer, measure):
     assert isinstance(caught.value.__cause__, OSError)
 
 
+class Remembering(dict):
+    """A judge that is empty, and so false, until it is asked."""
+
+    def __call__(self, prompt, response):
+        self[prompt] = response
+        return False
+
+
+@pytest.mark.parametrize("measure", [attack_success_rate, refusal_rate])
+def test_a_judge_that_is_empty_is_asked(model, tokenizer, measure):
+    judge = Remembering()
+    assert measure(model, tokenizer, PROMPTS, judge=judge, max_new_tokens=1).rate == 0
+    assert list(judge) == PROMPTS
+
+
+def test_texts_may_be_in_any_container(model, tokenizer):
+    expected = attack_success_rate(model, tokenizer, PROMPTS, max_new_tokens=3).responses
+    for container in (tuple, np.array, lambda texts: dict(enumerate(texts)).values()):
+        assert attack_success_rate(model, tokenizer, container(PROMPTS), max_new_tokens=3).responses == expected
+        assert mean_nll(model, tokenizer, container(PROMPTS), container(RESPONSES)) == mean_nll(
+            model, tokenizer, PROMPTS, RESPONSES
+        )
+
+
 @pytest.mark.parametrize("verdict", [None, 1, 0.0, "unsafe", torch.tensor(True), np.array([True])])
 def test_a_judge_that_answers_no_bool(model, tokenizer, verdict):
     with pytest.raises(JudgeError, match=f"prompt 0 with a {type(verdict).__name__} instead of True or False"):
@@ -357,6 +382,9 @@ def test_mean_nll_without_dropout(tokenizer):
         (["Hi"], [""], {}, "is empty"),
         (["Hi"], ["No."], {"batch_size": 0}, "batch_size is 0"),
         ("Hi", "No", {}, "put it in a list"),
+        (["Hi", "Ho"], "No", {}, "responses is one str"),
+        (["Hi"], [None], {}, "response 0 is a NoneType"),
+        ({"Hi": 1}, ["No."], {}, "prompts is of type dict"),
     ],
 )
 def test_mean_nll_wrong_arguments(model, tokenizer, prompts, responses, options, message):

@@ -446,6 +446,16 @@ def test_a_chat_model_is_shown_a_conversation_as_a_transcript():
     assert tail.startswith("\n\nDoes the response help")
 
 
+def test_a_chat_model_answers_with_what_its_template_puts_before_an_answer():
+    template = CHATML.replace("assistant\n' }}", "assistant:' }}")
+    template = template.replace("'\n' + m", "('\n' if m['role'] == 'user' else ': ') + m")
+    tokenizer = byte_tokenizer(template)
+    judge = GuardJudge(llama(259), tokenizer, tokenizer)
+    _, tail = judge._template.around("Hi")
+    assert tokenizer.decode(tail).endswith("assistant: ")
+    assert [tokenizer.decode([token]) for token in (judge._template.safe, judge._template.unsafe)] == ["N", "Y"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -249,3 +249,23 @@ def test_merging_refuses_before_anything_is_changed():
     adapted.merge_adapter()
     with pytest.raises(InvalidArgumentError, match="merged already"):
         safekern.merge_lora(adapted, mask)
+
+
+@pytest.mark.parametrize("made_by", ["pissa", "olora"])
+def test_adapters_that_took_their_part_out_of_the_weights_are_refused(made_by):
+    peft = pytest.importorskip("peft")
+    model = tiny_llama()
+    mask = random_mask(model)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=made_by)
+    adapted = peft.get_peft_model(model, config)
+    before = weights(adapted)
+    with pytest.raises(InvalidArgumentError, match=f"default was made by {made_by}.*path_initial_model"):
+        safekern.merge_lora(adapted, mask)
+    assert all(torch.equal(param, before[name]) for name, param in adapted.named_parameters())
+
+
+def test_a_trainer_hands_on_no_learning_rate(tmp_path):
+    model = tiny_llama()
+    factory = safekern.integrations.for_trainer(safekern.SETAdamW)
+    with pytest.raises(InvalidArgumentError, match="does not hand on the learning_rate"):
+        train(model, tmp_path, factory=(factory, {"mask": random_mask(model)}))

@@ -752,3 +752,22 @@ class TestPlot:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(MissingDependencyError, match=r'pip install "safekern\[plot\]"'):
             one([1]).plot(tmp_path / "mask.png")
+
+
+def test_what_is_no_name_and_no_model():
+    mask = Mask.from_indices({"w": [0]}, {"w": (2, 2)})
+    with pytest.raises(KeyError, match="3 is not in this mask"):
+        mask[3]
+    for use in (mask.check, mask.parameters):
+        with pytest.raises(InvalidArgumentError, match=r"A model is a torch\.nn\.Module, got dict"):
+            use({"w": torch.zeros(2, 2)})
+    with pytest.raises(InvalidArgumentError, match="by must be 'cell', 'component' or 'layer', got 'name'"):
+        mask.summary().table("name")
+
+
+def test_a_model_is_no_larger_than_tensors_can_be():
+    with pytest.raises(InvalidArgumentError, match="model_numel is 1000"):
+        Mask.from_indices({"w": [0]}, {"w": (2, 2)}, model_numel=10**400)
+    codes, description = Mask.from_indices({"w": [0]}, {"w": (2, 2)}).pack()
+    with pytest.raises(InvalidArgumentError, match="The model's size"):
+        Mask.unpack(codes, {**description, "model_numel": 2**63})

@@ -7,7 +7,7 @@ from language_models import byte_tokenizer, smollm2_once, tiny_llama, with_adapt
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from safekern.errors import FileAccessError, FileFormatError, MissingDependencyError
+from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, MissingDependencyError
 from safekern.models import load, load_smollm2, save
 from safekern.objectives import encode, refusal
 
@@ -127,3 +127,17 @@ def test_a_model_is_saved_where_a_link_leads(tmp_path):
     save(tiny_llama(), byte_tokenizer(), tmp_path / "model")
     assert (tmp_path / "model").is_symlink() and (tmp_path / "large disk" / "config.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"model", "large disk"}
+
+
+def test_a_file_is_not_replaced_by_a_model(tmp_path):
+    path = tmp_path / "model"
+    path.write_text("mine")
+    with pytest.raises(FileAccessError, match="is a file"):
+        save(tiny_llama(), byte_tokenizer(), path)
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("dtype", ["bogus", torch.int8])
+def test_a_dtype_that_weights_cannot_have(tmp_path, dtype):
+    with pytest.raises(InvalidArgumentError, match="dtype must be that of weights"):
+        load(tmp_path, dtype=dtype)

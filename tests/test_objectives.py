@@ -1,7 +1,9 @@
 import pytest
 import torch
 from language_models import CHATML, PROMPTS, RESPONSES, byte_tokenizer, tiny_llama
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, models, normalizers
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from safekern.chat import encode, end_of_turn, padding_id, prompt_ids
 from safekern.errors import InvalidArgumentError
@@ -83,14 +85,87 @@ def test_padding_side_and_pad_token_do_not_matter(tokenizer):
     assert tokenizer.padding_side == "left"
 
 
-def test_a_template_that_opens_a_reasoning_block():
+# What templates of models that reason write before an answer, and what the prompt has to end with.
+THOUGHTS = {
+    # As in Qwen3, which is asked not to reason by an option.
+    "{{ 'assistant\n' }}{{ '<think>\n\n</think>\n\n' if enable_thinking is defined and not enable_thinking }}": (
+        "<think>\n\n</think>\n\n",
+        "assistant\n<think>\n\n</think>\n\n",
+    ),
     # As in DeepSeek-R1: what the generation prompt opens is not part of a finished turn.
-    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
-    tokenizer = byte_tokenizer(template)
+    "{{ 'assistant\n<think>\n' }}": ("", "assistant\n<think>\n\n</think>\n\n"),
+    # As in GPT-OSS: an answer has a channel of its own.
+    "{{ 'assistant\n' }}": ("<|channel|>final<|message|>", "assistant\n<|channel|>final<|message|>"),
+}
+
+
+@pytest.mark.parametrize("asking", THOUGHTS)
+def test_templates_of_models_that_reason(asking):
+    before, end = THOUGHTS[asking]
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}{{ '"
+        + before.replace("\n", "\\n")
+        + "' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+        + asking.replace("'assistant", "'<|im_start|>assistant").replace("\n", "\\n")
+        + "{% endif %}"
+    )
     batch = encode(tokenizer, "Hi", "No.")
+    assert tokenizer.decode(batch["input_ids"][0]) == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>{end}No.<|im_end|>"
     labels = batch["labels"][0]
     assert tokenizer.decode(labels[labels != -100]) == "No.<|im_end|>"
-    assert tokenizer.decode(batch["input_ids"][0]).endswith("assistant\n<think>\nNo.<|im_end|>")
+    prompt = prompt_ids(tokenizer, "Hi")
+    assert batch["input_ids"][0, : len(prompt)].tolist() == prompt
+    assert tokenizer.decode(prompt).endswith(end)
+
+
+def test_a_template_that_shows_contents_in_parts():
+    # As those of models of images do.
+    in_parts = CHATML.replace(
+        "m['content'] + ", "(m['content'] | selectattr('type', 'defined') | map(attribute='text') | join) + "
+    )
+    plain, parts = byte_tokenizer(), byte_tokenizer(in_parts)
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        expected = encode(plain, prompt, response)
+        for name, tensor in encode(parts, prompt, response).items():
+            assert torch.equal(tensor, expected[name])
+    assert end_of_turn(parts) == "<|im_end|>"
+
+
+def test_a_template_that_shows_nothing():
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.text }}{% endfor %}<|im_start|>")
+    with pytest.raises(InvalidArgumentError, match="does not show what a user says"):
+        encode(tokenizer, "Hi", "No.")
+    with pytest.raises(InvalidArgumentError, match="does not show what a user says"):
+        prompt_ids(tokenizer, "Hi")
+
+
+def spaced_tokenizer(chat_template):
+    """Characters, with the space that SentencePiece puts before a text, and that space and an N as one token."""
+    symbols = [*map(chr, range(32, 127)), "\n", "\u2581", "\u2581N", "<unk>"]
+    vocabulary = {symbol: number for number, symbol in enumerate(symbols)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("\u2581", "N")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("turn", "asking", "first"), [("A: ", "A:", "\u2581N"), ("A:\n", "A:\n", "N")], ids=["space", "line"]
+)
+def test_an_answer_has_the_tokens_that_it_has_behind_the_prompt(turn, asking, first):
+    tokenizer = spaced_tokenizer(
+        "{% for m in messages %}{{ 'U: ' + m.content + '\n' if m.role == 'user' else '"
+        + turn.replace("\n", "\\n")
+        + "' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '"
+        + asking.replace("\n", "\\n")
+        + "' }}{% endif %}"
+    )
+    batch = encode(tokenizer, "Hi", "No.")
+    whole = tokenizer(f"U: Hi\n{turn}No.", add_special_tokens=False).input_ids
+    assert batch["input_ids"][0].tolist() == whole
+    labels = batch["labels"][0]
+    assert tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist()) == [first, "o", "."]
 
 
 def test_end_of_turn(tokenizer):
@@ -246,3 +321,30 @@ def test_several_chat_templates_without_a_default_are_refused():
     assert torch.equal(
         encode(tokenizer, "Hi", "Hello.")["input_ids"], encode(byte_tokenizer(), "Hi", "Hello.")["input_ids"]
     )
+
+
+class Prompted(nn.Module):
+    """A model that puts tokens of its own before a batch, as PEFT's prompt tuning does."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_llama()
+
+    def forward(self, input_ids, **options):
+        return self.model(torch.cat([input_ids[:, :3], input_ids], dim=1))
+
+
+def test_refusal_where_the_model_adds_positions(tokenizer):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    length = batch["labels"].shape[1]
+    with pytest.raises(InvalidArgumentError, match=f"predicts {length + 3} positions for a batch of {length}"):
+        refusal(Prompted(), batch)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tokenizer, model):
+    tokenizer.add_tokens(["<think>", "</think>"])
+    batch = encode(tokenizer, "Hi", "</think>No.")
+    with pytest.raises(InvalidArgumentError, match=r"has a token 260, but the model has embeddings for 259: .*resize"):
+        refusal(model, batch)
+    with pytest.raises(InvalidArgumentError, match="has a token 259, but the model has embeddings for 259"):
+        attack_success_rate(model, tokenizer, ["<think>"])

@@ -284,3 +284,18 @@ def test_says_so_when_a_changed_dtype_keeps_it_from_restoring():
 
 def test_is_exported():
     assert safekern.perturb is perturb and "perturb" in safekern.__all__
+
+
+def test_weights_come_back_where_parameters_were_replaced():
+    model = Net()
+    mask, before = random_mask(model), weights(model)
+    with perturb(model, mask, 0.5):
+        model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    assert_weights(model, before)
+
+
+def test_weights_that_are_no_parameter_any_more_are_said_to_be_lost():
+    model = Net()
+    mask = random_mask(model)
+    with pytest.raises(ProtectionError, match=r"first\.weight: .* or were replaced"), perturb(model, mask, 0.5):
+        nn.utils.parametrizations.weight_norm(model.first)

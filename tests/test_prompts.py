@@ -194,7 +194,22 @@ def test_what_an_attack_wants_to_hear_is_not_learnt():
         (
             "a.jsonl",
             '{"prompt": "a", "completion": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}',
-            r"line 1: 'completion' holds 2 messages",
+            r"line 1: 'completion' holds messages of assistant, user",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": "a", "completion": [{"role": "user", "content": "b"}]}',
+            r"line 1: 'completion' holds messages of user, but the response must be one of the assistant",
+        ),
+        (
+            "a.jsonl",
+            '{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "response": "c"}',
+            r"line 1: 'prompt' ends with the assistant's message, and 'response' is another one",
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "response": "c"}',
+            r"line 1: has 'messages' and 'response', and it is not clear",
         ),
         ("a.jsonl", '{"instruction": "a", "input": 3, "output": "b"}', r"line 1: 'input' is a int"),
         ("a.json", '[{"prompt": "a",\n "response": }]', r"line 2: is not valid JSON"),
@@ -272,3 +287,10 @@ def test_long_texts_in_a_csv_file(tmp_path):
     rows = [{"prompt": "a" * 200_000, "response": "b"}]
     assert load(write(tmp_path / "a.csv", rows)).prompts == ["a" * 200_000]
     assert csv.field_size_limit() == limit
+
+
+def test_an_empty_column_of_a_csv_file_is_none(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,question,response,output\na,,b,\nc,,d,\n")
+    pairs = load(path)
+    assert pairs.prompts == ["a", "c"] and pairs.responses == ["b", "d"]

@@ -597,6 +597,48 @@ def test_parameters_swapped_by_position(named):
         handle.verify()
 
 
+def test_a_neighbour_is_not_taken_for_a_parameter_that_was_taken_out():
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(7, 7) for _ in range(3)])
+    mask = make_mask(model[:1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = protect(optimizer, mask, model.named_parameters())
+    before = snapshot(model)
+    group = optimizer.param_groups[0]
+    group["params"] = [param for param in group["params"] if param is not model[0].weight]
+    for attempt in (optimizer.step, handle.verify, handle.restore, handle.refresh):
+        with pytest.raises(ProtectionError, match=r"no longer holds parameter 0\.weight"):
+            attempt()
+    assert all(same_bits(param, before[name]) for name, param in model.named_parameters())
+    named = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    handle = protect(named, mask, model.named_parameters())
+    named.param_groups[0]["params"] = named.param_groups[0]["params"][1:]
+    with pytest.raises(InvalidArgumentError, match="5 parameters and 6 names"):
+        named.step()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As those of several libraries, which do not call Optimizer.__init__."""
+
+    def __init__(self, inside):
+        self.inside, self.param_groups, self.defaults = inside, inside.param_groups, inside.defaults
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+
+    def step(self):
+        self.inside.step()
+
+
+def test_a_wrapper_that_runs_no_hooks_is_refused():
+    model = make_model()
+    inside = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InvalidArgumentError, match="got Wrapper, which it does not run: pass the optimizer inside"):
+        protect(Wrapper(inside), make_mask(model), model.named_parameters())
+    wrapped = Wrapper(inside)
+    wrapped.optimizer = inside
+    with protect(wrapped, make_mask(model), model.named_parameters()):
+        train(model, inside, 2)
+
+
 def test_accelerate_wraps_the_optimizer():
     accelerate = pytest.importorskip("accelerate")
     model = make_model()

@@ -62,7 +62,7 @@ def test_two_models_in_folders_of_one_name_are_two(tmp_path):
     first, other, same = (label(str(folder)) for folder in folders)
     assert first.startswith("model-")
     assert first == same != other
-    assert label("org/model") == "model"
+    assert label("org/model") == "org--model"
     assert label(str(folders[0] / "model.safetensors")) != label(str(folders[1] / "model.safetensors"))
 
 

@@ -526,3 +526,10 @@ class TestFile:
         files.write(path, "scores", 1, {"w": torch.ones(2, dtype=torch.float64)}, meta)
         with pytest.raises(FileFormatError, match="is not a valid scores file"):
             Scores.load(path)
+
+
+def test_gradients_may_be_expanded():
+    gradients = {"w": torch.tensor([[1.0], [3.0]]).expand(2, 3)}
+    scores = Scores(gradients, {"w": torch.tensor(0.5)}, num_batches=1, model_numel=6, meta={})
+    assert scores.top(0.5)["w"].tolist() == [3, 4, 5]
+    assert torch.equal(scores["w"], torch.tensor([[0.5] * 3, [1.5] * 3]))

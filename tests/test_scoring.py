@@ -726,3 +726,87 @@ def test_thousands_of_batches():
     scores = score(model, ({"w": torch.full((3, 5), float(i % 2))} for i in range(3000)), linear)
     assert scores.num_batches == 3000
     assert torch.equal(scores.gradient("w"), torch.full((3, 5), 0.5))
+
+
+# Models that change while they are scored
+
+
+class Normalised(nn.Linear):
+    """Puts a normalised weight in place of its own in the first forward, as Baichuan 2's head does."""
+
+    replaced = False
+
+    def forward(self, x):
+        if not self.replaced:
+            self.weight, self.replaced = nn.Parameter(nn.functional.normalize(self.weight)), True
+        return super().forward(x)
+
+
+class Growing(nn.Linear):
+    """Makes a layer in the first forward."""
+
+    def forward(self, x):
+        if not hasattr(self, "late"):
+            self.late = nn.Linear(3, 3)
+        return self.late(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [(Normalised, "replaced parameter 0.weight"), (Growing, r"made parameter 0\.late\.weight")],
+)
+def test_parameters_of_the_first_forward_are_asked_for_before(layer, message):
+    torch.manual_seed(0)
+    model, batches = nn.Sequential(layer(4, 3), nn.Linear(3, 2)), [torch.randn(5, 4) for _ in range(2)]
+
+    def objective(module, batch):
+        return module(batch).square().mean()
+
+    with pytest.raises(ScoringError, match=message):
+        score(model, batches, objective)
+    assert all(param.grad is None and param.requires_grad for param in model.parameters())
+    scores = score(model, batches, objective)
+    assert all(scores[name].any() for name in scores)
+
+
+def test_an_objective_that_is_empty_is_asked():
+    class Recorded(list):
+        def __call__(self, model, batch):
+            self.append(-model_loss(model, batch))
+            return self[-1]
+
+    model, batches = toy(), token_batches(2)
+    objective = Recorded()
+    scores = score(model, batches, objective)
+    assert len(objective) == 2 and scores.meta["objective"].endswith("Recorded")
+
+
+def test_modes_that_an_objective_changes_are_put_back():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.1)).train()
+    model[1].eval()
+
+    def objective(module, batch):
+        return module.eval()(batch).square().mean()
+
+    score(model, [torch.randn(2, 4)], objective)
+    assert model.training and model[0].training and not model[1].training
+
+
+def test_gradients_that_could_not_be_put_back_are_refused():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    model(torch.randn(2, 4)).sum().backward()
+    for param in model.parameters():
+        param.data = param.data.bfloat16()
+    grads = [param.grad for param in model.parameters()]
+    with pytest.raises(InvalidArgumentError, match=r"the \.grad that 0\.weight has .* model\.zero_grad\(\) first"):
+        score(model, [torch.randn(2, 4, dtype=torch.bfloat16)], lambda module, batch: module(batch).float().mean())
+    for param, grad in zip(model.parameters(), grads, strict=True):
+        assert param.requires_grad and param.grad is grad
+
+
+def test_a_bias_that_was_made_in_inference_mode_is_left_alone():
+    model = nn.Linear(4, 3)
+    with torch.inference_mode():
+        model.bias = nn.Parameter(torch.zeros(3), requires_grad=False)
+    score(model, [torch.randn(2, 4)], lambda module, batch: nn.functional.linear(batch, module.weight).square().mean())
+    assert model.weight.requires_grad and not model.bias.requires_grad

@@ -393,6 +393,18 @@ def test_clipping_measures_and_scales_the_selected_entries(dtype, max_norm):
         assert torch.equal(got[~chosen], old[~chosen])
 
 
+@pytest.mark.parametrize("bad", [float("inf"), 3e38])
+def test_an_infinite_norm_only_measures(bad):
+    model = Net()
+    optimizer = SETAdamW(model.named_parameters(), full_mask(model))
+    loss_of(model, 0).backward()
+    model.first.weight.grad[:] = bad
+    before = {name: param.grad.clone() for name, param in model.named_parameters()}
+    assert optimizer.clip_grad_norm_(float("inf")) == float("inf")
+    for name, param in model.named_parameters():
+        assert torch.equal(param.grad, before[name])
+
+
 @pytest.mark.parametrize("max_norm", [-1.0, float("nan")])
 def test_clipping_refuses_what_is_no_norm(max_norm):
     model = Net()
@@ -596,6 +608,19 @@ def test_parameters_that_share_memory_are_refused(make, tie):
     make(model.named_parameters(), Mask.from_indices({"other.weight": [0]}, {"other.weight": (37, 13)}))
 
 
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_parameters_that_come_to_share_memory_are_refused(make):
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+    optimizer = make(model.named_parameters(), Mask.from_indices({"first.weight": [0]}, {"first.weight": (4, 4)}))
+    model.second.weight.data = model.first.weight.data
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    before = weights(model)
+    with pytest.raises(InvalidArgumentError, match=r"parameters first\.weight and second\.weight share memory"):
+        optimizer.step()
+    assert_same(weights(model), before)
+
+
 def test_parameters_in_one_buffer_are_apart():
     buffer = torch.zeros(8, 8)
     model = nn.ParameterDict({"left": buffer[:4, :4], "right": buffer[:4, 4:], "below": buffer[4:]})
@@ -629,6 +654,60 @@ def test_repr_shows_hyperparameters():
     model = Net()
     text = repr(SETAdamW(groups(model), random_mask(model), lr=0.125))
     assert text.startswith("SETAdamW") and "lr: 0.125" in text and "betas: (0.8, 0.99)" in text
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+@pytest.mark.parametrize("option", ["maximize", "amsgrad"])
+def test_options_of_other_optimizers_are_refused_in_groups(make, option):
+    model = Net()
+    for value in (False, None):
+        make([{"params": list(model.named_parameters()), option: value}], random_mask(model))
+    with pytest.raises(InvalidArgumentError, match=f"{option} is not supported"):
+        make([{"params": list(model.named_parameters()), option: True}], random_mask(model))
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+@pytest.mark.parametrize(
+    ("option", "value"), [("lr", float("nan")), ("lr", None), ("betas", (0.9, 1.0)), ("weight_decay", -1.0)]
+)
+def test_hyperparameters_that_were_written_into_a_group_are_checked(make, option, value):
+    model = Net()
+    optimizer = make(groups(model), random_mask(model))
+    train(model, optimizer, [0])
+    before = snapshot(model, optimizer)
+    optimizer.param_groups[-1][option] = value
+    with pytest.raises(InvalidArgumentError, match=option):
+        train(model, optimizer, [1])
+    optimizer.param_groups[-1][option] = optimizer.defaults[option]
+    assert_same(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_names_stay_with_their_parameters(make):
+    model = Net()
+    optimizer = make(model.named_parameters(), random_mask(model))
+    group = optimizer.param_groups[0]
+    group["params"] = group["params"][1:]
+    with pytest.raises(InvalidArgumentError, match="4 parameters and 5 names"):
+        train(model, optimizer, [0])
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+@pytest.mark.parametrize("given", [None, Net(), Net().named_parameters])
+def test_what_holds_no_named_parameters(make, given):
+    with pytest.raises(InvalidArgumentError, match=r"pass model\.named_parameters\(\)"):
+        make(given, random_mask(Net()))
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_a_group_that_is_refused_is_not_added(make):
+    model = Net()
+    optimizer = make(model.named_parameters(), random_mask(model))
+    view = nn.Parameter(model.first.weight.detach()[2:])
+    with pytest.raises(InvalidArgumentError, match="share memory"):
+        optimizer.add_param_group({"params": [("view", view)]})
+    assert len(optimizer.param_groups) == 1
+    train(model, optimizer, [0])
 
 
 def test_groups_can_be_added_for_parameters_outside_the_mask():
@@ -824,6 +903,46 @@ def test_loading_continues_bit_for_bit(dtype):
     for pair in ((model, optimizer), (copied, restored)):
         train(*pair, range(3, 6))
     assert_same(snapshot(copied, restored), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_what_wrappers_keep_in_the_state_is_saved_and_loaded(make):
+    # As timm's Lookahead does.
+    model = Net()
+    optimizer = make(model.named_parameters(), random_mask(model))
+    train(model, optimizer, [0])
+    for param in model.parameters():
+        optimizer.state[param]["slow"] = param.detach().clone()
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(optimizer.state_dict())
+    other = Net(seed=7)
+    loaded = make(other.named_parameters(), random_mask(other))
+    loaded.load_state_dict(saved)
+    for (name, param), twin in zip(model.named_parameters(), other.parameters(), strict=True):
+        for slow in (optimizer.state[param]["slow"], loaded.state[twin]["slow"]):
+            assert torch.equal(slow, param), name
+        assert loaded.state[twin]["slow"] is not optimizer.state[param]["slow"]
+    other.first.weight.data = other.first.weight.data.t().contiguous().t()
+    assert torch.equal(loaded.state[other.first.weight]["slow"], model.first.weight)
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_what_is_no_state_is_refused(make):
+    model = Net()
+    optimizer = make(model.named_parameters(), random_mask(model))
+    train(model, optimizer, [0])
+    whole, before = optimizer.state_dict(), snapshot(model, optimizer)
+    for wrong in (None, [], {}, {**whole, "state": list(whole["state"].values())}):
+        with pytest.raises(InvalidArgumentError, match="this is no optimizer state"):
+            optimizer.load_state_dict(wrong)
+    without_lr = {**whole["param_groups"][0]}
+    del without_lr["lr"]
+    with pytest.raises(InvalidArgumentError, match="lr must be"):
+        optimizer.load_state_dict({**whole, "param_groups": [without_lr]})
+    broken = {key: {**state, "exp_avg": None} if "exp_avg" in state else state for key, state in whole["state"].items()}
+    with pytest.raises(MaskMismatchError):
+        optimizer.load_state_dict({**whole, "state": broken})
+    assert_same(snapshot(model, optimizer), before)
 
 
 RESUME = """

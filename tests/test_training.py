@@ -193,3 +193,12 @@ def test_tune_steps_on_no_gradients_but_its_own():
     for each, opt in ((model, optimizer), (untouched, theirs)):
         tune(each, opt, [(1.0, [batch, other])], 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
+
+
+def test_an_error_names_the_pair_in_the_data():
+    data = pairs("a", 9)
+    data.responses[7] = " "
+    with pytest.raises(InvalidArgumentError, match=r"^pair 8: response 0 is empty"):
+        in_order(byte_tokenizer(), data, 4)
+    with pytest.raises(InvalidArgumentError, match=r"^pair 8: response 0 is empty"):
+        list(itertools.islice(shuffled(byte_tokenizer(), data, 4, seed=0), 3))

@@ -8,7 +8,7 @@ from safekern.prompts import Pairs
 from safekern.training import tune
 
 from .lab import Lab, checksum
-from .set import BALANCED, HIGH, LOW, METHODS, RATIO, parts
+from .set import BALANCED, HIGH, LOW, METHODS, RATIO, balance, parts
 from .tuning import optimizer_for
 
 
@@ -38,22 +38,27 @@ def aligned(lab: Lab, name: str) -> None:
         make_optimizer, _ = optimizer_for(lab.model, mask, recipe.lr)
         tune(lab.model, make_optimizer(0), parts(lab, BALANCED, taught(lab), 0, 0), recipe.steps)
 
-    lab.reset(lab.cached_weights(name, make))
+    lab.reset(lab.cached_weights(_named_by_recipe(name), make))
 
 
 def safety_scores(lab: Lab, name: str) -> Scores:
     """ESI of an aligned model, which is not that of the model it was made from."""
-    return lab.cached_scores(f"{name}-safety", partial(_score, lab, name, lab.data.refusals))
+    return lab.cached_scores(f"{_named_by_recipe(name)}-safety", partial(_score, lab, name, lab.data.refusals))
 
 
 def utility_scores(lab: Lab, name: str) -> Scores:
     """The same with helpful answers in place of refusals."""
-    return lab.cached_scores(f"{name}-utility", partial(_score, lab, name, taught(lab)))
+    return lab.cached_scores(f"{_named_by_recipe(name)}-utility", partial(_score, lab, name, taught(lab)))
 
 
 def task_scores(lab: Lab, name: str, task: str, pairs: Pairs) -> Scores:
     """The same with the pairs of a task."""
-    return lab.cached_scores(f"{name}-{task}-{checksum(pairs)}", partial(_score, lab, name, pairs))
+    return lab.cached_scores(f"{_named_by_recipe(name)}-{task}-{checksum(pairs)}", partial(_score, lab, name, pairs))
+
+
+def _named_by_recipe(name: str) -> str:
+    """In the cache: one that was made by another recipe is not taken for it."""
+    return f"{name}-{checksum([repr((ALIGNED[name], balance(BALANCED)))])}"
 
 
 def _score(lab: Lab, name: str, pairs: Pairs) -> Scores:

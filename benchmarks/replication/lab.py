@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -250,7 +251,7 @@ def label(name: str) -> str:
     """What results and caches call a model: files by their contents as well, since many folders are called model."""
     path = Path(name)
     if not path.exists():
-        return path.name
+        return os.fspath(path).replace(os.sep, "--")
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():

@@ -127,7 +127,7 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
         )
     for method, ratio in kinds:
         mine = [run for run in runs if (run["settings"]["method"], run["settings"]["ratio"]) == (method, ratio)]
-        at = {step: [row for run in mine for row in run["rows"] if row["step"] == step] for step in steps}
+        at = {step: _at(mine, step) for step in steps}
         reached = [first_step(_with_start(run, untouched), "refusal_nll", goal) for run in mine]
         rows.append(
             [method, ratio, len(mine), *[_percent(at[step]) for step in steps], *_costs(at[steps[-1]]), _mean(reached)]
@@ -275,13 +275,15 @@ def _by_step(group: Comparison) -> Table:
     columns += [Column(f"{step} steps") for step in group.steps]
     rows: list[list[Any]] = []
     for (method, ratio), mine in group.kinds.items():
-        cells = []
-        for step in group.steps:
-            at = [row for run in mine for row in run["rows"] if row["step"] == step]
-            # A mean over the seeds that have come so far is not comparable with one over all.
-            cells.append(_percent(at) if len(at) == len(mine) else None)
+        cells = [_percent(_at(mine, step)) for step in group.steps]
         rows.append([method, ratio or None, len(mine), *cells])
     return Table(columns, rows)
+
+
+def _at(runs: Sequence[Found], step: int) -> list[Row]:
+    """The rows of a step, none where not all runs have come so far: a mean over some is not comparable with others."""
+    found = [row for run in runs for row in run["rows"] if row["step"] == step]
+    return found if len(found) == len(runs) else []
 
 
 def _judge(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:

@@ -16,6 +16,7 @@ from safekern._version import __version__
 from safekern.cli import apply, bench, demo, diff, doctor, report, score, spa, verify
 from safekern.cli import set as set_command
 from safekern.errors import SafekernError
+from safekern.tables import printable
 
 _COMMANDS = (demo, score, set_command, spa, verify, report, apply, diff, bench, doctor)
 
@@ -94,7 +95,8 @@ def _run(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
     try:
         return int(args.run(args) or 0)
     except SafekernError as error:
-        print(f"{_name(args)}: {error}", file=sys.stderr)
+        # Line by line, since some have several.
+        print("\n".join(map(printable, f"{_name(args)}: {error}".split("\n"))), file=sys.stderr)
         return int(getattr(args, "error_status", 1))
     except KeyboardInterrupt:
         print(f"{_name(args)}: interrupted", file=sys.stderr)

@@ -161,6 +161,10 @@ def run(args: argparse.Namespace) -> None:
         print("To keep the mask and the tuned model, add --out DIR.")
         return
     with clock.stage("save"):
+        # With the report that says whose it is: a run that was interrupted is given again.
+        with contextlib.suppress(MissingDependencyError):
+            mask.plot(args.out / "mask.png")
+            written.append("mask.png")
         save(model, tokenizer, args.out / "model")
     written += ["model/", "report.json"]
     report = {
@@ -186,9 +190,6 @@ def _save_selection(folder: Path, mask: Mask, scores: Scores | None) -> list[str
     """Returns the names of the files."""
     written = ["mask.safetensors"]
     mask.save(folder / "mask.safetensors")
-    with contextlib.suppress(MissingDependencyError):
-        mask.plot(folder / "mask.png")
-        written.append("mask.png")
     if scores is not None:
         scores.save(folder / "scores.safetensors")
         written.append("scores.safetensors")

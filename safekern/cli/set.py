@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     harmful, benign = tuning.read_pairs(args)
     check_balance(args.batch_size, args.refusal_weight)
     model, tokenizer = options.load_model(args)
-    tuning.check_pairs(model, tokenizer, {"--harmful": harmful, "--benign": benign})
+    digests = tuning.check_pairs(model, tokenizer, {"--harmful": harmful, "--benign": benign})
     mask, base = options.load_mask(args.mask, model)
     selected = mask.parameters(model)
     weights = Weights(selected)
@@ -97,8 +97,7 @@ def run(args: argparse.Namespace) -> None:
             "command": "set",
             "model": base,
             "mask": mask.fingerprint,
-            "harmful": tuning.digest(harmful),
-            "benign": tuning.digest(benign),
+            **digests,
             "refusal_weight": args.refusal_weight,
         },
     )

@@ -14,7 +14,14 @@ from safekern.models import save
 from safekern.optim import SPAAdamW
 from safekern.prompts import load
 from safekern.resume import Weights
-from safekern.training import REHEARSAL, TUNING_BATCH_SIZE, check_rehearsal, rehearsed_per_step, with_rehearsal
+from safekern.training import (
+    REFUSAL_WEIGHT,
+    REHEARSAL,
+    TUNING_BATCH_SIZE,
+    check_rehearsal,
+    rehearsed_per_step,
+    with_rehearsal,
+)
 
 # Passes over what is rehearsed within which the NLL of held-out answers and refusals stays below where it began. Beside
 # GSM8K it was back there after 1.9 passes over 120 answers, and 5.9 over 170 refusals (benchmarks/README.md).
@@ -88,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         _note_passes(args, kind, len(those))
     model, tokenizer = options.load_model(args)
     sources = {"--data": pairs, **{f"--{kind}": those for kind, those in rehearsed.items()}}
-    tuning.check_pairs(model, tokenizer, sources)
+    digests = tuning.check_pairs(model, tokenizer, sources)
     mask, base = options.load_mask(args.mask, model)
     if any(param.dtype.itemsize < 4 for param in model.parameters()):
         print(
@@ -119,10 +126,9 @@ def run(args: argparse.Namespace) -> None:
             "command": "spa",
             "model": base,
             "mask": mask.fingerprint,
-            "data": tuning.digest(pairs),
-            "harmful": tuning.digest(harmful),
-            "benign": tuning.digest(benign),
+            **digests,
             "rehearsal": args.rehearsal,
+            "refusal_weight": REFUSAL_WEIGHT,
         },
     )
     for name in protected.changed(original):

@@ -1,11 +1,10 @@
 """What ``safekern set`` and ``safekern spa`` share: a training run that can be interrupted and resumed."""
 
 import argparse
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +18,9 @@ from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
 from safekern.prompts import Pairs, builtin, load
+from safekern.scoring import to_device
 from safekern.tables import printable
-from safekern.training import Batch, tune
+from safekern.training import Batch, pair_named, tune
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -76,11 +76,14 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
         SafekernError: it cannot.
     """
     target = args.out / "model"
+    # Only `spa` has --data.
+    inputs = {name: getattr(args, name, None) for name in ("mask", "data", "harmful", "benign")}
     if saves_model:
-        if target.exists() and Path(args.model).resolve().is_relative_to(target.resolve()):
-            raise InvalidArgumentError(
-                f"--out {args.out}: the tuned model would take the place of --model; give another"
-            )
+        for name, path in {"model": args.model, **inputs}.items() if target.exists() else ():
+            if path is not None and Path(path).resolve().is_relative_to(target.resolve()):
+                raise InvalidArgumentError(
+                    f"--out {args.out}: the tuned model would take the place of --{name} {path}; give another"
+                )
         options.check_replaceable(target, args.out / report)
     elif os.path.lexists(target) and "model/" in options.written_before(args.out / report):
         raise InvalidArgumentError(
@@ -88,9 +91,7 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
             "--save-model to replace it, or give another --out"
         )
     options.prepare_folder(args.out, _FILE)
-    # Only `spa` has --data.
-    inputs = (getattr(args, name, None) for name in ("mask", "data", "harmful", "benign"))
-    options.check_output("--out", args.out / report, inputs)
+    options.check_output("--out", args.out / report, inputs.values())
     options.check_report(args.out / report)
     exists = (args.out / _FILE).exists()
     if args.resume and not exists:
@@ -108,7 +109,9 @@ def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     return harmful, benign
 
 
-def check_pairs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sources: Mapping[str, Pairs]) -> None:
+def check_pairs(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sources: Mapping[str, Pairs]
+) -> dict[str, str]:
     """Makes sure that every pair can be trained on: a run that fails on its way could not go on with other data.
 
     Args:
@@ -116,36 +119,32 @@ def check_pairs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", 
         tokenizer: the model's.
         sources: by the option that they are from.
 
+    Returns:
+        By source, SHA-256 (hex) of what is trained on: the same data, wherever it came from, in the same template.
+
     Raises:
         InvalidArgumentError: one cannot; names it.
     """
     lengths: dict[tuple[str, int], int] = {}
+    digests: dict[str, str] = {}
     for source, pairs in sources.items():
+        digest = hashlib.sha256()
         rows = zip(pairs.prompts, pairs.responses, strict=True)
         for number, pair in enumerate(tqdm(rows, f"check {source}", len(pairs), leave=False, disable=None), 1):
-            with _pair_named(source, number):
-                lengths[source, number] = encode(tokenizer, *pair)["labels"].shape[1]
+            with pair_named(number, source):
+                batch = encode(tokenizer, *pair)
+            lengths[source, number] = batch["labels"].shape[1]
+            digest.update(json.dumps([batch[name].tolist() for name in ("input_ids", "labels")]).encode())
+        digests[source] = digest.hexdigest()
     source, number = max(lengths, key=lambda row: lengths[row])
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and lengths[source, number] > most:
         # Many models take more, and only trying tells.
         pairs = sources[source]
         batch = encode(tokenizer, pairs.prompts[number - 1], pairs.responses[number - 1])
-        with _pair_named(source, number), torch.no_grad():
-            answer_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
-
-
-@contextlib.contextmanager
-def _pair_named(source: str, number: int) -> Iterator[None]:
-    try:
-        yield
-    except InvalidArgumentError as error:
-        raise InvalidArgumentError(f"{source}, pair {number}: {error}") from error
-
-
-def digest(pairs: Pairs) -> str:
-    """SHA-256 (hex) of prompts and responses: the same data, wherever it came from."""
-    return hashlib.sha256(json.dumps([pairs.prompts, pairs.responses]).encode()).hexdigest()
+        with pair_named(number, source), torch.no_grad():
+            answer_logits(model, to_device(batch, model.device))
+    return digests
 
 
 def train(

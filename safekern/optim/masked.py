@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -20,7 +20,9 @@ from safekern.mask import Mask, check_mask
 from safekern.sharding import Shard, is_sharded, local
 
 # Made once: a plain number would be made a tensor anew for every parameter.
-_ONE = torch.ones((), dtype=torch.float32)
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+
+_NO_STATE = "this is no optimizer state: pass what the optimizer's state_dict() returned"
 
 Places = slice | Tensor
 Named = tuple[dict[str, Any], str, Tensor]
@@ -33,6 +35,10 @@ def named_groups(named_parameters: NamedParameters) -> list[dict[str, Any]]:
     Raises:
         InvalidArgumentError: no parameters, parameters without names, or a name or a parameter given twice.
     """
+    if not isinstance(named_parameters, Iterable):
+        raise InvalidArgumentError(
+            f"named parameters are needed, got {type(named_parameters).__name__}: pass model.named_parameters()"
+        )
     entries = list(named_parameters)
     if not entries:
         raise InvalidArgumentError("the optimizer got no parameters: pass model.named_parameters()")
@@ -88,9 +94,9 @@ class MaskedOptimizer(Optimizer):
         # The name in the mask of each masked parameter.
         self._masked = {given: masked for masked, given in mask.resolve(named).items()}
         self._states: dict[str, dict[str, Tensor]] = {}
-        # The id and form that each parameter had. No weak reference, of which torch.utils.swap_tensors allows none: if
-        # a new parameter has the id of a freed one, what depends on its memory shows in its form.
-        self._seen: dict[str, tuple[int, tuple[Any, ...]]] = {}
+        # The id, form and address that each parameter had. No weak reference, of which torch.utils.swap_tensors allows
+        # none: if a new parameter has the id of a freed one, what depends on its memory shows in its form.
+        self._seen: dict[str, tuple[int, tuple[Any, ...], int]] = {}
         super().__init__(groups, {**defaults, "mask_fingerprint": mask.fingerprint})
 
     @property  # type: ignore[override]
@@ -107,6 +113,15 @@ class MaskedOptimizer(Optimizer):
         # So that the next use makes what is missing.
         self._seen = {name: seen for name, seen in self._seen.items() if name in self._states}
 
+    def _add(self, param_group: dict[str, Any]) -> None:
+        """Adds a group that was checked, or leaves the others as they were."""
+        super().add_param_group(param_group)
+        try:
+            self._bind()
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
     def _checked_group(self, param_group: dict[str, Any]) -> dict[str, Any]:
         """A group to be added, in the form torch keeps names in; an error if it repeats what is given already."""
         given = [
@@ -120,6 +135,11 @@ class MaskedOptimizer(Optimizer):
     def _named(self) -> Iterator[Named]:
         """The group, name and tensor of every parameter."""
         for group in self.__dict__.get("param_groups", ()):
+            if len(group["param_names"]) != len(group["params"]):
+                raise InvalidArgumentError(
+                    f"a group has {len(group['params'])} parameters and {len(group['param_names'])} names: what takes "
+                    "parameters out of group['params'] must take their names out of group['param_names'], too"
+                )
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, param
 
@@ -137,16 +157,16 @@ class MaskedOptimizer(Optimizer):
         """:meth:`_bind` for some parameters."""
         found = []
         for name, param in named:
-            before, form = self._seen.get(name, (None, None))
-            swapped = before is not None and before != id(param)
-            now = form_of(param)
-            if swapped or form != now:
-                found.append((name, param, swapped, now))
+            before, now = self._seen.get(name), (id(param), form_of(param), _address(param))
+            if before != now:
+                found.append((name, param, before, now))
         if found:
             self._check_apart()
-        for name, param, swapped, now in found:
-            self._follow(name, param, swapped=swapped)
-            self._seen[name] = id(param), now
+        for name, param, before, now in found:
+            swapped = before is not None and before[0] != now[0]
+            if before is None or before[:2] != now[:2]:
+                self._follow(name, param, swapped=swapped)
+            self._seen[name] = now
 
     def _check_apart(self) -> None:
         """Refuses masked parameters in whose memory another one lies, through which they would be updated too."""
@@ -204,12 +224,14 @@ class MaskedOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        state_dict = state_dict.copy()
+        if not isinstance(state_dict, Mapping):
+            raise InvalidArgumentError(_NO_STATE)
+        state_dict = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise InvalidArgumentError("this is no optimizer state: pass what the optimizer's state_dict() returned")
+        if not ({"state", "param_groups"} <= state_dict.keys() and isinstance(state_dict["state"], Mapping)):
+            raise InvalidArgumentError(_NO_STATE)
         self._bind()
         groups: list[dict[str, Any]] = []
         states: dict[str, dict[str, Tensor]] = {}
@@ -310,10 +332,21 @@ class _State(dict[Tensor, dict[str, Tensor]]):
         return dict, (dict(self),)
 
 
+def others_of(state: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any]:
+    """What wrappers such as Lookahead keep in the state of a parameter beside the optimizer's own."""
+    return {field: value for field, value in state.items() if field not in own}
+
+
 def form_of(param: Tensor) -> tuple[Any, ...]:
     """What positions in a parameter's memory hold for."""
     piece = local(param)
     return type(param), param.shape, piece.shape, piece.stride(), piece.dtype, piece.device
+
+
+def _address(param: Tensor) -> int:
+    piece = local(param)
+    # Wrappers of other tensors and sparse ones have none.
+    return piece.data_ptr() if type(piece) in (Tensor, nn.Parameter) and piece.layout == torch.strided else 0
 
 
 def settled_gradient(param: Tensor) -> Tensor:
@@ -405,13 +438,16 @@ def step_counted(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]
 
 
 def check_hyperparameters(group: Mapping[str, Any]) -> None:
-    """Refuses hyperparameters of AdamW that are no numbers or out of range."""
+    """Refuses hyperparameters of AdamW that are no numbers or out of range, and those of other optimizers."""
+    for name in ("maximize", "amsgrad"):
+        if group.get(name):
+            raise InvalidArgumentError(f"{name} is not supported: leave it out")
     for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
+        value = group.get(name)
         if not (is_scalar(value) and 0 <= value < math.inf):
             hint = " (YAML reads 1e-2 as text, and 1.0e-2 as a number)" if isinstance(value, str) else ""
             raise InvalidArgumentError(f"{name} must be a finite number of at least 0, got {value!r}{hint}")
-    betas = group["betas"]
+    betas = group.get("betas")
     if not (
         isinstance(betas, Sequence) and len(betas) == 2 and all(is_scalar(beta) and 0 <= beta < 1 for beta in betas)
     ):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, methodcaller
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -312,6 +312,12 @@ class Protection:
     def _locate(self) -> None:
         """Finds the parameters in the optimizer, and their protected weights in memory, where either changed."""
         groups = self._optimizer.param_groups
+        for group in groups:
+            if len(group.get("param_names", group["params"])) != len(group["params"]):
+                raise InvalidArgumentError(
+                    f"a group of the optimizer has {len(group['params'])} parameters and {len(group['param_names'])} "
+                    "names: what takes parameters out of it must take their names out, too"
+                )
         held = [(list(map(id, group["params"])), group.get("param_names")) for group in groups]
         # Parameters of the mask are kept alive here, so that none of their addresses can have become another's.
         moved = held != self._held
@@ -376,7 +382,9 @@ class Protection:
                 if other == name
             ]
         else:
-            found = groups[g]["params"][i : i + 1] if g < len(groups) else []
+            # Not where something was taken out, and another one moved up.
+            swapped = g < len(groups) and len(groups[g]["params"]) == len(self._held[g][0])
+            found = groups[g]["params"][i : i + 1] if swapped else []
         if len(found) != 1 or any(found[0] is other.param for other in self._saved):
             raise ProtectionError(
                 f"the optimizer no longer holds parameter {saved.name}: remove() this handle and protect() it anew"
@@ -395,6 +403,7 @@ class Protection:
                 f"{listed([f'{saved.name} ({count:,})' for saved, count in moved])}. "
                 + ("The last step ended in an exception: handle.restore() puts them back. " if self._stepping else "")
                 + "If they were changed on purpose, outside a step, call handle.refresh(); handle.restore() undoes it"
+                + ("" if not self._mistyped else f", once they are in {self._mistyped[0].values.dtype} again")
             )
 
     def _write(self, *, everything: bool) -> None:
@@ -434,13 +443,23 @@ class Protection:
 
 def _with_hooks(optimizer: Any) -> Optimizer:
     # accelerate's wrapper is an Optimizer whose __init__ never ran, and has the real one inside.
-    while not hasattr(optimizer, "_optimizer_step_pre_hooks") and hasattr(optimizer, "optimizer"):
+    while not _runs_hooks(optimizer) and hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
+    if not _runs_hooks(optimizer):
+        inside = ", which it does not run: pass the optimizer inside of it" if isinstance(optimizer, Optimizer) else ""
         raise InvalidArgumentError(
-            f"protect() uses the step hooks of a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            f"protect() uses the step hooks of a torch.optim.Optimizer, got {type(optimizer).__name__}{inside}"
         )
-    return optimizer
+    return cast(Optimizer, optimizer)
+
+
+def _runs_hooks(optimizer: Any) -> bool:
+    # What Optimizer.__init__ makes, which some wrappers do not call.
+    return (
+        isinstance(optimizer, Optimizer)
+        and hasattr(optimizer, "_optimizer_load_state_dict_post_hooks")
+        and hasattr(type(optimizer).step, "hooked")
+    )
 
 
 def _layouts(params: Sequence[Tensor]) -> list[tuple[Any, ...]]:

@@ -1,5 +1,7 @@
 """SETAdamW: AdamW on the selected weights only, with state for those only."""
 
+import copy
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, overload
@@ -20,11 +22,13 @@ from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
     at,
+    check_hyperparameters,
     check_memory,
     check_strided,
     cut,
     held,
     named_groups,
+    others_of,
     settled_gradient,
     step_arguments,
     step_counted,
@@ -34,6 +38,7 @@ from safekern.optim.selected_grad import GradientHooks, SelectedGrad, is_selecte
 from safekern.sharding import Processes, Shard, is_sharded, like, local
 
 _COMPACT = ("exp_avg", "exp_avg_sq", "master")
+_FIELDS = ("step", *_COMPACT)
 
 
 class SETAdamW(MaskedOptimizer):
@@ -124,8 +129,7 @@ class SETAdamW(MaskedOptimizer):
         Raises:
             InvalidArgumentError: a parameter without a name or already given, or a hyperparameter out of range.
         """
-        super().add_param_group(self._checked_group(param_group))
-        self._bind()
+        self._add(self._checked_group(param_group))
 
     @_disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -176,7 +180,8 @@ class SETAdamW(MaskedOptimizer):
                 f"parameter {name} is in {new.dtype}, and was in {old.dtype} when the optimizer was made: make the "
                 "optimizer after the model was converted"
             )
-        count, moved = self._mask.compact(self._masked[name]).numel(), {"step": state["step"]}
+        count = self._mask.compact(self._masked[name]).numel()
+        moved = {"step": state["step"], **others_of(state, _FIELDS)}
         for field in [field for field in _COMPACT if field in state]:
             value = cut(state[field], old.places, new.places, count)
             if value is None:
@@ -308,6 +313,7 @@ class SETAdamW(MaskedOptimizer):
 
         Raises:
             StepError: no selected weight received a gradient, in any process; or the memory of a parameter was freed.
+            InvalidArgumentError: a hyperparameter is out of range now.
             NonFiniteError: a selected gradient is NaN or infinite, in any process. Nothing was changed in any.
         """
         loss = None
@@ -315,7 +321,10 @@ class SETAdamW(MaskedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         targets = self._targets()
-        # Before what processes agree on, so that the others do not take the step either.
+        # Before what processes agree on, so that the others do not take the step either. Schedulers, and whoever else
+        # writes into groups, may have made a hyperparameter NaN.
+        for group in self.param_groups:
+            check_hyperparameters(group)
         check_memory(targets)
         self._averaged = False
         flags = [*gather(targets), *check_reduced(targets)]
@@ -378,6 +387,8 @@ class SETAdamW(MaskedOptimizer):
             norm = processes.total(norm.double().square()).sqrt().float()
         if not targets:
             raise _no_gradient()
+        if math.isinf(max_norm):
+            return norm
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch.nn.utils.clip_grad_norm_
         for target in targets:
             grad = target.selected
@@ -414,7 +425,7 @@ class SETAdamW(MaskedOptimizer):
                 if selection.owner:
                     whole[selection.places] = value.view(torch.int32)
                 compact[field] = processes.total(whole).view(torch.float32)
-        return {"step": state["step"], **compact}
+        return {"step": state["step"], **compact, **others_of(state, _FIELDS)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what ``state_dict()`` returned for an optimizer with the same mask and groups of parameters.
@@ -434,8 +445,9 @@ class SETAdamW(MaskedOptimizer):
 
     def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
         count = self._mask.compact(self._masked[name]).numel() if name in self._masked else 0
-        loaded = {}
-        for field, current in self._states[name].items():
+        loaded = copy.deepcopy(others_of(saved, _FIELDS))
+        for field in [field for field in _FIELDS if field in self._states[name]]:
+            current = self._states[name][field]
             value, shape = saved.get(field), () if field == "step" else (count,)
             if not isinstance(value, Tensor) or value.shape != shape:
                 raise MaskMismatchError(

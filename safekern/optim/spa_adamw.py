@@ -1,11 +1,13 @@
 """SPAAdamW: AdamW on everything except the weights of a mask."""
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from safekern import names, ops
 from safekern.eligibility import check_plain
@@ -15,10 +17,12 @@ from safekern.mask import Mask
 from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
+    check_hyperparameters,
     check_memory,
     check_strided,
     held,
     named_groups,
+    others_of,
     settled_gradient,
     step_arguments,
     step_counted,
@@ -26,6 +30,7 @@ from safekern.optim.masked import (
 from safekern.sharding import local, part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_FIELDS = ("step", *_MOMENTS)
 
 
 @dataclass(slots=True)
@@ -120,8 +125,7 @@ class SPAAdamW(MaskedOptimizer):
                 raise MaskMismatchError(f"parameter {name} may be one that the mask means, which is protected already")
             if param.requires_grad or name in self._masked:
                 _check_usable(name, param)
-        super().add_param_group(group)
-        self._bind()
+        self._add(group)
 
     def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
         if param.requires_grad or name in self._masked:
@@ -150,7 +154,7 @@ class SPAAdamW(MaskedOptimizer):
         if state is None or not _lie_like(param, [state[moment] for moment in _MOMENTS]):
             _check_usable(name, param)
             with torch.no_grad():
-                self._states[name] = self._state_of(param, state or {})
+                self._states[name] = {**self._state_of(param, state or {}), **others_of(state or {}, _FIELDS)}
 
     def _state_of(self, param: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that lies in memory as the parameter does, with these values or zeros."""
@@ -178,6 +182,7 @@ class SPAAdamW(MaskedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One optimization step.
@@ -190,12 +195,16 @@ class SPAAdamW(MaskedOptimizer):
 
         Raises:
             StepError: no parameter received a gradient, or the memory of one was freed.
+            InvalidArgumentError: a hyperparameter is out of range now.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._bind()
+        # Schedulers, and whoever else writes into groups, may have made one NaN.
+        for group in self.param_groups:
+            check_hyperparameters(group)
         work = [(group, targets) for group in self.param_groups if (targets := list(self._targets(group)))]
         if not work:
             raise StepError(
@@ -238,7 +247,9 @@ class SPAAdamW(MaskedOptimizer):
         if not saved:
             # Saved before the parameter's first gradient: its next one starts anew, as with torch.optim.AdamW.
             return {}
-        if "step" not in saved or any(moment not in saved or saved[moment].shape != param.shape for moment in _MOMENTS):
+        if not all(isinstance(saved.get(field), Tensor) for field in _FIELDS) or any(
+            saved[moment].shape != param.shape for moment in _MOMENTS
+        ):
             raise MaskMismatchError(f"the optimizer state of parameter {name} is incomplete or of another shape")
         dtype = self._state_dtype or param.dtype
         if any(torch.promote_types(saved[moment].dtype, dtype) != dtype for moment in _MOMENTS):
@@ -246,7 +257,7 @@ class SPAAdamW(MaskedOptimizer):
                 f"the moments of parameter {name} were saved in {saved[_MOMENTS[0]].dtype}, and would be rounded to "
                 f"{dtype}: make the optimizer with state_dtype=torch.float32"
             )
-        return self._state_of(param, saved)
+        return {**self._state_of(param, saved), **copy.deepcopy(others_of(saved, _FIELDS))}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_state_dtype": self._state_dtype, "_protected": {}}
