@@ -32,8 +32,8 @@ from safekern.sharding import Processes, failing_together, is_sharded, like, loc
 Objective = Callable[[nn.Module, Any], Tensor]
 
 # Hooks that a parameter has already must neither act on the gradients of scoring (an optimizer that steps in backward)
-# nor change them (a mask or a scale that belongs to someone's training). Those on its AccumulateGrad node, an older way,
-# run all the same, and find no gradient.
+# nor change them (a mask or a scale that belongs to someone's training). Those on its AccumulateGrad node, which are an
+# older way, run all the same, and find no gradient.
 _SET_ASIDE = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 
 # Elements of one gradient per batch that are kept to compare sweeps by.

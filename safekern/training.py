@@ -356,7 +356,20 @@ def _encode(tokenizer: "PreTrainedTokenizerBase", pairs: Pairs, rows: Sequence[i
 
 @contextmanager
 def pair_named(number: int, source: str = "") -> Iterator[None]:
-    """Says which pair an error is about, counted from 1."""
+    """Says which pair an error is about.
+
+    Args:
+        number: of the pair, counted from 1.
+        source: where it is from, such as the name of an option.
+
+    Raises:
+        InvalidArgumentError: the block raised one.
+
+    Example:
+        >>> with pair_named(3, "--benign"):                                                        # doctest: +SKIP
+        ...     batch = encode(tokenizer, prompt, "")
+        safekern.errors.InvalidArgumentError: --benign, pair 3: response 0 is empty ...
+    """
     try:
         yield
     except InvalidArgumentError as error:

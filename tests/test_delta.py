@@ -8,6 +8,7 @@ import stat
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_net import Net, assert_same, random_mask, weights
 from torch import nn
 from tuned_models import contents, llama_mask, save_folder, tuned
