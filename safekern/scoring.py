@@ -616,12 +616,13 @@ class _GradientFold:
 
     def _check_still_there(self) -> None:
         """Gradients of parameters that the first forward made, or made anew, would not be folded, and would be kept."""
-        new = {}
+        watched = {id(param) for param in self._params.values() if not is_sharded(param)}
+        new = []
         for name, param in self._model.named_parameters():
             before = self._found[name][0] if name in self._found else None
-            # What FSDP2 gathers for a forward takes the place of the sharded one.
-            if before is not param and not (before is not None and is_sharded(before)):
-                new[name] = param
+            # What FSDP2 gathers, or accelerate loads, for a forward takes the place of another one, too.
+            if before is not param and (id(before) in watched or param.grad is not None):
+                new.append(name)
                 param.grad = None
         for name in new:
             raise ScoringError(

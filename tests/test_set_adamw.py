@@ -668,7 +668,7 @@ def test_options_of_other_optimizers_are_refused_in_groups(make, option):
 
 @pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
 @pytest.mark.parametrize(
-    ("option", "value"), [("lr", float("nan")), ("lr", None), ("betas", (0.9, 1.0)), ("weight_decay", -1.0)]
+    ("option", "value"), [("lr", float("nan")), ("lr", None), ("betas", (0.9, 1.0)), ("weight_decay", float("inf"))]
 )
 def test_hyperparameters_that_were_written_into_a_group_are_checked(make, option, value):
     model = Net()

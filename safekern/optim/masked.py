@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
@@ -437,14 +438,15 @@ def step_counted(params: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]
             mark_written(params)
 
 
-def check_hyperparameters(group: Mapping[str, Any]) -> None:
+def check_hyperparameters(group: Mapping[str, Any], *, least: float = 0.0) -> None:
     """Refuses hyperparameters of AdamW that are no numbers or out of range, and those of other optimizers."""
     for name in ("maximize", "amsgrad"):
         if group.get(name):
             raise InvalidArgumentError(f"{name} is not supported: leave it out")
     for name in ("lr", "eps", "weight_decay"):
         value = group.get(name)
-        if not (is_scalar(value) and 0 <= value < math.inf):
+        # Read once, since a tensor may be on a device.
+        if not (is_scalar(value) and least <= float(value) < math.inf):
             hint = " (YAML reads 1e-2 as text, and 1.0e-2 as a number)" if isinstance(value, str) else ""
             raise InvalidArgumentError(f"{name} must be a finite number of at least 0, got {value!r}{hint}")
     betas = group.get("betas")
@@ -452,6 +454,12 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
         isinstance(betas, Sequence) and len(betas) == 2 and all(is_scalar(beta) and 0 <= beta < 1 for beta in betas)
     ):
         raise InvalidArgumentError(f"betas must be two numbers in [0, 1), got {betas!r}")
+
+
+def check_in_step(group: Mapping[str, Any]) -> None:
+    """:func:`check_hyperparameters` of what schedulers, and whoever else writes into groups, made of them."""
+    # Schedulers may round to just below 0.
+    check_hyperparameters(group, least=-sys.float_info.max)
 
 
 class NamedPiece(Protocol):

@@ -22,7 +22,7 @@ from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
     at,
-    check_hyperparameters,
+    check_in_step,
     check_memory,
     check_strided,
     cut,
@@ -321,10 +321,9 @@ class SETAdamW(MaskedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         targets = self._targets()
-        # Before what processes agree on, so that the others do not take the step either. Schedulers, and whoever else
-        # writes into groups, may have made a hyperparameter NaN.
+        # Before what processes agree on, so that the others do not take the step either.
         for group in self.param_groups:
-            check_hyperparameters(group)
+            check_in_step(group)
         check_memory(targets)
         self._averaged = False
         flags = [*gather(targets), *check_reduced(targets)]

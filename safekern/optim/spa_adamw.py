@@ -17,7 +17,7 @@ from safekern.mask import Mask
 from safekern.optim.masked import (
     MaskedOptimizer,
     NamedParameters,
-    check_hyperparameters,
+    check_in_step,
     check_memory,
     check_strided,
     held,
@@ -202,9 +202,8 @@ class SPAAdamW(MaskedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._bind()
-        # Schedulers, and whoever else writes into groups, may have made one NaN.
         for group in self.param_groups:
-            check_hyperparameters(group)
+            check_in_step(group)
         work = [(group, targets) for group in self.param_groups if (targets := list(self._targets(group)))]
         if not work:
             raise StepError(
