@@ -103,8 +103,14 @@ def generate(
 @contextlib.contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode and no gradients, and afterwards every module in the mode it was in."""
-    with evaluating(model), torch.no_grad():
-        yield
+    with evaluating(model):
+        enabled = torch.is_grad_enabled()
+        try:
+            # Not torch.no_grad(), which an interrupt that strikes between its start and its block leaves in force.
+            torch.set_grad_enabled(False)
+            yield
+        finally:
+            put_back(lambda: torch.set_grad_enabled(enabled))
 
 
 @contextlib.contextmanager

@@ -47,6 +47,8 @@ def interrupted(run, place, packages=(safekern,)):
     # Python itself drops what is raised while it collects an object that is no longer used.
     with contextlib.suppress(KeyboardInterrupt):
         calls(run, place, interrupt, packages)
+    # What strikes between the start of torch.no_grad() and its block leaves it in force, for the tests after this one.
+    torch.set_grad_enabled(True)
 
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "abs"}, {"memory": 3000}], ids=str)
