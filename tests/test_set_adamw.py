@@ -643,6 +643,23 @@ def test_state_that_was_taken_out_is_put_back(make):
     assert_same(snapshot(model, optimizer), before)
 
 
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_parameter_whose_state_was_cleared_starts_anew(make, dtype):
+    models = [Net(dtype), Net(dtype)]
+    optimizers = [make(model.named_parameters(), random_mask(model), lr=1e-2) for model in models]
+    for model, optimizer, clear in zip(models, optimizers, (dict.clear, None), strict=True):
+        train(model, optimizer, range(2))
+        for param in list(optimizer.state):
+            if clear:
+                clear(optimizer.state[param])
+            else:
+                optimizer.state[param] = {}
+        train(model, optimizer, range(2, 4))
+        assert all(state["step"] == 2 for param, state in optimizer.state.items() if "exp_avg" in state)
+    assert_same(*(snapshot(model, optimizer) for model, optimizer in zip(models, optimizers, strict=True)))
+
+
 def test_state_of_what_has_none_is_empty():
     model = Net()
     model.first.weight.requires_grad = False

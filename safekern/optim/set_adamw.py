@@ -154,10 +154,15 @@ class SETAdamW(MaskedOptimizer):
             self._selections[name], self._states[name] = selection, state
         else:
             check_kept(name, param, sharded=True)
-            # Strict checkpoint loaders want an entry for every parameter: those outside the mask have a step too.
-            self._states.setdefault(name, {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")})
+            self._ensure_state(name, param)
         if self._hooks is not None:
             self._hooks.place(name, param)
+
+    def _ensure_state(self, name: str, param: Tensor) -> None:
+        # An empty one was cleared, which resets the parameter.
+        if not self._states.get(name):
+            selection = self._selections.get(name)
+            self._states[name] = _initial_step() if selection is None else self._initial_state(local(param), selection)
 
     def _select(self, name: str, param: Tensor) -> Selection:
         masked, piece = self._masked[name], local(param)
@@ -193,7 +198,7 @@ class SETAdamW(MaskedOptimizer):
         return moved
 
     def _initial_state(self, piece: Tensor, selection: Selection) -> dict[str, Tensor]:
-        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
+        state = _initial_step()
         state["exp_avg"] = torch.zeros(selection.indices.numel(), dtype=torch.float32, device=piece.device)
         state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
         if self._master_weights and piece.element_size() == 2:
@@ -268,6 +273,7 @@ class SETAdamW(MaskedOptimizer):
             else:
                 check_strided(name, grad)
                 selected = grad
+            self._ensure_state(name, param)
             selection, state = self._selections[name], self._states[name]
             targets.append(Target(name, group, param, local(param), grad, selection, state, selected))
         return targets
@@ -470,6 +476,11 @@ class SETAdamW(MaskedOptimizer):
         if in_backward:
             # A copy collects from its own parameters.
             self._place_hooks()
+
+
+def _initial_step() -> dict[str, Tensor]:
+    """What is kept for every parameter, those outside the mask too, as strict checkpoint loaders want."""
+    return {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
 
 
 def _no_gradient() -> StepError:

@@ -151,7 +151,8 @@ class SPAAdamW(MaskedOptimizer):
         if not param.requires_grad:
             return
         state = self._states.get(name)
-        if state is None or not _lie_like(param, [state[moment] for moment in _MOMENTS]):
+        # An empty one was cleared, which resets the parameter.
+        if not state or not _lie_like(param, [state[moment] for moment in _MOMENTS]):
             _check_usable(name, param)
             with torch.no_grad():
                 self._states[name] = {**self._state_of(param, state or {}), **others_of(state or {}, _FIELDS)}
