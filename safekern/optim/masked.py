@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
@@ -158,7 +158,7 @@ class MaskedOptimizer(Optimizer):
         """:meth:`_bind` for some parameters."""
         found = []
         for name, param in named:
-            before, now = self._seen.get(name), (id(param), form_of(param), _address(param))
+            before, now = self._seen.get(name), _look_of(param)
             if before != now:
                 found.append((name, param, before, now))
         if found:
@@ -338,16 +338,17 @@ def others_of(state: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any]:
     return {field: value for field, value in state.items() if field not in own}
 
 
-def form_of(param: Tensor) -> tuple[Any, ...]:
-    """What positions in a parameter's memory hold for."""
+def _look_of(param: Tensor) -> tuple[int, tuple[Any, ...], int]:
+    """A parameter's id, its form, for which positions in its memory hold, and its address."""
     piece = local(param)
-    return type(param), param.shape, piece.shape, piece.stride(), piece.dtype, piece.device
-
-
-def _address(param: Tensor) -> int:
-    piece = local(param)
-    # Wrappers of other tensors and sparse ones have none.
-    return piece.data_ptr() if type(piece) in (Tensor, nn.Parameter) and piece.layout == torch.strided else 0
+    whole = None if piece is param else param.shape
+    form = type(param), whole, piece.shape, piece.stride(), piece.dtype, piece.device
+    # Wrappers of other tensors and sparse ones have none. This is quicker than to ask what it is.
+    try:
+        address = piece.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        address = 0
+    return id(param), form, address
 
 
 def settled_gradient(param: Tensor) -> Tensor:

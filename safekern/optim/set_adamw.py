@@ -273,7 +273,8 @@ class SETAdamW(MaskedOptimizer):
             else:
                 check_strided(name, grad)
                 selected = grad
-            self._ensure_state(name, param)
+            if not self._states[name]:
+                self._ensure_state(name, param)
             selection, state = self._selections[name], self._states[name]
             targets.append(Target(name, group, param, local(param), grad, selection, state, selected))
         return targets
