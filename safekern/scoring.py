@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from numbers import Real
 from types import TracebackType
@@ -39,8 +39,10 @@ _SET_ASIDE = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 # Elements of one gradient per batch that are kept to compare sweeps by.
 _WATCHED = 256
 
-# Python's warning filters belong to the whole process. Reentrant, since an objective may score another model.
-_FILTERS_LOCK = threading.RLock()
+# Python's warning filters belong to the whole process: who needs ours, and what was there before it.
+_FILTER_LOCK = threading.Lock()
+_FILTER_HOLDERS: set[object] = set()
+_FILTERS_BEFORE: list[AbstractContextManager[Any]] = []
 
 
 def score(
@@ -286,12 +288,10 @@ def _sweep(
 ) -> None:
     """Folds the gradients of all batches that this process has."""
     device = _device(model)
-    with claimed(dict(model.named_parameters()), "scored"), fold:
+    with claimed(dict(model.named_parameters()), "scored"), fold, _dropped_gradients_raise():
         for batch in _in_step(loader, fold.processes):
             check_others()
-            # Once, since it touches the process's warning filters, and every batch takes the same way.
-            guard = nullcontext() if fold.num_batches else _dropped_gradients_raise()
-            with torch.enable_grad(), guard:
+            with torch.enable_grad():
                 loss = compute(model, to_device(batch, device))
                 _check_loss(loss, fold.num_batches)
                 fold.backward(loss)
@@ -654,19 +654,38 @@ def _beside(acc: Tensor, grad: Tensor) -> Tensor:
 
 @contextmanager
 def _dropped_gradients_raise() -> Iterator[None]:
-    """Reentrant checkpointing drops every gradient below an input that needs none, and would only warn."""
+    """Reentrant checkpointing drops every gradient below an input that needs none, and would only warn.
+
+    Of several threads that score, the first sets the filter, and the last takes it away.
+    """
     message = "None of the inputs have requires_grad=True"
-    with _FILTERS_LOCK, warnings.catch_warnings():
-        warnings.filterwarnings("error", message, UserWarning)
-        try:
-            yield
-        except UserWarning as warning:
-            if not str(warning).startswith(message):
-                raise
-            raise ScoringError(
-                "gradient checkpointing would lose the gradients of a whole block, since nothing that enters it needs "
-                "one: use checkpointing with use_reentrant=False"
-            ) from warning
+    holder = object()
+
+    def release() -> None:
+        with _FILTER_LOCK:
+            _FILTER_HOLDERS.discard(holder)
+            if not _FILTER_HOLDERS and _FILTERS_BEFORE:
+                _FILTERS_BEFORE[0].__exit__(None, None, None)
+                _FILTERS_BEFORE.clear()
+
+    try:
+        with _FILTER_LOCK:
+            _FILTER_HOLDERS.add(holder)
+            if not _FILTERS_BEFORE:
+                before = warnings.catch_warnings()
+                before.__enter__()
+                _FILTERS_BEFORE.append(before)
+                warnings.filterwarnings("error", message, UserWarning)
+        yield
+    except UserWarning as warning:
+        if not str(warning).startswith(message):
+            raise
+        raise ScoringError(
+            "gradient checkpointing would lose the gradients of a whole block, since nothing that enters it needs "
+            "one: use checkpointing with use_reentrant=False"
+        ) from warning
+    finally:
+        put_back(release)
 
 
 def _check_finite(sigma: Mapping[str, Tensor]) -> None:

@@ -101,12 +101,12 @@ def test_two_models_are_scored_at_once():
         assert warnings.filters == filters
 
 
-def scored_while(inside):
-    """Scores a model whose objective calls ``inside(net)`` at its second batch; the model, and what came of it."""
+def scored_while(inside, at=1):
+    """Scores a model whose objective calls ``inside(net)`` at that batch; the model, and what came of it."""
     net = Net()
 
     def objective(model, batch):
-        if batch == 1:
+        if batch == at:
             inside(model)
         return loss_of(model, batch)
 
@@ -134,9 +134,12 @@ def test_an_objective_may_score_its_own_model():
     scored_while(lambda net: score(net, BATCHES, loss_of))
 
 
+@pytest.mark.parametrize("at", [0, 1])
 @pytest.mark.parametrize("start", [lambda call: call(), in_another_thread])
-def test_an_objective_may_score_another_model(start):
-    scored_while(lambda _: start(lambda: score(Net(seed=5), BATCHES, loss_of)))
+def test_an_objective_may_score_another_model(start, at):
+    filters = warnings.filters[:]
+    scored_while(lambda _: start(lambda: score(Net(seed=5), BATCHES, loss_of)), at)
+    assert warnings.filters == filters
 
 
 @pytest.mark.parametrize("start", [lambda call: call(), in_another_thread])

@@ -637,6 +637,21 @@ def test_checkpointing_that_would_lose_gradients_is_an_error():
     assert_same_scores(score(model, batches), score(toy(), batches))
 
 
+def test_checkpointing_of_a_later_batch_that_would_lose_gradients_is_an_error():
+    model, batches = Checkpointed(reentrant=False), token_batches()
+    seen = []
+
+    def objective(model, batch):
+        seen.append(batch)
+        # As models do that checkpoint long inputs only.
+        model.reentrant = len(seen) == 3
+        return model(**batch).loss
+
+    with pytest.raises(ScoringError, match=r"lose the gradients .* use_reentrant=False"):
+        score(model, batches, objective)
+    assert len(seen) == 3
+
+
 def test_gradients_in_parts_add_up_but_their_absolute_values_do_not():
     batches = token_batches()
     torch.manual_seed(0)
