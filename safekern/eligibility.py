@@ -66,9 +66,7 @@ def eligible_parameters(
 
 def _check_apart(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
     """Refuses weights that are another parameter's as well: each would have a part of their gradient."""
-    named = [(name, local(param)) for name, param in model.named_parameters()]
-    for pair in sharing([piece for _, piece in named]):
-        one, other = (named[t][0] for t in pair)
+    for one, other in sharing(model.named_parameters()):
         if one in chosen or other in chosen:
             raise InvalidArgumentError(
                 f"parameters {one} and {other} share memory, and each would get a part of the gradient: tie them as "

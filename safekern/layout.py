@@ -1,6 +1,6 @@
 """Where the elements of a parameter lie in memory, which is what the kernels work on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -134,11 +134,15 @@ def overlaps_itself(param: Tensor) -> bool:
     return False
 
 
-def sharing(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Pairs of tensors that have an element of memory in common, by their positions.
+def sharing(named: Iterable[tuple[str, Tensor]]) -> list[tuple[str, str]]:
+    """The names of pairs of parameters that have an element of memory in common, of sharded ones in this process.
 
     Those without memory of their own (on the meta device, wrappers of other tensors) are left out.
     """
+    names, tensors = [], []
+    for name, param in named:
+        names.append(name)
+        tensors.append(local(param))
     spans: dict[torch.device, list[tuple[int, int, int]]] = {}
     for t, tensor in enumerate(tensors):
         is_wrapper: bool = is_traceable_wrapper_subclass(tensor)
@@ -154,7 +158,9 @@ def sharing(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
             before = [(end, other) for end, other in before if end > start]
             # Spans of strided tensors may interleave and have nothing in common.
             found += [
-                (other, t) for _, other in before if np.shares_memory(_extent(tensors[other]), _extent(tensors[t]))
+                (names[other], names[t])
+                for _, other in before
+                if np.shares_memory(_extent(tensors[other]), _extent(tensors[t]))
             ]
             before.append((stop, t))
     return found

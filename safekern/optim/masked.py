@@ -136,11 +136,7 @@ class MaskedOptimizer(Optimizer):
     def _named(self) -> Iterator[Named]:
         """The group, name and tensor of every parameter."""
         for group in self.__dict__.get("param_groups", ()):
-            if len(group["param_names"]) != len(group["params"]):
-                raise InvalidArgumentError(
-                    f"a group has {len(group['params'])} parameters and {len(group['param_names'])} names: what takes "
-                    "parameters out of group['params'] must take their names out of group['param_names'], too"
-                )
+            check_names(group)
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, param
 
@@ -171,9 +167,7 @@ class MaskedOptimizer(Optimizer):
 
     def _check_apart(self) -> None:
         """Refuses masked parameters in whose memory another one lies, through which they would be updated too."""
-        named = [(name, local(param)) for _, name, param in self._named()]
-        for pair in sharing([piece for _, piece in named]):
-            one, other = (named[t][0] for t in pair)
+        for one, other in sharing((name, param) for _, name, param in self._named()):
             if one in self._masked or other in self._masked:
                 raise InvalidArgumentError(
                     f"parameters {one} and {other} share memory, so that an update of one changes what the mask says "
@@ -331,6 +325,15 @@ class _State(dict[Tensor, dict[str, Tensor]]):
     def __reduce__(self) -> Any:
         # Copies belong to no optimizer.
         return dict, (dict(self),)
+
+
+def check_names(group: Mapping[str, Any]) -> None:
+    """Refuses a group that names some of its parameters only."""
+    if len(group["param_names"]) != len(group["params"]):
+        raise InvalidArgumentError(
+            f"a group has {len(group['params'])} parameters and {len(group['param_names'])} names: what takes "
+            "parameters out of group['params'] must take their names out of group['param_names'], too"
+        )
 
 
 def others_of(state: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from safekern.faults import put_back
 from safekern.layout import by_device, memory, overlaps_itself, read_selected, write_memories, write_selected
 from safekern.mask import Mask, check_mask
 from safekern.names import listed
-from safekern.optim.masked import NamedParameters, Places, cut, held, named_groups
+from safekern.optim.masked import NamedParameters, Places, check_names, cut, held, named_groups
 from safekern.sharding import local
 
 # How many protected weights of a parameter are compared before a step where torch's version counter says that it was
@@ -313,11 +313,8 @@ class Protection:
         """Finds the parameters in the optimizer, and their protected weights in memory, where either changed."""
         groups = self._optimizer.param_groups
         for group in groups:
-            if len(group.get("param_names", group["params"])) != len(group["params"]):
-                raise InvalidArgumentError(
-                    f"a group of the optimizer has {len(group['params'])} parameters and {len(group['param_names'])} "
-                    "names: what takes parameters out of it must take their names out, too"
-                )
+            if "param_names" in group:
+                check_names(group)
         held = [(list(map(id, group["params"])), group.get("param_names")) for group in groups]
         # Parameters of the mask are kept alive here, so that none of their addresses can have become another's.
         moved = held != self._held

@@ -155,11 +155,12 @@ class SPAAdamW(MaskedOptimizer):
         if not state or not _lie_like(param, [state[moment] for moment in _MOMENTS]):
             _check_usable(name, param)
             with torch.no_grad():
-                self._states[name] = {**self._state_of(param, state or {}), **others_of(state or {}, _FIELDS)}
+                self._states[name] = self._state_of(param, state or {})
 
     def _state_of(self, param: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that lies in memory as the parameter does, with these values or zeros."""
-        state = {"step": torch.as_tensor(values.get("step", 0.0), dtype=torch.float32, device="cpu").clone()}
+        state: dict[str, Tensor] = copy.deepcopy(others_of(values, _FIELDS))
+        state["step"] = torch.as_tensor(values.get("step", 0.0), dtype=torch.float32, device="cpu").clone()
         for moment in _MOMENTS:
             state[moment] = torch.zeros_like(param, dtype=self._state_dtype or param.dtype, requires_grad=False)
             if moment in values:
@@ -257,7 +258,7 @@ class SPAAdamW(MaskedOptimizer):
                 f"the moments of parameter {name} were saved in {saved[_MOMENTS[0]].dtype}, and would be rounded to "
                 f"{dtype}: make the optimizer with state_dtype=torch.float32"
             )
-        return {**self._state_of(param, saved), **copy.deepcopy(others_of(saved, _FIELDS))}
+        return self._state_of(param, saved)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_state_dtype": self._state_dtype, "_protected": {}}
