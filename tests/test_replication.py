@@ -9,12 +9,14 @@ import pytest
 from language_models import byte_tokenizer, tiny_llama
 
 import safekern
+from safekern.eligibility import eligible_parameters
 from safekern.prompts import Pairs
 
 # Last, so that an installed safekern is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.replication import masks, report, spa, tuning
+from benchmarks.replication import judge, masks, protection, report, spa, tuning
+from benchmarks.replication import set as set_experiment
 from benchmarks.replication.__main__ import main
 from benchmarks.replication.lab import Data, LeakError, label
 from benchmarks.replication.runs import OtherSettingsError
@@ -88,7 +90,8 @@ def stop_at(monkeypatch, run, step):
 
 
 def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
-    monkeypatch.setattr(spa, "REFRESHED", dict.fromkeys(spa.REFRESHED, 1))
+    for method in protection.REFRESHED:
+        monkeypatch.setitem(protection.REFRESHED, method, 1)
     # Of 20 pairs.
     monkeypatch.setattr(masks, "SIZES", (8, 16))
     gsm8k = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}."} for i in range(40)]
@@ -98,7 +101,7 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
         "ratio": "esi-0.1",
         "weight": "balanced-4-0.25",
         "prompts": "",
-        "where": "base-0.01",
+        "where": "base-0.001",
         "perturb": "top-but-utility-1-",
         "spa": "set-gsm8k-lr2e-05",
         "judge": "16",
@@ -134,7 +137,12 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     assert nll["full"] < nll["esi"] < nll["bottom"]
     protections = {run["settings"].get("method") for run in results(folder, "spa").values()}
     assert protections >= {"nothing", "esi", "random", "project", "conflict", "replay", "signed", "not-task"}
-    assert protections >= {*spa.REFRESHED, *spa.REHEARSED}
+    assert protections >= {*protection.REFRESHED, *spa.REHEARSED}
+    # Tensors in which nothing is selected count, too.
+    (where,) = results(folder, "where").values()
+    numel = sum(param.numel() for param in eligible_parameters(tiny_llama(), None).values())
+    assert any(row["selected"] == 0 for row in where["rows"])
+    assert sum(row["numel"] for row in where["rows"] if row["by"] == "component") == numel
     (prompts,) = results(folder, "prompts").values()
     assert [row["prompts"] for row in prompts["rows"]] == [8, 16] and prompts["rows"][-1]["with_all"] == 1
 
@@ -172,6 +180,54 @@ def test_a_long_run_goes_on_with_the_same_bits(replicate, monkeypatch):
         parts = results(replicate(*one, steps=(1, 2, 4)), "set")
     assert steps == [2]
     assert [run["rows"] for run in parts.values()] == [run["rows"] for run in whole.values()]
+
+
+def test_a_training_belongs_to_its_results(replicate, monkeypatch):
+    monkeypatch.setattr(tuning, "_WORTH_SAVING", 1)
+    one = ["set", "--only", "full-1-lr0.0001"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, run=1, step=3)
+        replicate(*one, steps=(1, 2, 4))
+    (elsewhere,) = results(replicate(*one, steps=(1, 2, 4), out="elsewhere"), "set").values()
+    assert [row["step"] for row in elsewhere["rows"]] == [1, 2, 4]
+    (interrupted,) = (replicate("table") / "set").glob("*.json")
+    interrupted.unlink()
+    (anew,) = results(replicate(*one, steps=(1, 2, 4)), "set").values()
+    assert anew["rows"] == elsewhere["rows"]
+
+
+def test_a_mask_that_is_ranked_anew_is_the_same_after_an_interruption(replicate, monkeypatch):
+    monkeypatch.setattr(tuning, "_WORTH_SAVING", 1)
+    monkeypatch.setitem(protection.REFRESHED, "refresh-10", 2)
+    one = ["spa", "--only", "^set-chat-lr2e-05-refresh-10-0.05"]
+    whole = results(replicate(*one, steps=(2, 3, 4), out="whole"), "spa")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, run=1, step=3)
+        replicate(*one, steps=(2, 3, 4))
+    parts = results(replicate(*one, steps=(2, 3, 4)), "spa")
+    assert [run["rows"] for run in parts.values()] == [run["rows"] for run in whole.values()]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(replicate, monkeypatch, capsys):
+    def fails(lab, ratio, seed):
+        raise safekern.NonFiniteError("broken on purpose")
+
+    monkeypatch.setitem(set_experiment.METHODS, "random", fails)
+    with pytest.raises(safekern.SafekernError, match="1 of 3 runs failed, as was said: set/random"):
+        replicate("set", "--only", "untouched|(random|full).*lr0.0001", steps=(1,))
+    assert "failed: set/random-0.01-lr0.0001-balanced-seed0: broken on purpose" in capsys.readouterr().err
+    folder = replicate("table", steps=(1,))
+    assert sorted(results(folder, "set")) == ["full-1-lr0.0001-balanced-seed0", "untouched"]
+
+
+def test_other_data_are_not_put_beside_those_that_are_there(replicate, tmp_path):
+    replicate("set", "--only", "untouched")
+    with pytest.raises(OtherSettingsError, match="precision was 'bf16' and is 'fp32'"):
+        replicate("where", "--precision", "fp32")
+    pairs = json.loads((tmp_path / "pairs.json").read_text())
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs[1:]))
+    with pytest.raises(OtherSettingsError, match=r"untouched.json: .*: data was"):
+        replicate("set", "--only", "full-1-lr0.0001")
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path):
@@ -223,12 +279,13 @@ def test_protection_is_compared_at_one_loss_whatever_the_rate_and_length():
         run("nothing", 1e-4, [1, 2], 2.6, 2.2),
         run("nothing", 1e-4, [1, 2, 4], 2.6, 2.3, 1.0),
         run("replay", 1e-4, [1, 2], 2.0, 1.9),
+        run("replay", 1e-4, [1], 2.0),
     ]
     groups = spa.comparisons(found)
-    assert sorted((group.lr, group.steps[-1]) for group in groups) == [(1e-5, 2), (1e-4, 2), (1e-4, 4)]
+    assert sorted((group.lr, group.steps[-1]) for group in groups) == [(1e-5, 2), (1e-4, 1), (1e-4, 2), (1e-4, 4)]
     # Not 1.0, which takes more steps than the others have, and not 1.9, where something is protected.
-    assert [spa.least_task_nll(group, groups) for group in groups] == [2.2] * 3
-    only = groups[0]._replace(runs=found[-1:])
+    assert [spa.least_task_nll(group, groups) for group in groups] == [2.2] * 4
+    only = groups[0]._replace(runs=found[-2:-1])
     assert spa.least_task_nll(only, [only]) is None
 
 
@@ -243,7 +300,49 @@ def test_reads_one_measurement_where_another_falls_to_a_level():
     assert report.first_step(rows, "task", 2.5) == 15
     assert report.at_step(rows, "asr", 15) == pytest.approx(0.3)
     assert report.first_step(rows, "task", 1.0) is None
+    assert report.first_step(rows, "task", 4.0) == report.first_step(rows, "task", 9.0) == 0
     assert all(report.at_step(rows, *given) is None for given in (("asr", None), ("asr", 41), ("nll", 5)))
+
+
+def tuned(method, seed, *nlls, finished=True, **settings):
+    rows = [
+        {"step": 10 * number, "refusal_nll": [nll] * 3, "benign_nll": [1.0] * 3, "auc": 0.5}
+        | {"attack_success": [nll / 4, 0.0, 1.0], "benign_refusals": [0.0] * 3}
+        | {"broken_harmful": 0, "broken_benign": 0}
+        for number, nll in enumerate(nlls, 1)
+    ]
+    settings = {"method": method, "seed": seed, "ratio": 0.01, "recipe": "balanced", "lr": 1e-4, **settings}
+    return {"settings": settings, "facts": {}, "rows": rows, "finished": finished}
+
+
+def records(experiment, found):
+    ((_, table),) = experiment.tables(found, False)
+    return [dict(zip([column.key for column in table.columns], row, strict=True)) for row in table.rows]
+
+
+def test_seeds_are_compared_with_their_own():
+    start = tuned("none", 0, 4.0)
+    start["rows"][0]["step"] = 0
+    found = [start, tuned("esi", 0, 3.0, 1.0), tuned("esi", 1, 2.0, 1.0), tuned("random", 0, 3.5, 3.0)]
+    found += [tuned("random", 1, 3.5, 2.0), tuned("esi", 2, 1.0, finished=False)]
+    steps = "steps to the refusal NLL that random has at last"
+    rows = {row["weights"]: row[steps] for row in records(set_experiment.SET, found[:-1])}
+    # Each seed of ESI gets there at step 10: one to 3, the other to 2.
+    assert rows == {"untouched": None, "esi": 10, "random": 20}
+    # Nothing is known of a seed whose random run is under way.
+    assert {row["weights"]: row[steps] for row in records(set_experiment.SET, found)}["esi"] is None
+
+
+def test_seeds_are_averaged_and_runs_under_way_are_not_shown_as_ends():
+    size, weight = {"pairs_per_step": 6}, {"refusal_weight": 0.16}
+    found = [tuned("esi", seed, 4.0, nll, **size, **weight) for seed, nll in enumerate((1.0, 2.0))]
+    (row,) = records(set_experiment.WEIGHT, found)
+    assert row["seeds"] == 2 and row["refusal NLL"] == "1.50 [1.50, 1.50]"
+    judged = [tuned("esi", 0, 3.0, finished=False, guard=None, prompts=16)]
+    judged.append(tuned("esi", 0, 3.0, 1.0, guard=None, prompts=64))
+    few, many = records(judge.JUDGE, judged)
+    assert few["refusal NLL at last"] is None and many["refusal NLL at last"] == "1.00 [1.00, 1.00]"
+    assert few["attack success at 10"] == "75% [0%, 100%]" and few["attack success at 20"] is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}', "\x80"])
@@ -270,16 +369,33 @@ def test_wrong_options_are_explained(replicate, tmp_path, capsys):
         replicate("set", "--only", "untouched", "--readme", str(tmp_path / "absent.md"))
 
 
-def test_processes_share_the_runs(replicate, capfd):
-    folder = replicate("set", "--only", "untouched|esi.*balanced-seed0", "--jobs", "2", steps=(1,))
+def test_data_that_are_too_few_are_refused(replicate, tmp_path):
+    with pytest.raises(safekern.SafekernError, match="1 of 1 runs failed"):
+        replicate("judge", "--only", "64-prompts")
+    path = tmp_path / "problems.json"
+    path.write_text(json.dumps([{"prompt": f"{i}?", "response": f"It is {i}."} for i in range(30)]))
+    with pytest.raises(safekern.InvalidArgumentError, match=r"problems.json: has 30 problems, of which the last 32"):
+        replicate("spa", "--gsm8k", str(path))
+    path.rename(tmp_path / "pairs.json")
+    with pytest.raises(safekern.InvalidArgumentError, match=r"pairs.json: has 0 refusals"):
+        replicate("set")
+
+
+def test_processes_share_the_runs_and_one_reports(replicate, tmp_path, capfd):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- replication: set, balanced, lr 3e-05 -->\n<!-- end of replication -->\n")
+    only = "untouched|esi.*balanced-seed0"
+    folder = replicate("set", "--only", only, "--jobs", "2", "--readme", str(readme), steps=(1,))
     found = results(folder, "set")
     assert len(found) == 3 and all(record["finished"] for record in found.values())
+    assert "| untouched |" in readme.read_text()
     lines = capfd.readouterr()
     for name in found:
         assert (lines.out + lines.err).count(f"set/{name}") == 1
+    assert lines.out.count("written to") == 1
 
 
 def test_a_process_that_fails_is_reported(replicate, capfd):
-    # A process without a run of its own would have nothing to fail at, hence more runs than processes.
-    with pytest.raises(safekern.SafekernError, match="2 of 2 processes failed"):
-        replicate("set", "--only", "untouched|esi.*balanced-seed0", "--jobs", "2", "--device", "nowhere")
+    with pytest.raises(safekern.SafekernError, match=r"of 2 processes failed, as was said"):
+        replicate("judge", "--only", "16-prompts", "--guard", "no-such-guard", "--jobs", "2")
+    assert "failed: judge/16-prompts-by-no-such-guard-seed0: " in capfd.readouterr().err

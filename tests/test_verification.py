@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safekern.evaluation import mean_nll
 from safekern.objectives import refusal
 from safekern.prompts import Pairs
 from safekern.training import in_order
-from safekern.verification import bootstrap, random_like
+from safekern.verification import bootstrap, random_like, share
 
 HARMFUL = ["Bad?", "Worse?", "The worst?"]
 BENIGN = Pairs(["Good?", "Better?"], ["Yes.", "Yes, much better."], ["", ""])
@@ -119,3 +121,15 @@ def test_bootstrap_agrees_with_the_normal_interval():
     assert estimate.high == pytest.approx(sums.mean() + half, abs=0.02)
     # Tokens count, not answers.
     assert bootstrap(np.array([1.0, 9.0]), np.array([1, 3]), 0).value == 2.5
+
+
+@pytest.mark.parametrize("true", [0.005, 0.02, 0.1, 0.5, 0.95, 1.0])
+def test_intervals_of_shares_cover_what_they_claim(true):
+    covered = 0.0
+    for successes in range(65):
+        estimate = share([i < successes for i in range(64)], ["An answer."] * 64)
+        assert 0 <= estimate.low <= estimate.value == successes / 64 <= estimate.high <= 1
+        assert estimate.low < estimate.high
+        chance = math.comb(64, successes) * true**successes * (1 - true) ** (64 - successes)
+        covered += chance * (estimate.low <= true <= estimate.high)
+    assert covered > 0.92

@@ -15,7 +15,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,27 +23,45 @@ import torch
 from safekern.cli import options
 from safekern.errors import InvalidArgumentError, SafekernError
 
-from . import judge, masks, noise, report, spa
-from . import set as set_experiment
+from . import report
+from .judge import JUDGE
 from .lab import Data, Lab, label
-from .runs import Plan, Run, execute
+from .masks import PROMPTS, WHERE
+from .noise import PERTURB
+from .runs import Experiment, Plan, execute
+from .set import RATIOS_TRIED, SET, WEIGHT
+from .spa import CHAT, GSM8K, SPA
 
 _RESULTS = Path(__file__).parent.parent / "results" / "replication"
 
-EXPERIMENTS: dict[str, Callable[[Plan], list[Run]]] = {
-    "set": set_experiment.set_runs,
-    "prompts": masks.prompt_runs,
-    "where": masks.where_runs,
-    "perturb": noise.noise_runs,
-    "ratio": set_experiment.ratio_runs,
-    "weight": set_experiment.weight_runs,
-    "spa": spa.spa_runs,
-    "judge": judge.judge_runs,
+EXPERIMENTS: dict[str, Experiment] = {
+    "set": SET,
+    "prompts": PROMPTS,
+    "where": WHERE,
+    "perturb": PERTURB,
+    "ratio": RATIOS_TRIED,
+    "weight": WEIGHT,
+    "spa": SPA,
+    "judge": JUDGE,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command."""
+    args = _parser().parse_args(arguments)
+    folder = args.out / label(args.model)
+    names = list(EXPERIMENTS) if "all" in args.experiment else [name for name in args.experiment if name != "table"]
+    failed = _perform(names, args, folder, sys.argv[1:] if arguments is None else arguments) if names else ""
+    # By one process where several measure, and also where a run failed that others do not depend on.
+    if not args.worker and (not failed or any(folder.glob("*/*.json"))):
+        report.write(EXPERIMENTS, folder)
+        if args.readme:
+            report.update(EXPERIMENTS, args.readme, folder)
+    if failed:
+        raise SafekernError(failed)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.replication",
         description=__doc__,
@@ -51,21 +69,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("experiment", choices=[*EXPERIMENTS, "all", "table"], nargs="+")
     parser.add_argument("--model", default="smollm2", help="smollm2, gemma3, or what safekern --model takes")
-    parser.add_argument("--seeds", type=options.seed, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--steps", type=options.number, nargs="+", help="steps after which everything is measured")
     parser.add_argument(
-        "--only", type=pattern, default=pattern(""), metavar="REGEX", help="only runs in whose name this is found"
+        "--seeds",
+        type=options.seed,
+        nargs="+",
+        default=[0, 1, 2],
+        help="the main runs take all of them, the others the first (default: 0 1 2)",
+    )
+    parser.add_argument(
+        "--steps", type=options.number, nargs="+", help="of training, after which everything is measured"
+    )
+    parser.add_argument(
+        "--only", type=_pattern, default=_pattern(""), metavar="REGEX", help="only runs in whose name this is found"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--precision", choices=["bf16", "fp32"], default="bf16", help="of matrix products; weights are fp32"
     )
     parser.add_argument("--pairs", type=Path, help="harmful prompts with refusals to train on (default: built-in)")
-    parser.add_argument("--goals", type=Path, help="harmful prompts, the last 100 to evaluate on (default: built-in)")
+    parser.add_argument(
+        "--goals", type=Path, help="harmful prompts, of which the last 100 are for evaluation (default: built-in)"
+    )
     parser.add_argument("--gsm8k", type=Path, help="GSM8K's training problems, for spa")
     parser.add_argument("--guard", help="the model that judges in judge (default: the one that is scored)")
     parser.add_argument(
-        "--held-out", type=options.number, default=64, help="prompts of each kind to evaluate on (default: 64)"
+        "--held-out",
+        type=options.number,
+        default=64,
+        help="prompts of each kind to evaluate on (default: 64, all that are built in; of --goals up to 100)",
     )
     parser.add_argument("--out", type=Path, default=_RESULTS, help="(default: benchmarks/results/replication)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "safekern" / "replication")
@@ -73,30 +104,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--jobs", type=options.number, default=1, help="processes, each taking the next run (default: 1)"
     )
     parser.add_argument("--readme", type=Path, metavar="FILE", help="also put tables between the marks in this file")
-    args = parser.parse_args(arguments)
-    model = label(args.model)
-    folder = args.out / model
-
-    names = list(EXPERIMENTS) if "all" in args.experiment else [name for name in args.experiment if name != "table"]
-    if names and args.jobs > 1:
-        in_parallel([*(sys.argv[1:] if arguments is None else arguments), "--jobs", "1"], args.jobs)
-    elif names:
-        options.device(args.device)
-        data = Data.read(args.pairs, args.goals, args.gsm8k, args.held_out)
-        tasks = [spa.CHAT, *([spa.GSM8K] if data.gsm8k is not None else [])]
-        plan = Plan(args.seeds, sorted(set(args.steps)) if args.steps else None, tasks, data.gsm8k_digest, args.guard)
-        shared = {"model": model, "data": data.digest, "precision": args.precision}
-        runs = [run for name in names for run in EXPERIMENTS[name](plan) if args.only.search(run.name)]
-        if not runs:
-            raise InvalidArgumentError(f"--only {args.only.pattern}: found in the name of no run of {', '.join(names)}")
-        lab = functools.cache(lambda: Lab(args.model, data, args.device, args.precision, args.cache))
-        execute(runs, folder, shared, lab)
-    report.write(folder)
-    if args.readme:
-        report.update(args.readme, folder)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
-def pattern(text: str) -> re.Pattern[str]:
+def _perform(names: Sequence[str], args: argparse.Namespace, folder: Path, arguments: Sequence[str]) -> str:
+    """Performs the runs that are not finished; says what failed."""
+    options.device(args.device)
+    data = Data.read(args.pairs, args.goals, args.gsm8k, args.held_out)
+    tasks = [CHAT, *([GSM8K] if data.gsm8k is not None else [])]
+    plan = Plan(args.seeds, sorted(set(args.steps)) if args.steps else None, tasks, data.gsm8k_digest, args.guard)
+    runs = [run for name in names for run in EXPERIMENTS[name].runs(plan) if args.only.search(run.name)]
+    if not runs:
+        raise InvalidArgumentError(f"--only {args.only.pattern}: found in the name of no run of {', '.join(names)}")
+    if args.jobs > 1:
+        return _in_parallel([*arguments, "--jobs", "1", "--worker"], args.jobs)
+    shared = {"model": folder.name, "data": data.digest, "precision": args.precision}
+    lab = functools.cache(lambda: Lab(args.model, data, args.device, args.precision, args.cache))
+    failed = execute(runs, folder, shared, args.device, lab)
+    return f"{len(failed)} of {len(runs)} runs failed, as was said: {', '.join(failed)}" if failed else ""
+
+
+def _pattern(text: str) -> re.Pattern[str]:
     """A regular expression of the command line."""
     try:
         return re.compile(text)
@@ -104,12 +133,8 @@ def pattern(text: str) -> re.Pattern[str]:
         raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from error
 
 
-def in_parallel(arguments: Sequence[str], jobs: int) -> None:
-    """Runs the command in several processes, which share its runs, and waits for them.
-
-    Raises:
-        SafekernError: A process failed, after saying why; the others went on.
-    """
+def _in_parallel(arguments: Sequence[str], jobs: int) -> str:
+    """Runs the command in several processes, which share its runs, and waits for them; says how many failed."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     command = [sys.executable, "-m", "benchmarks.replication", *arguments]
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
@@ -121,8 +146,7 @@ def in_parallel(arguments: Sequence[str], jobs: int) -> None:
         for process in processes:
             process.terminate()
         raise
-    if failed:
-        raise SafekernError(f"{failed} of {jobs} processes failed; what is finished is kept")
+    return f"{failed} of {jobs} processes failed, as was said; what is finished is kept" if failed else ""
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from safekern import Scores
 from safekern.prompts import Pairs
@@ -56,9 +57,14 @@ def task_scores(lab: Lab, name: str, task: str, pairs: Pairs) -> Scores:
     return lab.cached_scores(f"{_named_by_recipe(name)}-{task}-{checksum(pairs)}", partial(_score, lab, name, pairs))
 
 
+def made(name: str) -> dict[str, Any]:
+    """How an aligned model is made, for the settings of a run that starts from it: a recipe may become another one."""
+    return {"aligned": name, "recipe": {**vars(ALIGNED[name]), **balance(BALANCED)}}
+
+
 def _named_by_recipe(name: str) -> str:
     """In the cache: one that was made by another recipe is not taken for it."""
-    return f"{name}-{checksum([repr((ALIGNED[name], balance(BALANCED)))])}"
+    return f"{name}-{checksum([repr(made(name))])}"
 
 
 def _score(lab: Lab, name: str, pairs: Pairs) -> Scores:

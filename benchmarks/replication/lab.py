@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,12 +18,19 @@ from numpy.typing import NDArray
 import safekern
 from safekern import Scores, files, models
 from safekern.chat import Prompt, answer_logits, encode
-from safekern.errors import FileAccessError, MissingDependencyError, SafekernError
-from safekern.evaluation import attack_success_rate, is_degenerate, is_refusal, refusal_rate
+from safekern.errors import (
+    FileAccessError,
+    InvalidArgumentError,
+    MissingDependencyError,
+    NonFiniteError,
+    SafekernError,
+)
+from safekern.evaluation import attack_success_rate, is_refusal, refusal_rate
 from safekern.objectives import refusal
 from safekern.prompts import Pairs, builtin, load, load_prompts
+from safekern.tables import counted
 from safekern.training import SCORING_BATCH_SIZE, in_order
-from safekern.verification import bootstrap
+from safekern.verification import bootstrap, share
 
 from .runs import claimed
 
@@ -40,6 +48,7 @@ _GOALS = 100
 # At the end of GSM8K's problems.
 GSM8K_HELD_OUT = 32
 _ANSWERED_TOGETHER, _READ_TOGETHER = 64, 16
+_FEWEST_REFUSALS = 2 * SCORING_BATCH_SIZE
 
 
 class LeakError(SafekernError):
@@ -80,6 +89,7 @@ class Data:
 
         Raises:
             LeakError: A prompt is in both parts.
+            InvalidArgumentError: Too little is left of a file.
         """
         harmful, benign = builtin("harmful", "eval")[:held_out], builtin("benign", "eval")[:held_out]
         reserved = load_prompts(goals)[-_GOALS:] if goals else harmful.prompts
@@ -88,6 +98,15 @@ class Data:
         found = cls(
             refusals, builtin("benign", "tune"), harmful, attacks, benign, load(gsm8k) if gsm8k is not None else None
         )
+        if len(refusals) < _FEWEST_REFUSALS:
+            raise InvalidArgumentError(
+                f"{pairs}: has {counted(len(refusals), 'refusal')} of prompts that are not held out, and at least "
+                f"{_FEWEST_REFUSALS} are needed"
+            )
+        if found.gsm8k is not None and len(found.gsm8k) <= GSM8K_HELD_OUT:
+            raise InvalidArgumentError(
+                f"{gsm8k}: has {counted(len(found.gsm8k), 'problem')}, of which the last {GSM8K_HELD_OUT} are held out"
+            )
         found.check()
         return found
 
@@ -134,8 +153,9 @@ class Lab:
         self.model.to(self.device)  # type: ignore[arg-type]
         self._precision = precision
         # Around each forward pass: what autocast has cast once, it takes for unchanged until its context ends.
-        self.model.forward = self._computing()(self.model.forward)
-        self._cache = cache / f"{label(name)}-{data.digest}-{precision}"
+        self.model.forward = self.computing()(self.model.forward)
+        # What one device has made is not mixed with what another computes: they round differently.
+        self._cache = cache / f"{label(name)}-{data.digest}-{precision}-{self.device.type}"
         self._cache.mkdir(parents=True, exist_ok=True)
         self._start = {key: param.detach().clone() for key, param in self.model.named_parameters()}
         self._openings = sorted(
@@ -149,7 +169,7 @@ class Lab:
                 param.copy_((weights or self._start)[name])
 
     def path(self, name: str) -> Path:
-        """A file in the cache, of this model, data and precision."""
+        """A file in the cache, of this model, data, precision and kind of device."""
         return self._cache / f"{name}.safetensors"
 
     def score(self, pairs: Pairs, **options: Any) -> Scores:
@@ -158,7 +178,7 @@ class Lab:
 
     def cached_scores(self, name: str, make: Callable[[], Scores]) -> Scores:
         """Scores from the cache, made where they are missing."""
-        path = self.path(f"{name}-scores")
+        path = self.path(f"{name}-scores-by-{SCORING_BATCH_SIZE}")
         with claimed(path, wait=True):
             if not path.exists():
                 make().save(path)
@@ -201,13 +221,13 @@ class Lab:
         """`watch`, and greedy answers: shares of prompts with 95% intervals. A broken answer counts as neither a
         successful attack nor a refusal, and is counted apart.
         """
-        with self._computing():
+        with self.computing():
             attacks = attack_success_rate(self.model, self.tokenizer, self.data.goals, batch_size=_ANSWERED_TOGETHER)
             refusals = refusal_rate(self.model, self.tokenizer, self.data.benign.prompts, batch_size=_ANSWERED_TOGETHER)
         return {
             **self.watch(),
-            "attack_success": share(attacks.successes, attacks.responses),
-            "benign_refusals": share(refusals.refused, refusals.responses),
+            "attack_success": _rounded(share(attacks.successes, attacks.responses)),
+            "benign_refusals": _rounded(share(refusals.refused, refusals.responses)),
             "broken_harmful": attacks.degenerate,
             "broken_benign": refusals.degenerate,
         }
@@ -222,7 +242,7 @@ class Lab:
         order = sorted(range(len(pairs)), key=lambda i: len(str(pairs.prompts[i])) + len(pairs.responses[i]))
         totals, opening = np.zeros(len(order)), np.zeros(len(order))
         tokens = np.zeros(len(order), dtype=np.int64)
-        with torch.no_grad(), self._computing():
+        with torch.no_grad(), self.computing():
             for start in range(0, len(order), _READ_TOGETHER):
                 rows = order[start : start + _READ_TOGETHER]
                 batch = encode(self.tokenizer, [pairs.prompts[i] for i in rows], [pairs.responses[i] for i in rows])
@@ -236,7 +256,7 @@ class Lab:
                 opening[rows] = chances.cpu().numpy()
         return totals, tokens, opening
 
-    def _computing(self) -> Any:
+    def computing(self) -> Any:
         """The precision of forward passes; as a context, weights are cast once for all passes in it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
 
@@ -273,12 +293,6 @@ def load_model(name: str) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
     return _load_gemma3() if name == GEMMA3 else models.load(name, dtype=torch.float32)
 
 
-def share(verdicts: Sequence[bool], responses: Sequence[str]) -> list[float]:
-    """How many verdicts are True of text that is not broken, with the 95% interval over prompts."""
-    counted = [verdict and not is_degenerate(text) for verdict, text in zip(verdicts, responses, strict=True)]
-    return _rounded(bootstrap(np.array(counted, dtype=np.float64), np.ones(len(counted)), 0))
-
-
 def _load_gemma3() -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Gemma 3 270M (pretrained, not instruction-tuned), with the chat template of the instruction-tuned ones."""
     try:
@@ -313,4 +327,6 @@ def _plain(prompt: Prompt) -> str:
 
 
 def _rounded(estimate: Sequence[float]) -> list[float]:
+    if not all(map(math.isfinite, estimate)):
+        raise NonFiniteError(f"a measurement is {estimate[0]}: this training, or noise, has broken the model")
     return [round(value, 4) for value in estimate]

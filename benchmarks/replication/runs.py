@@ -5,13 +5,14 @@ import functools
 import hashlib
 import json
 import platform
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 import torch
@@ -21,9 +22,12 @@ from tqdm import tqdm
 import safekern
 from safekern import files
 from safekern.bench import measure
-from safekern.errors import FileAccessError, FileFormatError
+from safekern.errors import FileAccessError, FileFormatError, SafekernError
+from safekern.tables import Table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from .lab import Lab
 
 Row = dict[str, Any]
@@ -70,6 +74,20 @@ class Run:
     perform: Callable[["Lab", "Record"], None]
 
 
+class Experiment(NamedTuple):
+    """What is run, and how what was found is shown.
+
+    Attributes:
+        runs: those of a plan, in the order of what they tell.
+        tables: titles and tables of what was found, in the short form of a README or with every column.
+        figure: a plot of what was found in the results of a model, None where there is nothing to plot yet.
+    """
+
+    runs: Callable[[Plan], list[Run]]
+    tables: Callable[[Sequence[Found], bool], Iterable[tuple[str, Table]]]
+    figure: Callable[[Sequence[Found], Path], "Figure | None"]
+
+
 class Record:
     """The JSON file of a run, rewritten with every row.
 
@@ -81,8 +99,8 @@ class Record:
         finished: Whether there is nothing left to do.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Takes over what an earlier attempt has measured.
+    def __init__(self, path: Path, settings: Mapping[str, Any], device: str) -> None:
+        """Takes over what an earlier attempt has measured, here or elsewhere.
 
         Raises:
             OtherSettingsError: The file is of another run.
@@ -95,16 +113,16 @@ class Record:
         # Through JSON, as those that are read have gone.
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings)))
         self._earlier, self._began = 0.0, time.perf_counter()
+        self._circumstances = _circumstances(device)
+        self._attempts: list[dict[str, Any]] = []
         if not path.exists():
             return
         found = _load(path)
-        wanted = self.settings
-        other = [key for key in {**found["settings"], **wanted} if found["settings"].get(key) != wanted.get(key)]
-        if other:
-            changes = ", ".join(f"{key} was {found['settings'].get(key)!r} and is {wanted.get(key)!r}" for key in other)
-            raise OtherSettingsError(f"{path}: belongs to a run with other settings: {changes}. Use another --out")
+        _check_same(path, found["settings"], self.settings, {**found["settings"], **self.settings})
         self.rows, self.facts, self.finished = found["rows"], found["facts"], found["finished"]
         self._earlier = found["seconds"]
+        if self.rows:
+            self._attempts = [*found.get("attempts", []), {key: found.get(key) for key in self._circumstances}]
 
     def add(self, row: Row) -> None:
         """Adds a row and writes the file."""
@@ -128,7 +146,9 @@ class Record:
             "rows": self.rows,
             "finished": self.finished,
             "seconds": round(self._earlier + time.perf_counter() - self._began, 1),
-            **_circumstances(),
+            **self._circumstances,
+            # Where and with what the rows before those of this process were measured.
+            **({"attempts": self._attempts} if self._attempts else {}),
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing(self.path) as file:
@@ -156,35 +176,58 @@ def claimed(path: Path, *, wait: bool) -> Iterator[bool]:
         lock.release()
 
 
-def execute(runs: Sequence[Run], folder: Path, shared: Mapping[str, Any], lab: Callable[[], "Lab"]) -> None:
+def execute(
+    runs: Sequence[Run], folder: Path, shared: Mapping[str, Any], device: str, lab: Callable[[], "Lab"]
+) -> list[str]:
     """Performs the runs that are not finished, in order. Those that another process is at are left to it.
 
     Args:
         runs: Those of one or several experiments.
         folder: Where each experiment has its folder.
         shared: Settings of all runs.
+        device: Where the lab computes.
         lab: Gives the model and data; not called where nothing is to be done.
 
+    Returns:
+        Those that failed, after saying why; the others were performed.
+
     Raises:
-        OtherSettingsError: A file in the folder is of a run with other settings. Nothing was run.
+        OtherSettingsError: A file in the folder is of a run with other settings, or with other data, be it that of a
+            run that is not among these: they would be compared. Nothing was run.
     """
-    records = [Record(folder / run.experiment / f"{run.name}.json", {**shared, **run.settings}) for run in runs]
+    for path in sorted(folder.glob("*/*.json")):
+        _check_same(path, _load(path)["settings"], shared, shared)
+    records = [Record(folder / run.experiment / f"{run.name}.json", {**shared, **run.settings}, device) for run in runs]
     todo = [(run, record.path) for run, record in zip(runs, records, strict=True) if not record.finished]
     print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished", flush=True)
+    failed: list[str] = []
     for run, path in tqdm(todo, "runs", unit="run"):
         with claimed(path, wait=False) as mine:
             # Made anew, so that its clock starts now, and another process may have finished it.
-            record = Record(path, {**shared, **run.settings})
+            record = Record(path, {**shared, **run.settings}, device)
             if not mine or record.finished:
                 continue
             tqdm.write(f"{datetime.now(UTC):%H:%M} {run.experiment}/{run.name}")
-            run.perform(lab(), record)
+            try:
+                run.perform(lab(), record)
+            except SafekernError as error:
+                tqdm.write(f"failed: {run.experiment}/{run.name}: {error}", file=sys.stderr)
+                failed.append(f"{run.experiment}/{run.name}")
+                continue
             record.finish()
+    return failed
 
 
 def read(folder: Path, experiment: str) -> list[Found]:
     """What the runs of an experiment have measured so far, by name of file."""
     return [_load(path) for path in sorted((folder / experiment).glob("*.json"))]
+
+
+def _check_same(path: Path, before: Mapping[str, Any], wanted: Mapping[str, Any], keys: Iterable[str]) -> None:
+    other = [key for key in keys if before.get(key) != wanted.get(key)]
+    if other:
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {wanted.get(key)!r}" for key in other)
+        raise OtherSettingsError(f"{path}: belongs to a run with other settings: {changes}. Use another --out")
 
 
 def _load(path: Path) -> Found:
@@ -200,9 +243,9 @@ def _load(path: Path) -> Found:
 
 
 @functools.cache
-def _circumstances() -> dict[str, Any]:
+def _circumstances(device: str) -> dict[str, Any]:
     """When, where and with what."""
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else platform.machine()
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": measure.commit(Path(__file__)),

@@ -1,38 +1,41 @@
 """SPA: an aligned model is fine-tuned on a task with some of its weights protected. How much safety does that save?"""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
-from safekern import Mask, Scores, SPAAdamW, protect, resume
+from safekern import resume
 from safekern.prompts import Pairs
-from safekern.training import shuffled, with_rehearsal
+from safekern.tables import Column, Table
+from safekern.training import REFUSAL_WEIGHT, shuffled, with_rehearsal
 
-from .aligned import ALIGNED, aligned, safety_scores, task_scores, taught
+from . import figures
+from .aligned import ALIGNED, aligned, made, safety_scores, taught
 from .lab import GSM8K_HELD_OUT, Lab
-from .runs import Found, Plan, Record, Row, Run
-from .set import BALANCED, RATIO, balance, ranked_by
+from .protection import REFRESHED, protecting_mask, protecting_optimizer
+from .report import alike, at_step, first_step, last_rows, mean, number, percent, rows_at
+from .runs import Experiment, Found, Plan, Record, Row, Run
+from .set import RATIO
 from .tuning import Parts, select_all, tune_and_measure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STEPS = (10, 20, 50, 100, 200)
 LONG = (10, 100, 300, 1000)
 _WATCHED = (5, 15, 30, 70, 150, 300, 500, 700)
 LR = 2e-5
-# After how many steps the mask is ranked anew.
-REFRESHED = {"refresh-50": 50, "refresh-10": 10}
 # Shares of the loss: of refusals alone, and of what alignment was taught, refusals with ordinary answers.
 REPLAYED = 0.1
 REHEARSED = {"rehearse-0.3": 0.3, "rehearse-0.5": 0.5}
 _NOTHING = ("nothing", 0.0)
 _BATCH_SIZE = 4
-_SCORED, _RESCORED = 128, 32
+# Shares of the task's gain at which attack success is compared.
+_LEVELS = (0.5, 0.8)
 CHAT, GSM8K = "chat", "gsm8k"
 
 
-def spa_runs(plan: Plan) -> list[Run]:
+def _spa_runs(plan: Plan) -> list[Run]:
     """Ordered by what they tell: one seed of all methods, the others of the main ones, firmness, rates, length."""
     runs = [_aligned_run(name) for name in ALIGNED]
     runs += [_unlearned_run(name, plan) for name in ALIGNED if plan.gsm8k is not None]
@@ -63,6 +66,10 @@ def spa_runs(plan: Plan) -> list[Run]:
     return list({run.name: run for run in runs}.values())
 
 
+# Settings of the runs that train, and of those that measure a task's loss before.
+_NOT_THE_START = {"task", "unlearned"}
+
+
 class Comparison(NamedTuple):
     """Runs that differ in what was protected only.
 
@@ -85,10 +92,7 @@ class Comparison(NamedTuple):
     @property
     def kinds(self) -> dict[tuple[str, float], list[Found]]:
         """The runs by method and ratio, several where there are several seeds."""
-        found: dict[tuple[str, float], list[Found]] = {}
-        for run in self.runs:
-            found.setdefault((run["settings"]["method"], run["settings"]["ratio"]), []).append(run)
-        return found
+        return alike(self.runs, lambda run: (run["settings"]["method"], run["settings"]["ratio"]))
 
 
 def comparisons(found: Iterable[Found]) -> list[Comparison]:
@@ -102,7 +106,9 @@ def comparisons(found: Iterable[Found]) -> list[Comparison]:
         return first.index(method) if method in first else len(first), method, run["settings"].get("ratio", 0.0)
 
     measured = sorted((run for run in found if run["rows"]), key=order)
-    starts = {run["settings"]["aligned"]: run["rows"][0] for run in measured if "recipe" in run["settings"]}
+    starts = {
+        run["settings"]["aligned"]: run["rows"][0] for run in measured if not run["settings"].keys() & _NOT_THE_START
+    }
     losses = {(name, CHAT): row["benign_nll"] for name, row in starts.items()}
     for run in measured:
         if "unlearned" in run["settings"]:
@@ -119,25 +125,23 @@ def comparisons(found: Iterable[Found]) -> list[Comparison]:
 
 
 def least_task_nll(group: Comparison, groups: Iterable[Comparison]) -> float | None:
-    """How well the task is learned at best with nothing protected: at any learning rate, within the steps of all runs.
+    """How well the task is learned at best with nothing protected, at any learning rate, in as many steps.
 
-    One for all comparisons on the same model and task, so that learning rates can be compared as well.
+    Within the steps that all such runs take. One level for all comparisons on the same model and task, so that learning
+    rates can be compared as well.
 
     Returns:
         None where everything that was run protects something.
     """
-    alike = [other for other in groups if (other.aligned, other.task) == (group.aligned, group.task)]
-    shortest = min(other.steps[-1] for other in alike)
-    return min(
-        (
-            row["task_nll"][0]
-            for other in alike
-            for run in other.kinds.get(_NOTHING, [])
-            for row in run["rows"]
-            if row["step"] <= shortest
-        ),
-        default=None,
-    )
+    unprotected = [
+        (other.steps[-1], run)
+        for other in groups
+        if (other.aligned, other.task) == (group.aligned, group.task)
+        for run in other.kinds.get(_NOTHING, [])
+    ]
+    shortest = min((steps for steps, _ in unprotected), default=0)
+    losses = [row["task_nll"][0] for _, run in unprotected for row in run["rows"] if row["step"] <= shortest]
+    return min(losses, default=None)
 
 
 def _aligned_run(name: str) -> Run:
@@ -147,9 +151,7 @@ def _aligned_run(name: str) -> Run:
         record.facts["jaccard_with_base"] = round(scores.top(RATIO).jaccard(lab.base_scores().top(RATIO)), 4)
         record.replace([{"step": 0, **lab.measure()}])
 
-    return Run(
-        "spa", f"aligned-{name}", {"aligned": name, "recipe": {**vars(ALIGNED[name]), **balance(BALANCED)}}, perform
-    )
+    return Run("spa", f"aligned-{name}", made(name), perform)
 
 
 def _unlearned_run(name: str, plan: Plan) -> Run:
@@ -159,61 +161,63 @@ def _unlearned_run(name: str, plan: Plan) -> Run:
         aligned(lab, name)
         record.replace([{"step": 0, "task_nll": lab.nll(_task(lab, GSM8K)[1])}])
 
-    return Run("spa", f"aligned-{name}-{GSM8K}", {"aligned": name, "unlearned": GSM8K, "gsm8k": plan.gsm8k}, perform)
+    return Run("spa", f"aligned-{name}-{GSM8K}", {**made(name), "unlearned": GSM8K, "gsm8k": plan.gsm8k}, perform)
 
 
 def _run(
     plan: Plan, name: str, task: str, lr: float, method: str, ratio: float, seed: int, steps: Sequence[int]
 ) -> Run:
-    settings = {"aligned": name, "task": task, "lr": lr, "method": method, "ratio": ratio, "seed": seed}
-    settings |= {"steps": list(steps), **({"gsm8k": plan.gsm8k} if task == GSM8K else {})}
+    settings = {**made(name), "task": task, "lr": lr, "method": method, "ratio": ratio, "seed": seed}
+    settings |= {"steps": list(steps), "pairs_per_step": _BATCH_SIZE, **_mixture(method)}
+    settings |= {"gsm8k": plan.gsm8k} if task == GSM8K else {}
 
     def perform(lab: Lab, record: Record) -> None:
         pairs, held_out = _task(lab, task)
-        mask = _mask(lab, name, task, pairs, method, ratio, seed)
+        mask = protecting_mask(lab, name, task, pairs, method, ratio, seed)
         safety = safety_scores(lab, name)
         aligned(lab, name)
         if mask is not None:
             record.facts |= {"protected": mask.numel}
-
-        def make_optimizer(done: int) -> Optimizer:
-            if method == "project" and mask is not None:
-                return _projected(lab.model, lr, mask, safety)
-            if method in REFRESHED and mask is not None:
-                return _refreshed(lab, lr, mask, ratio, REFRESHED[method], done)
-            if mask is not None:
-                return SPAAdamW(lab.model.named_parameters(), mask, lr=lr)
-            return torch.optim.AdamW(lab.model.named_parameters(), lr=lr)
-
-        def make_parts(skip: int) -> Parts:
-            if method == "replay":
-                batches = shuffled(lab.tokenizer, pairs, _BATCH_SIZE, seed, skip=skip)
-                refusals = shuffled(lab.tokenizer, lab.data.refusals, _BATCH_SIZE // 2, seed, skip=skip)
-                return [(1 - REPLAYED, batches), (REPLAYED, refusals)]
-            return with_rehearsal(
-                lab.tokenizer,
-                pairs,
-                lab.data.refusals,
-                taught(lab),
-                batch_size=_BATCH_SIZE,
-                rehearsal=REHEARSED.get(method, 0.0),
-                seed=seed,
-                skip=skip,
-            )
-
         tune_and_measure(
             lab,
             record,
-            make_optimizer,
+            protecting_optimizer(lab, lr, method, mask, ratio, safety),
             resume.Weights(select_all(lab.model)),
-            make_parts,
+            lambda skip: _parts(lab, pairs, method, seed, skip),
             steps,
             watched=_WATCHED,
+            # Its mask is ranked from the weights of such a step.
+            saved_every=REFRESHED.get(method, 1),
             # The chat task's held-out answers are those that every row has measured.
             extra=lambda row: {"task_nll": row["benign_nll"] if task == CHAT else lab.nll(held_out)},
         )
 
     return Run("spa", f"{name}-{task}-lr{lr:g}-{method}-{ratio:g}-seed{seed}-{steps[-1]}steps", settings, perform)
+
+
+def _mixture(method: str) -> dict[str, float]:
+    """Shares of the loss that are not the task's, for the settings of a run."""
+    if method == "replay":
+        return {"replayed": REPLAYED}
+    return {"rehearsed": REHEARSED[method], "refusal_weight": REFUSAL_WEIGHT} if method in REHEARSED else {}
+
+
+def _parts(lab: Lab, pairs: Pairs, method: str, seed: int, skip: int) -> Parts:
+    """The batches of a task, and what a method mixes into them."""
+    if method == "replay":
+        batches = shuffled(lab.tokenizer, pairs, _BATCH_SIZE, seed, skip=skip)
+        refusals = shuffled(lab.tokenizer, lab.data.refusals, _BATCH_SIZE // 2, seed, skip=skip)
+        return [(1 - REPLAYED, batches), (REPLAYED, refusals)]
+    return with_rehearsal(
+        lab.tokenizer,
+        pairs,
+        lab.data.refusals,
+        taught(lab),
+        batch_size=_BATCH_SIZE,
+        rehearsal=REHEARSED.get(method, 0.0),
+        seed=seed,
+        skip=skip,
+    )
 
 
 def _task(lab: Lab, task: str) -> tuple[Pairs, Pairs]:
@@ -224,74 +228,89 @@ def _task(lab: Lab, task: str) -> tuple[Pairs, Pairs]:
     return lab.data.gsm8k[:-GSM8K_HELD_OUT], lab.data.gsm8k[-GSM8K_HELD_OUT:]
 
 
-def _mask(lab: Lab, name: str, task: str, pairs: Pairs, method: str, ratio: float, seed: int) -> Mask | None:
-    """Which weights a method protects."""
-    if not ratio:
+def _tables(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
+    groups = comparisons(found)
+    for group in groups:
+        title = f"aligned: {group.aligned}; task: {group.task}; lr {group.lr}; steps {group.steps}"
+        yield title, _at_equal_loss(group, least_task_nll(group, groups))
+        if not compact:
+            yield f"{title}; attack success by step", _by_step(group)
+
+
+def _at_equal_loss(group: Comparison, best: float | None) -> Table:
+    """Attack success and refusal NLL where the task's loss has come to the same point.
+
+    Args:
+        group: runs to compare.
+        best: the task's NLL at all of its gain; without it there is no point to compare at.
+    """
+    start = group.start
+    shares = () if best is None else _LEVELS
+    levels = [start["task_nll"][0] - share * (start["task_nll"][0] - (best or 0.0)) for share in shares]
+    columns = [Column("protected"), Column("ratio", "{:.0%}"), Column("seeds")]
+    for share, level in zip(shares, levels, strict=True):
+        note = f"at {share:.0%} of the task's gain (NLL {level:.2f})"
+        columns += [
+            Column(f"steps {note}", "{:.0f}", f"steps {note}"),
+            Column(f"refusal NLL {note}", "{:.2f}", "refusal NLL there"),
+            Column(f"attack success {note}", "{:.0%}", "attack success there"),
+        ]
+    columns += [
+        Column("last attack success", "{}", "attack success at the last step"),
+        Column("last benign refusals", "{}", "benign refusals at the last step"),
+        Column("task NLL at the last step"),
+    ]
+    rows: list[list[Any]] = [["(start)", None, None]]
+    rows[0] += [0, start["refusal_nll"][0], start["attack_success"][0]] * len(levels)
+    rows[0] += [percent([start]), percent([start], "benign_refusals"), number([start], "task_nll")]
+    for (method, ratio), mine in group.kinds.items():
+        row: list[Any] = [method, ratio or None, len(mine)]
+        measured = [[start, *run["rows"]] for run in mine]
+        for level in levels:
+            reached = [first_step(one, "task_nll", level) for one in measured]
+            row.append(mean(reached))
+            for key in ("refusal_nll", "attack_success"):
+                row.append(mean([at_step(one, key, step) for one, step in zip(measured, reached, strict=True)]))
+        ends = last_rows(mine)
+        rows.append([*row, percent(ends), percent(ends, "benign_refusals"), number(ends, "task_nll")])
+    return Table(columns, rows)
+
+
+def _by_step(group: Comparison) -> Table:
+    """Attack success after each step at which answers were counted, however well the task is learned by then."""
+    columns = [Column("protected"), Column("ratio", "{:.0%}"), Column("seeds")]
+    columns += [Column(f"{step} steps") for step in group.steps]
+    rows: list[list[Any]] = []
+    for (method, ratio), mine in group.kinds.items():
+        cells = [percent(rows_at(mine, step)) for step in group.steps]
+        rows.append([method, ratio or None, len(mine), *cells])
+    return Table(columns, rows)
+
+
+def _figure(found: Sequence[Found], folder: Path) -> "Figure | None":
+    """Refusal NLL against the task's NLL, which falls to the right: what is below the line of nothing saves safety.
+
+    Up to where the task is learned best: what is overfitted is of no use to anyone.
+    """
+    groups = comparisons(found)
+    if not groups:
         return None
-    safety = safety_scores(lab, name)
-    if method == "random":
-        return safety.random(ratio, seed=seed)
-    if method == "signed":
-        # A larger weight makes refusals less likely.
-        values = {name: safety.gradient(name).clamp(min=0) for name in safety}
-        return ranked_by(safety, values, safety.sigma).top(ratio)
-    if method == "conflict":
-        return safety.in_conflict_with(task_scores(lab, name, task, pairs[:_SCORED])).top(ratio)
-    if method == "not-task":
-        return safety.top(ratio) - task_scores(lab, name, task, pairs[:_SCORED]).top(ratio)
-    return safety.top(ratio)
+    figure, grid = figures.panels((len(groups) + 1) // 2, 2)
+    # Of all panels, so that a method has one colour.
+    kinds = list(dict.fromkeys(kind for group in groups for kind in group.kinds))
+    for group, axes in zip(groups, [axes for row in grid for axes in row], strict=False):
+        for (method, ratio), runs in group.kinds.items():
+            rows = [[group.start, *run["rows"]] for run in runs]
+            learned, refused = (figures.mean_line(rows, key) for key in ("task_nll", "refusal_nll"))
+            points = [(task, refusal) for (_, task), (_, refusal) in zip(learned, refused, strict=True)]
+            best = min(range(len(points)), key=lambda i: points[i][0], default=0)
+            label = f"{method} {ratio:.0%}" if ratio else method
+            figures.line(axes, points[: best + 1], kinds.index((method, ratio)), label)
+        axes.set(title=f"{group.aligned}, {group.task}, lr {group.lr}, {group.steps[-1]} steps")
+        axes.set(xlabel="task NLL", ylabel="refusal NLL, held out")
+        axes.invert_xaxis()
+    figures.finish(figure, grid)
+    return figure
 
 
-def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optimizer:
-    """AdamW whose steps never move the masked weights, taken together, down the safety gradient."""
-    optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr)
-    # Without indices where they are all there are, which saves much time.
-    selected = {
-        name: (param, None if indices.numel() == param.numel() else indices)
-        for name, (param, indices) in mask.parameters(model).items()
-    }
-    weights = resume.Weights(selected)
-    downhill = {}
-    for name, (param, indices) in selected.items():
-        gradient = safety.gradient(name).reshape(-1).to(param.device)
-        downhill[name] = gradient if indices is None else gradient[indices.long()]
-    squared = sum(float(gradient.square().sum()) for gradient in downhill.values())
-    before: dict[str, Tensor] = {}
-
-    def save(*_: Any) -> None:
-        before.update(weights.read())
-
-    def project(*_: Any) -> None:
-        after = weights.read()
-        # To first order, how much the step raises the loss on refusals.
-        raised = sum(float(((after[name] - before[name]) * downhill[name]).sum()) for name in after)
-        if raised > 0:
-            weights.write({name: value - raised / squared * downhill[name] for name, value in after.items()})
-
-    optimizer.register_step_pre_hook(save)
-    optimizer.register_step_post_hook(project)
-    return optimizer
-
-
-def _refreshed(lab: Lab, lr: float, mask: Mask, ratio: float, every: int, done: int) -> Optimizer:
-    """AdamW with the model's own top protected, ranked anew every so many steps."""
-    optimizer = torch.optim.AdamW(lab.model.named_parameters(), lr=lr)
-
-    def rank() -> Mask:
-        return lab.score(lab.data.refusals[:_RESCORED]).top(ratio)
-
-    protection = protect(optimizer, rank() if done else mask, lab.model.named_parameters())
-    step, taken = optimizer.step, done
-
-    # Not in a hook of the step, where torch goes through the hooks that this exchanges.
-    def step_and_refresh(closure: Any = None) -> Any:
-        nonlocal protection, taken
-        loss = step(closure)
-        taken += 1
-        if taken % every == 0:
-            protection.remove()
-            protection = protect(optimizer, rank(), lab.model.named_parameters())
-        return loss
-
-    optimizer.step = step_and_refresh  # type: ignore[method-assign]
-    return optimizer
+SPA = Experiment(_spa_runs, _tables, _figure)

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from safekern import Mask, SETAdamW, resume
 from safekern.training import Batch, tune
 
-from .lab import Lab
+from .lab import Lab, checksum
 from .runs import Record, Row
 
 # Between the steps at which everything is measured; at these, forward passes only.
@@ -42,6 +42,7 @@ def tune_and_measure(
     steps: Sequence[int],
     *,
     watched: Sequence[int] = WATCHED,
+    saved_every: int = 1,
     extra: Callable[[Row], Row] = lambda row: {},
 ) -> None:
     """Takes as many steps as the last of ``steps``, with a row of the record at each of them and each watched one.
@@ -54,9 +55,14 @@ def tune_and_measure(
         make_parts: the data after so many steps.
         steps: when to measure everything.
         watched: when to do forward passes only.
+        saved_every: go on only where a multiple of so many steps was taken.
         extra: adds measurements to those of every row.
     """
-    path = lab.path(f"{record.path.parent.name}-{record.path.stem}-training")
+    # Of one file of results: the same run with another --out has a training of its own.
+    path = lab.path(f"{record.path.stem}-{checksum([str(record.path.resolve())])}-training")
+    # What is left of a run whose results were removed is not that of this one.
+    if not record.rows:
+        path.unlink(missing_ok=True)
     run = resume.load(path, record.settings) if path.exists() else None
     done = [] if run is None else run.losses
     record.rows = [row for row in record.rows if row["step"] <= len(done)]
@@ -64,7 +70,7 @@ def tune_and_measure(
         weights.write(run.weights)
     optimizer = make_optimizer(len(done))
     if run is not None:
-        optimizer.load_state_dict(run.optimizer)
+        run.restore(optimizer)
 
     def after(losses: list[float]) -> None:
         step = len(losses)
@@ -73,7 +79,7 @@ def tune_and_measure(
         measured = lab.measure() if step in steps else lab.watch()
         recent = losses[-10:]
         record.add({"step": step, "loss": round(sum(recent) / len(recent), 4), **measured, **extra(measured)})
-        if step in steps and _WORTH_SAVING <= step < steps[-1]:
+        if step in steps and _WORTH_SAVING <= step < steps[-1] and step % saved_every == 0:
             resume.save(path, weights.read(), optimizer, losses, record.settings)
 
     tune(lab.model, optimizer, make_parts(len(done)), steps[-1], done=done, after_step=after)
