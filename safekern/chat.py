@@ -91,8 +91,14 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
         InvalidArgumentError: The batch has no ``labels``, or they hold no answer token, or is longer than the model
             takes; or the model's output is of other positions than the batch, as with PEFT's prompt tuning.
     """
-    if batch.get("labels") is None:
+    if not isinstance(batch, Mapping) or batch.get("labels") is None:
         raise InvalidArgumentError("the batch has no 'labels': build it with safekern.objectives.encode")
+    check_batched(batch)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InvalidArgumentError(
+            "the model has an encoder and a decoder, which shifts labels by itself: use its own loss, as "
+            "safekern.score(model, loader) does"
+        )
     targets = answer_targets(batch["labels"]).flatten()
     positions = (targets != IGNORED).nonzero().flatten()
     if not len(positions):
@@ -112,6 +118,25 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
     logits = logits.flatten(0, 1)
     # index_select, because a boolean index has the slower backward.
     return logits.index_select(0, positions.to(logits.device)).float(), targets[positions].to(logits.device)
+
+
+def check_batched(batch: Mapping[Any, Any], least_dims: int = 2) -> None:
+    """Refuses rows of a dataset in place of batches.
+
+    Args:
+        batch: What a language model is to be called with.
+        least_dims: How many dimensions its ``input_ids`` have at least.
+
+    Raises:
+        InvalidArgumentError: They have fewer, or are no tensor.
+    """
+    ids = batch.get("input_ids")
+    if ids is not None and not (isinstance(ids, Tensor) and ids.ndim >= least_dims):
+        got = f"a tensor of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else f"a {type(ids).__name__}"
+        raise InvalidArgumentError(
+            f"input_ids of a batch must be a tensor of [batch, length], got {got}: for rows of a dataset, pass its "
+            "torch.utils.data.DataLoader, with a collate_fn that pads"
+        )
 
 
 @contextmanager

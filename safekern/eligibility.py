@@ -18,6 +18,7 @@ _WHOLE = "this works on whole models, not on shards: use one process, or gather 
 
 _NORM = re.compile(r"Norm(\dd|Gated|PerHead)?$", re.IGNORECASE)
 _ROUTERS = ("router", "router_gate", "shared_expert_gate")
+_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
 
 
 def eligible_parameters(
@@ -76,13 +77,34 @@ def _check_apart(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
 
 def _check_unpacked(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> None:
     # Of a model in 4 or 8 bits little is left that is floating point, often an output head alone.
-    packed = {name: p for name, p in model.named_parameters() if not (p.is_floating_point() or p.is_complex())}
-    if sum(p.numel() for p in packed.values()) > sum(p.numel() for p in chosen.values()):
-        name, param = next(iter(packed.items()))
+    packed = dict(_packed(model))
+    if sum(map(_weights_in, packed.values())) > sum(param.numel() for param in chosen.values()):
+        name, tensor = next(iter(packed.items()))
         raise InvalidArgumentError(
-            f"most weights of the model are integers ({name} is {param.dtype}), which no gradient reaches: it is "
+            f"most weights of the model are integers ({name} is {tensor.dtype}), which no gradient reaches: it is "
             "quantised; load it in bfloat16, or choose what to score all the same with select=lambda name, param: ..."
         )
+
+
+def _packed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Integers in place of weights: GPTQ and AWQ keep them in buffers, which hold masks and positions as well."""
+    for name, param in model.named_parameters():
+        if param.dtype in _INTEGERS or param.dtype == torch.int64:
+            yield name, param
+    for name, buffer in model.named_buffers():
+        if buffer.dtype in _INTEGERS and buffer.ndim >= 2 and buffer.shape[0] > 1:
+            yield name, buffer
+
+
+def _weights_in(packed: Tensor) -> int:
+    """Bytes of any type but int8 hold two weights of 4 bits each."""
+    return packed.numel() if packed.dtype == torch.int8 else 2 * packed.nbytes
+
+
+def own_numel(model: nn.Module) -> int:
+    """How many weights a model has without its adapters: what a ratio is of, whatever is being trained on it."""
+    adapters = {id(param) for param in _adapters(model)}
+    return sum(param.numel() for param in model.parameters() if id(param) not in adapters)
 
 
 def check_initialized(name: str, param: Tensor) -> None:
@@ -169,25 +191,35 @@ def check_kept(name: str, param: Tensor, *, sharded: bool = False) -> None:
         )
 
 
-def _excluded(model: nn.Module) -> Iterator[nn.Parameter]:
+def _adapters(model: nn.Module) -> Iterator[nn.Parameter]:
     for prefix, module in model.named_modules():
-        own = prefix.rpartition(".")[2]
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or own.startswith("lora_"):
+        if prefix.rpartition(".")[2].startswith("lora_"):
             yield from module.parameters()
-        if _is_router(model, prefix, module):
-            yield from module.parameters()
-        # PEFT layers say themselves which of their attributes are adapters; of modules_to_save, those replace another.
-        replaced = () if getattr(module, "disable_adapters", False) else ("original_module",)
-        for attribute in (*getattr(module, "adapter_layer_names", ()), *replaced):
+        # PEFT layers say themselves which of their attributes are adapters.
+        for attribute in getattr(module, "adapter_layer_names", ()):
             adapter = getattr(module, attribute, None)
             if isinstance(adapter, nn.Module):
                 yield from adapter.parameters()
+        for leaf, param in module.named_parameters(recurse=False):
+            if leaf.startswith("lora_"):
+                yield param
+
+
+def _excluded(model: nn.Module) -> Iterator[nn.Parameter]:
+    yield from _adapters(model)
+    for prefix, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or _is_router(model, prefix, module):
+            yield from module.parameters()
+        # What PEFT's modules_to_save replace has no part in the model's output.
+        original = getattr(module, "original_module", None)
+        if isinstance(original, nn.Module) and not getattr(module, "disable_adapters", False):
+            yield from original.parameters()
         # Only what is the norm's own, and not LayerNormLinear, NormHead or RobertaPreLayerNormModel: their weights are
         # none, but for vectors, which are left out anyway.
         if _NORM.search(type(module).__name__):
             yield from module.parameters(recurse=False)
         for leaf, param in module.named_parameters(recurse=False):
-            if "bias" in leaf.split("_") or leaf.startswith("lora_") or "embed" in leaf:
+            if "bias" in leaf.split("_") or "embed" in leaf:
                 yield param
 
 

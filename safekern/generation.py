@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from safekern.chat import end_of_turn, input_explained, padding_id
+from safekern.errors import InvalidArgumentError
 from safekern.faults import put_back
 
 if TYPE_CHECKING:
@@ -63,6 +64,11 @@ def generate(
     """
     if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         model = cast("PreTrainedModel", model.module)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InvalidArgumentError(
+            "the model has an encoder and a decoder, whose answers do not begin with the prompt: only causal language "
+            "models are asked"
+        )
     pad, stops = padding_id(tokenizer), _stop_ids(model, tokenizer)
     input_ids, attention_mask = _pad_left(prompts, pad)
     length = input_ids.shape[1]

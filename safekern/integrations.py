@@ -127,7 +127,8 @@ def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
 
     Fine-tuning with LoRA leaves the base weights alone, but merging the adapter moves most of them, protected ones too.
     Here the masked weights keep their bits (safety-preserving adaptation, arXiv 2604.08297), and every other weight is
-    what ``peft_model.merge_and_unload()`` makes of it.
+    what ``peft_model.merge_and_unload()`` makes of it. The adapter was trained as if it moved those too, so measure
+    the merged model again.
 
     Args:
         peft_model: a ``peft.PeftModel`` whose adapters are not merged yet. It is used up, as by ``merge_and_unload``,
@@ -151,7 +152,8 @@ def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
     check_mask(mask)
     if not hasattr(peft_model, "merge_and_unload"):
         raise InvalidArgumentError(
-            f"a peft.PeftModel is needed, got {type(peft_model).__name__}: a model without adapters needs no merging"
+            f"a peft.PeftModel with adapters in its layers is needed, got {type(peft_model).__name__}: a model without "
+            "adapters needs no merging, and prompt tuning cannot be merged"
         )
     for name, module in peft_model.named_modules():
         if getattr(module, "merged", False):

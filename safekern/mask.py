@@ -305,6 +305,9 @@ class Mask(Mapping[str, Tensor]):
             if name in found:
                 alias = "" if found[name] == name else f" (here {found[name]})"
                 lines.append(f"  {name}{alias}: shape {_text(given[name])}, in the mask {_text(self._shapes[name])}")
+                dtype = getattr(named[found[name]], "dtype", torch.float32)
+                if not dtype.is_floating_point:
+                    lines[-1] += f" ({dtype}: quantised)"
             else:
                 lines.append(f"  {name}: missing.{_suggestion(name, named)}")
         if len(wrong) > _SHOWN:
@@ -859,6 +862,13 @@ class _Packed(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.codes)
+
+    # By numpy, since torch pickles codes of uint16 but does not unpickle them (2.13).
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "codes": {name: codes.numpy() for name, codes in self.codes.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, codes={name: torch.from_numpy(codes) for name, codes in state["codes"].items()})
 
 
 def _per_expert(name: str, indices: Tensor, shape: torch.Size) -> list[tuple[int, int, int]]:

@@ -130,6 +130,9 @@ def component(name: str) -> str:
     last = parts[-1]
     if last == "embed_out":
         return "lm_head"
+    # The convolution over patches of an image is no lookup, and is scored.
+    if last.startswith("patch"):
+        return last
     if last.startswith("embed") or last.endswith(("embedding", "embeddings")) or last in ("wte", "wpe"):
         return "embed"
     if last in _VAGUE or _is_number(last):

@@ -20,9 +20,10 @@ from tqdm.auto import tqdm
 
 from safekern import ops
 from safekern._version import __version__
+from safekern.chat import check_batched
 from safekern.claims import claimed
 from safekern.deviation import SigmaPer, deviations
-from safekern.eligibility import eligible_parameters
+from safekern.eligibility import eligible_parameters, own_numel
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.indices import index_dtype
@@ -63,7 +64,8 @@ def score(
     Runs forward and backward once per batch, in the train or eval mode it finds. Every gradient is folded into an fp32
     accumulator and freed inside backward, so that the memory needed above the model and 4 bytes per eligible weight is
     the activations and the largest single gradient. Weights, ``.grad``, ``requires_grad`` and hooks are afterwards as
-    they were, also after an exception. Models may be scored at once, in threads of their own.
+    they were, also after an exception; those of another model in the objective get gradients, unless it is frozen.
+    Models may be scored at once, in threads of their own.
 
     Args:
         model: a module whose parameters are on real devices: plain tensors, or DTensors of ``fully_shard`` (FSDP2),
@@ -169,7 +171,7 @@ def score(
                 top.add(accs, sigma)
     details: dict[str, Any] = {
         "num_batches": sum(counts),
-        "model_numel": sum(param.numel() for param in model.parameters()),
+        "model_numel": own_numel(model),
         "meta": {
             "objective": "model loss"
             if objective is None
@@ -225,8 +227,7 @@ def _planned(
             "memory= sweeps over a model that one process holds; this one is sharded over processes. To keep the "
             "accumulators of each in its CPU memory, use offload=True"
         )
-    model_numel = sum(param.numel() for param in model.parameters())
-    k = count_of(_positive("keep", keep, most=1), model_numel, sum(param.numel() for param in params.values()))
+    k = count_of(_positive("keep", keep, most=1), own_numel(model), sum(param.numel() for param in params.values()))
     parts = [list(params)] if memory is None else _parts(params, _positive("memory", memory), k, offload)
     if len(parts) > 1 and isinstance(loader, Iterator):
         raise InvalidArgumentError(
@@ -292,12 +293,22 @@ def _sweep(
         for batch in _in_step(loader, fold.processes):
             check_others()
             with torch.enable_grad():
-                loss = compute(model, to_device(batch, device))
+                with _batch_noted(fold.num_batches):
+                    loss = compute(model, to_device(batch, device))
                 _check_loss(loss, fold.num_batches)
                 fold.backward(loss)
                 replay.check(fold.num_batches, loss.detach())
             fold.finish_batch()
             bar.update()
+
+
+@contextmanager
+def _batch_noted(number: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"This was in batch {number} of the loader, counted from 0.")
+        raise
 
 
 def _in_step(loader: Iterable[Any], processes: Processes) -> Iterator[Any]:
@@ -704,6 +715,8 @@ def _length(loader: Iterable[Any]) -> int | None:
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
     if isinstance(batch, Mapping):
+        # Models of packed sequences take all of them in one dimension.
+        check_batched(batch, least_dims=1)
         output = model(**batch)
         loss = getattr(output, "loss", None)
         if loss is None:

@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from safekern.eligibility import check_plain, eligible_parameters
+from safekern.eligibility import check_plain, eligible_parameters, own_numel
 from safekern.errors import InvalidArgumentError
 
 SIZES = {
@@ -111,7 +111,7 @@ def test_low_dimensional_integer_and_empty_parameters_are_left_out():
     assert chosen_of(
         scale=matrix(3),
         zero=nn.Parameter(torch.tensor(1.0)),
-        packed=nn.Parameter(torch.zeros(3, 4, dtype=torch.uint8), requires_grad=False),
+        packed=nn.Parameter(torch.zeros(3, 2, dtype=torch.uint8), requires_grad=False),
         empty=matrix(0, 4),
         weight=matrix(),
         kernel=matrix(2, 1, 3),
@@ -124,6 +124,26 @@ def test_a_quantised_model_is_refused():
     with pytest.raises(InvalidArgumentError, match=r"most weights .* integers \(0.weight is torch.uint8\).* quantised"):
         eligible_parameters(model)
     assert list(eligible_parameters(model, lambda name, param: name == "1.weight")) == ["1.weight"]
+
+
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.uint8, (32, 24)), (torch.int32, (32, 6)), (torch.int8, (64, 24))])
+def test_integers_that_hold_several_weights_count_as_those(dtype, shape):
+    packed = torch.zeros(shape, dtype=dtype)
+    head = nn.Linear(32, 40, bias=False)
+    kept = Block(weight=nn.Parameter(packed, requires_grad=False))
+    buffered = nn.Module()
+    buffered.register_buffer("qweight", packed)
+    for quantised in (kept, buffered):
+        with pytest.raises(InvalidArgumentError, match=rf"most weights .* is {dtype}\).* quantised"):
+            eligible_parameters(Block(layer=quantised, head=head))
+
+
+def test_masks_and_positions_in_buffers_are_no_weights():
+    model = nn.Linear(8, 8, bias=False)
+    model.register_buffer("causal", torch.ones(1, 1, 64, 64, dtype=torch.uint8))
+    model.register_buffer("mask", torch.ones(64, 64, dtype=torch.bool))
+    model.register_buffer("positions", torch.arange(512).reshape(2, 256))
+    assert list(eligible_parameters(model)) == ["weight"]
 
 
 def test_embeddings_are_left_out():
@@ -205,6 +225,9 @@ def test_peft_leaves_the_choice_as_it_is_without(options):
     wrapped = peft.get_peft_model(model, config)
     names = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in eligible_parameters(wrapped)]
     assert names == expected
+    # A ratio is of the model, whatever is trained beside it.
+    plain = sum(param.numel() for param in build("Llama", **SIZES).parameters())
+    assert own_numel(wrapped) == plain < sum(param.numel() for param in wrapped.parameters())
 
 
 def test_a_tied_parameter_appears_once_under_its_first_name():

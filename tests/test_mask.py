@@ -2,6 +2,7 @@ import copy
 import functools
 import math
 import operator
+import pickle
 import re
 import sys
 from collections.abc import Mapping
@@ -771,3 +772,18 @@ def test_a_model_is_no_larger_than_tensors_can_be():
     codes, description = Mask.from_indices({"w": [0]}, {"w": (2, 2)}).pack()
     with pytest.raises(InvalidArgumentError, match="The model's size"):
         Mask.unpack(codes, {**description, "model_numel": 2**63})
+
+
+def test_a_mask_from_a_file_is_pickled(tmp_path):
+    # Few of many, which files keep in codes of 16 bits.
+    mask = Mask.from_indices({"w": [3, 70_000], "v": range(0, 90, 2)}, {"w": (300, 300), "v": (90,)}, meta={"a": 1})
+    mask.save(tmp_path / "mask.safetensors")
+    loaded = Mask.load(tmp_path / "mask.safetensors")
+    for copied in (pickle.loads(pickle.dumps(loaded)), copy.deepcopy(loaded)):
+        assert copied == mask and copied.meta == mask.meta and copied.fingerprint == mask.fingerprint
+
+
+def test_a_quantised_parameter_is_said_to_be():
+    mask = Mask.from_indices({"w": [3]}, {"w": (4, 4)})
+    with pytest.raises(MaskMismatchError, match=r"w: shape \(8, 1\), in the mask \(4, 4\) \(torch.uint8: quantised\)"):
+        mask.resolve({"w": torch.zeros(8, 1, dtype=torch.uint8)})

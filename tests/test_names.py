@@ -144,6 +144,7 @@ class TestResolve:
         ("lm_head.weight", None, "lm_head"),
         ("embed_out.weight", None, "lm_head"),
         ("model.embed_tokens.weight", None, "embed"),
+        ("vision_tower.vision_model.embeddings.patch_embedding.weight", None, "patch_embedding"),
         ("model.decoder.embed_positions.weight", None, "embed"),
         ("gpt_neox.embed_in.weight", None, "embed"),
         ("transformer.word_embeddings.weight", None, "embed"),

@@ -3,8 +3,9 @@ import torch
 from language_models import CHATML, PROMPTS, RESPONSES, byte_tokenizer, tiny_llama
 from tokenizers import Tokenizer, models, normalizers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from safekern import score
 from safekern.chat import encode, end_of_turn, padding_id, prompt_ids
 from safekern.errors import InvalidArgumentError
 from safekern.evaluation import attack_success_rate
@@ -348,3 +349,28 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tokenizer, model):
         refusal(model, batch)
     with pytest.raises(InvalidArgumentError, match="has a token 259, but the model has embeddings for 259"):
         attack_success_rate(model, tokenizer, ["<think>"])
+
+
+def test_an_encoder_with_a_decoder_is_refused(tokenizer):
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=len(tokenizer), d_model=8, **sizes, **heads))
+    with pytest.raises(InvalidArgumentError, match=r"an encoder and a decoder.*its own loss"):
+        refusal(bart, encode(tokenizer, PROMPTS, RESPONSES))
+    with pytest.raises(InvalidArgumentError, match=r"an encoder and a decoder.*only causal"):
+        attack_success_rate(bart, tokenizer, PROMPTS)
+
+
+def test_rows_in_place_of_batches_are_explained(model, tokenizer):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    row = {name: tensor[0] for name, tensor in batch.items()}
+    lists = {name: tensor.tolist() for name, tensor in row.items()}
+    for objective, rows, what in (
+        (refusal, row, r"tensor of shape \(\d+,\).*DataLoader"),
+        (refusal, {**lists, "labels": row["labels"]}, "got a list.*DataLoader"),
+        (None, lists, "got a list.*DataLoader"),
+        (refusal, "a prompt", "no 'labels'"),
+    ):
+        with pytest.raises(InvalidArgumentError, match=what) as raised:
+            score(model, [batch, rows], objective)
+        assert raised.value.__notes__ == ["This was in batch 1 of the loader, counted from 0."]

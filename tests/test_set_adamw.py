@@ -840,7 +840,7 @@ def test_parameters_must_be_named_once_and_plain():
     mask = random_mask(model)
     named = list(model.named_parameters())
     for wrong, message in (
-        ([], "no parameters"),
+        ([], "no named parameters"),
         (model.parameters(), "named_parameters"),
         ([{"params": list(model.parameters())}], "named_parameters"),
         ([{"params": named}, named[0]], "named_parameters"),
@@ -1037,7 +1037,7 @@ def test_state_of_another_mask_or_model_is_refused():
         assert_same(snapshot(model, optimizer), before)
 
     refused(SETAdamW(model.named_parameters(), random_mask(model, seed=2)).state_dict(), "another mask")
-    refused(torch.optim.AdamW(model.named_parameters()).state_dict(), "another mask")
+    refused(torch.optim.AdamW(model.named_parameters()).state_dict(), "an optimizer without a mask")
     refused(SETAdamW(groups(model), mask).state_dict(), "other groups")
     masked_only = [(name, param) for name, param in model.named_parameters() if name in mask]
     refused(SETAdamW(masked_only, mask).state_dict(), "other parameters")

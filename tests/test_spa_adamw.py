@@ -499,7 +499,7 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing():
     ]
     for state, message in (
         (another, "another mask"),
-        (plain, "another mask"),
+        (plain, "an optimizer without a mask"),
         (incomplete, "state of parameter 0.bias is incomplete"),
         (reshaped, "state of parameter 0.weight is incomplete or of another shape"),
         (missing, "saved for other parameters"),
@@ -596,7 +596,7 @@ def test_arguments_that_cannot_work_are_refused():
         SPAAdamW([{"params": named, "weight_decay": -1}], mask)
     for params, message in (
         (model.parameters(), "named_parameters"),
-        ([], "no parameters"),
+        ([], "no named parameters"),
         ([*named, ("0.bias", nn.Parameter(torch.zeros(3)))], "0.bias was given twice"),
         ([*named, ("tied", named[0][1])], "tied was given twice, also as 0.weight"),
         ([*named, ("meta", nn.Parameter(torch.zeros(3, device="meta")))], "meta device"),
@@ -646,3 +646,16 @@ def test_autograd_notices_the_step():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_parameter_that_was_resized_is_named():
+    model = make_model()
+    optimizer = SPAAdamW(model.named_parameters(), make_mask(model), lr=1e-3)
+    train(model, optimizer, 1)
+    unmasked = next(name for name, _ in model.named_parameters() if name not in make_mask(model))
+    param = model.get_parameter(unmasked)
+    shape = tuple(param.shape)
+    param.data = torch.zeros(1 + shape[0], *shape[1:])
+    param.grad = torch.ones_like(param)
+    with pytest.raises(StepError, match=f"{unmasked} now has the shape .*, and had .*{shape[0]}.*new optimizer"):
+        optimizer.step()

@@ -42,7 +42,9 @@ def named_groups(named_parameters: NamedParameters) -> list[dict[str, Any]]:
         )
     entries = list(named_parameters)
     if not entries:
-        raise InvalidArgumentError("the optimizer got no parameters: pass model.named_parameters()")
+        raise InvalidArgumentError(
+            "no named parameters were given: pass model.named_parameters(), which can be gone through only once"
+        )
     mappings = [entry for entry in entries if isinstance(entry, Mapping)]
     if len(mappings) == len(entries):
         groups = [{**entry, "params": list(entry.get("params", ()))} for entry in mappings]
@@ -250,7 +252,12 @@ class MaskedOptimizer(Optimizer):
         """For each group the saved one with the same parameters, and the keys of their state in this one's order."""
         keys_by_name = []
         for saved in saved_groups:
-            if saved.get("mask_fingerprint") != self.defaults["mask_fingerprint"]:
+            if "mask_fingerprint" not in saved:
+                raise MaskMismatchError(
+                    "this optimizer state was saved by an optimizer without a mask, whose state is laid out in another "
+                    "way: start this one anew"
+                )
+            if saved["mask_fingerprint"] != self.defaults["mask_fingerprint"]:
                 raise MaskMismatchError("this optimizer state was saved with another mask: load the mask it belongs to")
             keys = saved["params"]
             # torch.distributed.checkpoint puts names in place of numbers, in an order of its own.

@@ -190,7 +190,8 @@ def is_selected(name: str, grad: Tensor, positions: Tensor | None) -> bool:
     if not _same(piece.positions, positions):
         raise StepError(
             f"the gradient of parameter {name} was already reduced to the entries that another optimizer selects: "
-            "give a parameter to one optimizer with in_backward=True, and no other"
+            "give a parameter to one optimizer with in_backward=True, and no other. An earlier one counts as long as "
+            "something refers to it, such as its Trainer or an old cell of a notebook: delete that"
         )
     return True
 

@@ -62,7 +62,8 @@ class SETAdamW(MaskedOptimizer):
         weight_decay: decoupled decay of the selected weights.
         master_weights: keep fp32 values of selected bfloat16 and float16 weights (4 bytes each).
         in_backward: reduce every gradient to its selected entries as soon as backward has made it, so that no more
-            than one dense gradient lives at a time; gradients of parameters outside the mask are dropped. Each masked
+            than one dense gradient lives at a time; gradients of parameters outside the mask are dropped, and no other
+            optimizer sees them as long as something refers to this one (its Trainer, too). Each masked
             ``param.grad`` is then a :class:`~safekern.optim.selected_grad.SelectedGrad` of 4 bytes per selected weight,
             on which micro-batches add up in fp32, and ``zero_grad``, clipping (by the norm over the selected entries)
             and ``torch.amp.GradScaler`` work as usual. With a model compiled as a whole, the gradients of a compiled

@@ -151,6 +151,11 @@ class SPAAdamW(MaskedOptimizer):
         if not param.requires_grad:
             return
         state = self._states.get(name)
+        if state and state[_MOMENTS[0]].shape != param.shape:
+            raise StepError(
+                f"parameter {name} now has the shape {tuple(param.shape)}, and had {tuple(state[_MOMENTS[0]].shape)} "
+                "when its moments were made: make a new optimizer"
+            )
         # An empty one was cleared, which resets the parameter.
         if not state or not _lie_like(param, [state[moment] for moment in _MOMENTS]):
             _check_usable(name, param)
