@@ -28,14 +28,13 @@ SELECTIONS: dict[str, Callable[[Lab, int], Mask]] = {
     # Half as many weights again as the top 1%.
     "top 3% but utility 10%": lambda lab, seed: _without_utility(lab, 0.03, 0.1),
     "utility": lambda lab, seed: utility_scores(lab, _ALIGNED).top(RATIO),
-    # As many weights as "top but utility 1%", and of like scores: what of its effect is safety's?
-    "utility but top 1%": lambda lab, seed: (
-        utility_scores(lab, _ALIGNED).top(RATIO) - safety_scores(lab, _ALIGNED).top(RATIO)
-    ),
+    # The same the other way round: what of their effect is safety's?
+    "utility but top 1%": lambda lab, seed: _without_safety(lab, RATIO, 0.01),
+    "utility 3% but top 10%": lambda lab, seed: _without_safety(lab, 0.03, 0.1),
     "trained": lambda lab, seed: lab.base_scores().top(RATIO),
     "bottom": lambda lab, seed: safety_scores(lab, _ALIGNED).bottom(RATIO),
 }
-_MAIN = ("top but utility 1%", "utility but top 1%")
+_MAIN = ("top but utility 1%", "utility but top 1%", "top 3% but utility 10%", "utility 3% but top 10%")
 # What a short table shows.
 _SHORT_NOISE = (0.0, 0.1, 0.28)
 
@@ -71,6 +70,10 @@ def _run(selection: str, seed: int) -> Run:
 
 def _without_utility(lab: Lab, ratio: float, utility_ratio: float) -> Mask:
     return safety_scores(lab, _ALIGNED).top(ratio) - utility_scores(lab, _ALIGNED).top(utility_ratio)
+
+
+def _without_safety(lab: Lab, ratio: float, safety_ratio: float) -> Mask:
+    return utility_scores(lab, _ALIGNED).top(ratio) - safety_scores(lab, _ALIGNED).top(safety_ratio)
 
 
 def _tables(found: Sequence[Found], compact: bool) -> Iterable[tuple[str, Table]]:
