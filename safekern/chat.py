@@ -89,16 +89,13 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
 
     Raises:
         InvalidArgumentError: The batch has no ``labels``, or they hold no answer token, or is longer than the model
-            takes; or the model's output is of other positions than the batch, as with PEFT's prompt tuning.
+            takes, or is a row of a dataset; the model has an encoder and a decoder, or its output is of other
+            positions than the batch, as with PEFT's prompt tuning.
     """
     if not isinstance(batch, Mapping) or batch.get("labels") is None:
         raise InvalidArgumentError("the batch has no 'labels': build it with safekern.objectives.encode")
     check_batched(batch)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise InvalidArgumentError(
-            "the model has an encoder and a decoder, which shifts labels by itself: use its own loss, as "
-            "safekern.score(model, loader) does"
-        )
+    check_causal(model, "which shifts labels by itself: use its own loss, as safekern.score(model, loader) does")
     targets = answer_targets(batch["labels"]).flatten()
     positions = (targets != IGNORED).nonzero().flatten()
     if not len(positions):
@@ -118,6 +115,20 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
     logits = logits.flatten(0, 1)
     # index_select, because a boolean index has the slower backward.
     return logits.index_select(0, positions.to(logits.device)).float(), targets[positions].to(logits.device)
+
+
+def check_causal(model: torch.nn.Module, otherwise: str) -> None:
+    """Refuses models with an encoder and a decoder.
+
+    Args:
+        model: A language model.
+        otherwise: What is wrong with them here, for the message.
+
+    Raises:
+        InvalidArgumentError: It is one.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise InvalidArgumentError(f"the model has an encoder and a decoder, {otherwise}")
 
 
 def check_batched(batch: Mapping[Any, Any], least_dims: int = 2) -> None:

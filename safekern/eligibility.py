@@ -18,7 +18,7 @@ _WHOLE = "this works on whole models, not on shards: use one process, or gather 
 
 _NORM = re.compile(r"Norm(\dd|Gated|PerHead)?$", re.IGNORECASE)
 _ROUTERS = ("router", "router_gate", "shared_expert_gate")
-_INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32)
+_PACKED = (torch.uint8, torch.int16, torch.int32)
 
 
 def eligible_parameters(
@@ -89,16 +89,16 @@ def _check_unpacked(model: nn.Module, chosen: Mapping[str, nn.Parameter]) -> Non
 def _packed(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Integers in place of weights: GPTQ and AWQ keep them in buffers, which hold masks and positions as well."""
     for name, param in model.named_parameters():
-        if param.dtype in _INTEGERS or param.dtype == torch.int64:
+        if not (param.is_floating_point() or param.is_complex()):
             yield name, param
     for name, buffer in model.named_buffers():
-        if buffer.dtype in _INTEGERS and buffer.ndim >= 2 and buffer.shape[0] > 1:
+        if buffer.dtype in (torch.int8, *_PACKED) and buffer.ndim >= 2 and buffer.shape[0] > 1:
             yield name, buffer
 
 
 def _weights_in(packed: Tensor) -> int:
-    """Bytes of any type but int8 hold two weights of 4 bits each."""
-    return packed.numel() if packed.dtype == torch.int8 else 2 * packed.nbytes
+    """Bytes of types that are packed hold two weights of 4 bits each."""
+    return 2 * packed.nbytes if packed.dtype in _PACKED else packed.numel()
 
 
 def own_numel(model: nn.Module) -> int:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from safekern.chat import end_of_turn, input_explained, padding_id
-from safekern.errors import InvalidArgumentError
+from safekern.chat import check_causal, end_of_turn, input_explained, padding_id
 from safekern.faults import put_back
 
 if TYPE_CHECKING:
@@ -60,15 +59,12 @@ def generate(
         The tokens of each answer, without the token that ended it.
 
     Raises:
-        InvalidArgumentError: The model has fewer positions than prompt and answer take, or fewer tokens.
+        InvalidArgumentError: The model has fewer positions than prompt and answer take, or fewer tokens, or an encoder
+            and a decoder.
     """
     if isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
         model = cast("PreTrainedModel", model.module)
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise InvalidArgumentError(
-            "the model has an encoder and a decoder, whose answers do not begin with the prompt: only causal language "
-            "models are asked"
-        )
+    check_causal(model, "whose answers do not begin with the prompt: only causal language models are asked")
     pad, stops = padding_id(tokenizer), _stop_ids(model, tokenizer)
     input_ids, attention_mask = _pad_left(prompts, pad)
     length = input_ids.shape[1]

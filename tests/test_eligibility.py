@@ -138,6 +138,14 @@ def test_integers_that_hold_several_weights_count_as_those(dtype, shape):
             eligible_parameters(Block(layer=quantised, head=head))
 
 
+def test_integers_that_are_not_packed_count_once():
+    layer = Block(weight=matrix(8, 8), table=nn.Parameter(torch.zeros(8, 7, dtype=torch.int64), requires_grad=False))
+    assert list(eligible_parameters(layer)) == ["weight"]
+    layer.table = nn.Parameter(torch.zeros(8, 9, dtype=torch.bool), requires_grad=False)
+    with pytest.raises(InvalidArgumentError, match=r"most weights .* is torch.bool\).* quantised"):
+        eligible_parameters(layer)
+
+
 def test_masks_and_positions_in_buffers_are_no_weights():
     model = nn.Linear(8, 8, bias=False)
     model.register_buffer("causal", torch.ones(1, 1, 64, 64, dtype=torch.uint8))

@@ -158,6 +158,8 @@ def test_finished_runs_are_not_repeated(replicate, monkeypatch):
     replicate("set", "--only", "lr0.0001")
     after = results(folder, "set")
     assert len(after) == 7 and all(run["finished"] for run in after.values())
+    # The one that was interrupted began anew.
+    assert not any("attempts" in run for run in after.values())
     kept = [path for path, content in before.items() if path.read_bytes() == content]
     assert len(kept) == 1 and after[kept[0].stem]["finished"]
     with pytest.raises(OtherSettingsError, match="steps was"):
@@ -180,6 +182,7 @@ def test_a_long_run_goes_on_with_the_same_bits(replicate, monkeypatch):
         parts = results(replicate(*one, steps=(1, 2, 4)), "set")
     assert steps == [2]
     assert [run["rows"] for run in parts.values()] == [run["rows"] for run in whole.values()]
+    assert [len(run["attempts"]) for run in parts.values()] == [1]
 
 
 def test_a_training_belongs_to_its_results(replicate, monkeypatch):

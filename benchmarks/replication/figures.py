@@ -1,10 +1,12 @@
 """What the experiments draw their plots with."""
 
+import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from safekern import plots
 
+from .report import last_rows, value
 from .runs import Found, Row
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def mean_line(runs: Sequence[Sequence[Row]], key: str, along: str = "step") -> l
 
 def mean_of(runs: Sequence[Found], key: str) -> float:
     """The mean over finished runs of what was measured last."""
-    return float(sum(run["rows"][-1][key][0] for run in runs) / len(runs))
+    return statistics.fmean(value(row[key]) for row in last_rows(runs))
 
 
 def finish(figure: "Figure", grid: "list[list[Axes]]") -> None:

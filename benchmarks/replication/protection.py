@@ -53,7 +53,7 @@ def protecting_optimizer(
 
 
 def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optimizer:
-    """AdamW whose steps never move the masked weights, taken together, down the safety gradient."""
+    """AdamW whose steps never move the masked weights, taken together, up the loss on refusals."""
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=lr)
     # Without indices where they are all there are, which saves much time.
     selected = {
@@ -61,11 +61,11 @@ def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optim
         for name, (param, indices) in mask.parameters(model).items()
     }
     weights = resume.Weights(selected)
-    downhill = {}
+    uphill = {}
     for name, (param, indices) in selected.items():
         gradient = safety.gradient(name).reshape(-1).to(param.device)
-        downhill[name] = gradient if indices is None else gradient[indices.long()]
-    squared = sum(float(gradient.square().sum()) for gradient in downhill.values())
+        uphill[name] = gradient if indices is None else gradient[indices.long()]
+    squared = sum(float(gradient.square().sum()) for gradient in uphill.values())
     before: dict[str, Tensor] = {}
 
     def save(*_: Any) -> None:
@@ -74,9 +74,9 @@ def _projected(model: nn.Module, lr: float, mask: Mask, safety: Scores) -> Optim
     def project(*_: Any) -> None:
         after = weights.read()
         # To first order, how much the step raises the loss on refusals.
-        raised = sum(float(((after[name] - before[name]) * downhill[name]).sum()) for name in after)
+        raised = sum(float(((after[name] - before[name]) * uphill[name]).sum()) for name in after)
         if raised > 0:
-            weights.write({name: value - raised / squared * downhill[name] for name, value in after.items()})
+            weights.write({name: value - raised / squared * uphill[name] for name, value in after.items()})
 
     optimizer.register_step_pre_hook(save)
     optimizer.register_step_post_hook(project)

@@ -129,9 +129,16 @@ class Record:
         self.rows.append(row)
         self._write()
 
-    def replace(self, rows: Sequence[Row]) -> None:
-        """Writes all rows at once, in place of what an earlier attempt has left."""
+    def keep(self, rows: Sequence[Row]) -> None:
+        """Goes on from some of the rows that earlier attempts have left."""
         self.rows = list(rows)
+        if not rows:
+            self._attempts.clear()
+
+    def replace(self, rows: Sequence[Row]) -> None:
+        """Writes all rows at once, in place of what earlier attempts have left."""
+        self.keep([])
+        self.rows += rows
         self._write()
 
     def finish(self) -> None:

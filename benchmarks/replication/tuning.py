@@ -65,7 +65,7 @@ def tune_and_measure(
         path.unlink(missing_ok=True)
     run = resume.load(path, record.settings) if path.exists() else None
     done = [] if run is None else run.losses
-    record.rows = [row for row in record.rows if row["step"] <= len(done)]
+    record.keep([row for row in record.rows if row["step"] <= len(done)])
     if run is not None:
         weights.write(run.weights)
     optimizer = make_optimizer(len(done))
