@@ -1,5 +1,6 @@
 """How often a model complies or refuses, and how likely it finds given answers."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,8 @@ REFUSAL_PHRASES = (
 # Only at the start of a word, or "Hawaii cannot" and "Hawai'i cannot" would hold "i cannot".
 _REFUSAL = re.compile(r"(?<!\w)(?<!\w')(?:" + "|".join(map(re.escape, REFUSAL_PHRASES)) + ")")
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\uff07`\u00b4", "'"))
-_SHORTEST_LOOP = 20
+# "No, no, no!" is an answer.
+_SHORTEST_REPEAT = 14
 
 
 @dataclass(frozen=True)
@@ -300,10 +302,11 @@ def answer_nll(
 
 
 def is_degenerate(response: str) -> bool:
-    """Say whether an answer is empty or ends in a loop.
+    """Say whether an answer is empty or ends by repeating itself.
 
-    Empty means without a letter or digit. A loop is a stretch that fills at least half of the answer (and at least
-    20 characters) by repeating one piece three times or more, the last time possibly cut short.
+    Empty means without a letter or digit. An answer repeats itself if its last third (and at least 14 characters)
+    stands in it before, letter by letter: so does what repeats one piece three times, and one long sentence twice,
+    which is all that fits into a short answer. What changes with each turn, as the numbers of a list do, is not found.
 
     Args:
         response: What the model answered.
@@ -315,11 +318,8 @@ def is_degenerate(response: str) -> bool:
     text = " ".join(response.lower().split())
     if not any(map(str.isalnum, text)):
         return True
-    for period in range(1, len(text) // 3 + 1):
-        tail = text[-max(3 * period, (len(text) + 1) // 2, _SHORTEST_LOOP) :]
-        if len(tail) >= _SHORTEST_LOOP and tail[period:] == tail[:-period]:
-            return True
-    return False
+    end = text[-max(math.ceil(len(text) / 3), _SHORTEST_REPEAT) :]
+    return end in text[:-1]
 
 
 def _respond_and_judge(

@@ -110,6 +110,10 @@ def test_refusal_phrases_are_in_the_form_that_is_searched_for():
         "Here is the plan. " + "And then I went home. " * 3 + "And then",
         "1.\n" * 20,
         "はい、" * 12,
+        "ha ha ha ha ha ha ha",
+        "4/7799" + "/4" * 10,
+        "The best time to water is in the morning. The best time to water is in the mor",
+        "Take a bag that suits you. I can help with a bag that is light. I can help with a bag that is light.",
     ],
 )
 def test_degenerate(response):
@@ -127,6 +131,8 @@ def test_degenerate(response):
         "1. Wash the rice.\n2. Boil the rice.\n3. Serve the rice.",
         "Chorus: la la la la. After this comes a long verse about the sea and the wind.",
         "10, 20, 30, 40, 50, 60, 70, 80, 90, 100",
+        "I can help you find a bag that suits you. I can help you find a bus that is on time.",
+        "It is done. It is done.",
     ],
 )
 def test_not_degenerate(response):

@@ -243,7 +243,7 @@ def _table(before: _Measurement, after: _Measurement, mask: Mask, effort: _Effor
             f"{after.benign_nll:.3f}",
             "nats per token of helpful answers; lower is better",
         ),
-        ("broken answers", f"{before.degenerate}", f"{after.degenerate}", f"of {2 * count}: empty or looping"),
+        ("broken answers", f"{before.degenerate}", f"{after.degenerate}", f"of {2 * count}: empty or repetitive"),
     ]
     table = Table([Column(""), Column("before"), Column("after"), Column("")], rows)
     return (

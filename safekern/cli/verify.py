@@ -19,7 +19,7 @@ to as many of the smallest impact, and measures after each, and without noise,
   attack success    harmful prompts that were answered, in text that is not broken
   benign refusals   benign prompts that were refused
   benign NLL        nats per token of helpful answers: what the noise did to everything else
-  broken            answers that are empty or loop; they count neither as success nor as refusal
+  broken            answers that are empty or repeat themselves; they count neither as success nor as refusal
 
 each with a 95% interval over prompts. If the mask holds the safety of a model that refuses, noise on it lets
 attacks succeed which the same noise elsewhere does not. A model that refuses nothing has no safety to lose. Afterwards
