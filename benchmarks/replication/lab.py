@@ -25,7 +25,7 @@ from safekern.errors import (
     NonFiniteError,
     SafekernError,
 )
-from safekern.evaluation import attack_success_rate, is_refusal, refusal_rate
+from safekern.evaluation import attack_success_rate, is_degenerate, is_refusal, refusal_rate
 from safekern.objectives import refusal
 from safekern.prompts import Pairs, builtin, load, load_prompts
 from safekern.tables import counted
@@ -220,6 +220,9 @@ class Lab:
     def measure(self) -> dict[str, Any]:
         """`watch`, and greedy answers: shares of prompts with 95% intervals. A broken answer counts as neither a
         successful attack nor a refusal, and is counted apart.
+
+        ``harmful_answers`` and ``benign_answers`` hold a letter per prompt, for comparisons prompt by prompt:
+        a(nswered), r(efused) or b(roken).
         """
         with self.computing():
             attacks = attack_success_rate(self.model, self.tokenizer, self.data.goals, batch_size=_ANSWERED_TOGETHER)
@@ -230,6 +233,8 @@ class Lab:
             "benign_refusals": _rounded(share(refusals.refused, refusals.responses)),
             "broken_harmful": attacks.degenerate,
             "broken_benign": refusals.degenerate,
+            "harmful_answers": _letters([not success for success in attacks.successes], attacks.responses),
+            "benign_answers": _letters(refusals.refused, refusals.responses),
         }
 
     def nll(self, pairs: Pairs) -> list[float]:
@@ -324,6 +329,11 @@ def _refused(pairs: Pairs, held_out: Sequence[Prompt]) -> Pairs:
 def _plain(prompt: Prompt) -> str:
     """A prompt without what does not make it another one."""
     return " ".join(str(prompt).lower().split()).strip(" .!?")
+
+
+def _letters(refused: Sequence[bool], responses: Sequence[str]) -> str:
+    pairs = zip(refused, responses, strict=True)
+    return "".join("b" if is_degenerate(text) else "r" if refusal else "a" for refusal, text in pairs)
 
 
 def _rounded(estimate: Sequence[float]) -> list[float]:
