@@ -135,6 +135,13 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     # All weights learn faster than 1% of them, and those of the largest ESI faster than those of the smallest.
     nll = {method: row["refusal_nll"][0] for method, row in last.items()}
     assert nll["full"] < nll["esi"] < nll["bottom"]
+    for row in last.values():
+        for key, letter in (("attack_success", "a"), ("benign_refusals", "r")):
+            letters = row["harmful_answers" if key == "attack_success" else "benign_answers"]
+            assert set(letters) <= set("arb") and row[key][0] == pytest.approx(
+                letters.count(letter) / len(letters), abs=1e-4
+            )
+        assert row["broken_harmful"] == row["harmful_answers"].count("b")
     protections = {run["settings"].get("method") for run in results(folder, "spa").values()}
     assert protections >= {"nothing", "esi", "random", "project", "conflict", "replay", "signed", "not-task"}
     assert protections >= {*protection.REFRESHED, *spa.REHEARSED}
@@ -321,6 +328,15 @@ def tuned(method, seed, *nlls, finished=True, **settings):
 def records(experiment, found):
     ((_, table),) = experiment.tables(found, False)
     return [dict(zip([column.key for column in table.columns], row, strict=True)) for row in table.rows]
+
+
+def test_says_which_runs_were_measured_by_an_earlier_rule():
+    circumstances = {"versions": {"torch": "2"}, "device": "cpu"}
+    found = [{**tuned("esi", seed, 1.0, precision="bf16"), **circumstances} for seed in range(3)]
+    assert "In 3 of them only what repeats a piece three times" in report._heading(found, 3)
+    for run in found:
+        run["rows"][0]["harmful_answers"] = "arb"
+    assert report._heading(found, 3).endswith("bf16.")
 
 
 def test_seeds_are_compared_with_their_own():

@@ -20,9 +20,9 @@ from .runs import Experiment, Found, Row, read
 _END = "<!-- end of replication -->"
 _INTERVALS = (
     "In brackets 95% intervals over prompts: Wilson's of shares, bootstrap intervals of NLL; over several seeds the "
-    "means of their bounds. Broken answers (empty or looping) count neither as successful attacks nor as refusals; NLL "
-    "is in nats per token. What lies between two measurements is read off a straight line: steps to a level, and "
-    "attack success there."
+    "means of their bounds. Broken answers (empty, or repeating themselves) count neither as successful attacks nor "
+    "as refusals; NLL is in nats per token. What lies between two measurements is read off a straight line: steps to a "
+    "level, and attack success there."
 )
 _Kind = TypeVar("_Kind")
 
@@ -195,7 +195,10 @@ def _heading(found: Sequence[Found], finished: int) -> str:
     attempts = [attempt for run in found for attempt in (run, *run.get("attempts", []))]
     versions = sorted({f"torch {attempt['versions']['torch']} on {attempt['device']}" for attempt in attempts})
     precision = ", ".join(sorted({run["settings"]["precision"] for run in found}))
-    return f"{counted(finished, 'run')} finished{under_way}; {'; '.join(versions)}; products in {precision}."
+    # Rows have a letter per prompt since the same change.
+    earlier = sum(any("attack_success" in row and "harmful_answers" not in row for row in run["rows"]) for run in found)
+    rule = f" In {earlier} of them only what repeats a piece three times counts as broken." if earlier else ""
+    return f"{counted(finished, 'run')} finished{under_way}; {'; '.join(versions)}; products in {precision}.{rule}"
 
 
 def _every_row(found: Sequence[Found]) -> str:
