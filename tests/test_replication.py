@@ -339,6 +339,16 @@ def test_says_which_runs_were_measured_by_an_earlier_rule():
     assert report._heading(found, 3).endswith("bf16.")
 
 
+def test_attacks_are_compared_prompt_by_prompt():
+    rows = [{"harmful_answers": "aab" * 10}, {"harmful_answers": "arr" * 10}]
+    others = [{"harmful_answers": "aaa" * 10}]
+    # Of the three in turn 0, a half and all of the others' attacks less.
+    assert report.difference(rows, others).startswith("-50 [-")
+    assert report.difference(others, rows).startswith("+50 [+")
+    assert report.difference(rows, rows) == "+0 [+0, +0]"
+    assert report.difference(rows, [{"attack_success": 1.0}]) is report.difference([], others) is None
+
+
 def test_seeds_are_compared_with_their_own():
     start = tuned("none", 0, 4.0)
     start["rows"][0]["step"] = 0

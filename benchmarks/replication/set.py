@@ -15,7 +15,7 @@ from safekern.training import REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, shuff
 
 from . import figures
 from .lab import Lab
-from .report import alike, cost_columns, costs, first_step, last_rows, mean, percent, rows_at
+from .report import alike, cost_columns, costs, difference, first_step, last_rows, mean, percent, rows_at
 from .runs import Experiment, Found, Plan, Record, Row, Run, read
 from .tuning import Parts, optimizer_for, tune_and_measure
 
@@ -189,26 +189,32 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
     start = [] if untouched is None else [untouched]
     rows: list[list[Any]] = []
     if untouched is not None:
-        rows.append(["untouched", None, None, *[percent(start)] * max(1, len(steps)), *costs(start), None])
+        rows.append(["untouched", None, None, *[percent(start)] * max(1, len(steps)), None, *costs(start), None])
     for method, ratio in sorted(kinds, key=lambda kind: (list(METHODS).index(kind[0]), kind[1])):
         mine = kinds[method, ratio]
         at = {step: rows_at(mine, step) for step in steps}
         reached = [
             first_step([*start, *run["rows"]], "refusal_nll", goals.get(run["settings"]["seed"])) for run in mine
         ]
-        rows.append(
-            [method, ratio, len(mine), *[percent(at[step]) for step in steps], *costs(at[steps[-1]]), mean(reached)]
-        )
+        random = kinds.get(("random", ratio), kinds.get(("random", RATIO), []))
+        beyond = None if method == "random" else difference(at[steps[-1]], rows_at(random, steps[-1]))
+        successes = [percent(at[step]) for step in steps]
+        rows.append([method, ratio, len(mine), *successes, beyond, *costs(at[steps[-1]]), mean(reached)])
     last = f" at {steps[-1]}" if steps else ""
     columns = [Column("weights"), Column("ratio", "{:.2%}"), Column("seeds")]
     columns += [Column(f"attack success at {step}") for step in steps or (0,)]
     columns += [
+        Column(f"attacks beyond random's{last}, points"),
         *cost_columns(last),
         Column("steps to the refusal NLL that random has at last", "{:.0f}"),
     ]
     missed = tuple({"ratio", "AUC"} - {kept}) if compact else ()
     missed += ("steps",) if untouched is None else ()
     shown = [i for i, column in enumerate(columns) if not column.key.startswith(missed)]
+    # Runs of before rows had letters.
+    shown = [
+        i for i in shown if not (columns[i].key.startswith("attacks beyond") and all(row[i] is None for row in rows))
+    ]
     return Table([columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
