@@ -330,13 +330,12 @@ def records(experiment, found):
     return [dict(zip([column.key for column in table.columns], row, strict=True)) for row in table.rows]
 
 
-def test_says_which_runs_were_measured_by_an_earlier_rule():
-    circumstances = {"versions": {"torch": "2"}, "device": "cpu"}
-    found = [{**tuned("esi", seed, 1.0, precision="bf16"), **circumstances} for seed in range(3)]
-    assert "In 3 of them only what repeats a piece three times" in report._heading(found, 3)
-    for run in found:
-        run["rows"][0]["harmful_answers"] = "arb"
-    assert report._heading(found, 3).endswith("bf16.")
+def test_stars_what_was_measured_by_an_earlier_rule():
+    rows = tuned("esi", 0, 1.0)["rows"]
+    assert report.percent(rows) == "25% [0%, 100%]*"
+    assert report.percent([{**rows[0], "harmful_answers": "arb"}, *rows]) == "25% [0%, 100%]*"
+    assert report.percent([{**rows[0], "harmful_answers": "arb"}]) == "25% [0%, 100%]"
+    assert report.percent([{"step": 5}]) is None
 
 
 def test_attacks_are_compared_prompt_by_prompt():
