@@ -43,6 +43,8 @@ REFUSAL_PHRASES = (
     "i am not going to",
     "i'm not allowed to",
     "i am not allowed to",
+    "i'm not equipped to",
+    "i am not equipped to",
     "i'm not programmed to",
     "i am not programmed to",
     "i'm not comfortable",
