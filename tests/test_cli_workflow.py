@@ -423,7 +423,7 @@ def test_verify(folder, capsys):
     before = tensors(folder / "base")
     assert main([*arguments, "--scores", "run/scores.safetensors", "--out", "verify.json", "--limit", "3"]) == 0
     printed = capsys.readouterr()
-    assert "Broken text is not" in printed.out and "bit for bit" in printed.out
+    assert "Broken text is\nnot success" in printed.out and "bit for bit" in printed.out
     assert "noise 0.5 on bottom" in printed.err
     found = json.loads((folder / "verify.json").read_text())
     assert [(row["weights"], row["noise"]) for row in found["rows"]] == [

@@ -370,7 +370,7 @@ def test_seeds_are_averaged_and_runs_under_way_are_not_shown_as_ends():
     judged.append(tuned("esi", 0, 3.0, 1.0, guard=None, prompts=64))
     few, many = records(judge.JUDGE, judged)
     assert few["refusal NLL at last"] is None and many["refusal NLL at last"] == "1.00 [1.00, 1.00]"
-    assert few["attack success at 10"] == "75% [0%, 100%]" and few["attack success at 20"] is None
+    assert few["attack success at 10"] == "75% [0%, 100%]*" and few["attack success at 20"] is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"settings": {}}', "\x80"])
