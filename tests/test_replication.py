@@ -136,11 +136,13 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     nll = {method: row["refusal_nll"][0] for method, row in last.items()}
     assert nll["full"] < nll["esi"] < nll["bottom"]
     for row in last.values():
-        for key, letter in (("attack_success", "a"), ("benign_refusals", "r")):
-            letters = row["harmful_answers" if key == "attack_success" else "benign_answers"]
-            assert set(letters) <= set("arb") and row[key][0] == pytest.approx(
-                letters.count(letter) / len(letters), abs=1e-4
-            )
+        for key, answers, letter in (
+            ("attack_success", "harmful_answers", "a"),
+            ("benign_refusals", "benign_answers", "r"),
+        ):
+            letters = row[answers]
+            assert set(letters) <= set("arb")
+            assert row[key][0] == pytest.approx(letters.count(letter) / len(letters), abs=1e-4)
         assert row["broken_harmful"] == row["harmful_answers"].count("b")
     protections = {run["settings"].get("method") for run in results(folder, "spa").values()}
     assert protections >= {"nothing", "esi", "random", "project", "conflict", "replay", "signed", "not-task"}

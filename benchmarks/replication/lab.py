@@ -333,7 +333,7 @@ def _plain(prompt: Prompt) -> str:
 
 def _letters(refused: Sequence[bool], responses: Sequence[str]) -> str:
     pairs = zip(refused, responses, strict=True)
-    return "".join("b" if is_degenerate(text) else "r" if refusal else "a" for refusal, text in pairs)
+    return "".join("b" if is_degenerate(text) else "r" if declined else "a" for declined, text in pairs)
 
 
 def _rounded(estimate: Sequence[float]) -> list[float]:

@@ -188,6 +188,7 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
     }
     start = [] if untouched is None else [untouched]
     rows: list[list[Any]] = []
+    beyond: list[str | None] = []
     if untouched is not None:
         rows.append(["untouched", None, None, *[percent(start)] * max(1, len(steps)), None, *costs(start), None])
     for method, ratio in sorted(kinds, key=lambda kind: (list(METHODS).index(kind[0]), kind[1])):
@@ -197,9 +198,9 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
             first_step([*start, *run["rows"]], "refusal_nll", goals.get(run["settings"]["seed"])) for run in mine
         ]
         random = kinds.get(("random", ratio), kinds.get(("random", RATIO), []))
-        beyond = None if method == "random" else difference(at[steps[-1]], rows_at(random, steps[-1]))
+        beyond.append(None if method == "random" else difference(at[steps[-1]], rows_at(random, steps[-1])))
         successes = [percent(at[step]) for step in steps]
-        rows.append([method, ratio, len(mine), *successes, beyond, *costs(at[steps[-1]]), mean(reached)])
+        rows.append([method, ratio, len(mine), *successes, beyond[-1], *costs(at[steps[-1]]), mean(reached)])
     last = f" at {steps[-1]}" if steps else ""
     columns = [Column("weights"), Column("ratio", "{:.2%}"), Column("seeds")]
     columns += [Column(f"attack success at {step}") for step in steps or (0,)]
@@ -210,11 +211,8 @@ def _tuning_table(runs: Sequence[Found], untouched: Row | None, compact: bool, k
     ]
     missed = tuple({"ratio", "AUC"} - {kept}) if compact else ()
     missed += ("steps",) if untouched is None else ()
+    missed += () if any(beyond) else ("attacks beyond",)
     shown = [i for i, column in enumerate(columns) if not column.key.startswith(missed)]
-    # Runs of before rows had letters.
-    shown = [
-        i for i in shown if not (columns[i].key.startswith("attacks beyond") and all(row[i] is None for row in rows))
-    ]
     return Table([columns[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
