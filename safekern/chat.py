@@ -1,5 +1,6 @@
 """Prompts and answers as the tokens a chat model sees: the chat template, batches with labels, padding."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
@@ -78,7 +79,8 @@ def join(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> dict[str, Ten
 def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return what a model predicts for the labelled tokens of a batch, and these tokens.
 
-    Only the answers' logits are copied to fp32, and no key-value cache is kept.
+    Positions that are no row's answer get no logits where the model can leave them out (`logits_of`), only the answers'
+    are copied to fp32, and no key-value cache is kept.
 
     Args:
         model: A causal language model whose output has ``.logits`` of shape [batch, length, vocabulary].
@@ -96,25 +98,51 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
         raise InvalidArgumentError("the batch has no 'labels': build it with safekern.objectives.encode")
     check_batched(batch)
     check_causal(model, "which shifts labels by itself: use its own loss, as safekern.score(model, loader) does")
-    targets = answer_targets(batch["labels"]).flatten()
-    positions = (targets != IGNORED).nonzero().flatten()
-    if not len(positions):
+    targets = answer_targets(batch["labels"])
+    rows, columns = (targets != IGNORED).nonzero(as_tuple=True)
+    if not len(rows):
         raise InvalidArgumentError(
             "no token of the batch is labelled: labels are -100 everywhere but on the answer; build them with "
             "safekern.objectives.encode, and check that truncation did not cut the answers off"
         )
+    answers = targets[rows, columns]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    with input_explained(model, batch.get("input_ids"), batch["labels"].shape[1]):
-        logits = model(**inputs, use_cache=False).logits
-    if logits.shape[1] != batch["labels"].shape[1]:
+    length = targets.shape[1]
+    needed, columns_of_needed = columns.unique(return_inverse=True)
+    kept = logits_of(model, needed)
+    with input_explained(model, batch.get("input_ids"), length):
+        logits = model(**inputs, use_cache=False, **kept).logits
+    if kept and logits.shape[1] == len(needed):
+        columns = columns_of_needed
+    elif logits.shape[1] != length:
         raise InvalidArgumentError(
-            f"the model predicts {logits.shape[1]} positions for a batch of {batch['labels'].shape[1]}, so which are "
-            "the answer's is not known: score with the model's own loss, safekern.score(model, loader), or without "
-            "what adds tokens, such as prompt tuning"
+            f"the model predicts {logits.shape[1]} positions for a batch of {length}, so which are the answer's is not "
+            "known: score with the model's own loss, safekern.score(model, loader), or without what adds tokens, such "
+            "as prompt tuning"
         )
-    logits = logits.flatten(0, 1)
+    positions = (rows * logits.shape[1] + columns).to(logits.device)
     # index_select, because a boolean index has the slower backward.
-    return logits.index_select(0, positions.to(logits.device)).float(), targets[positions].to(logits.device)
+    return logits.flatten(0, 1).index_select(0, positions).float(), answers.to(logits.device)
+
+
+def logits_of(model: torch.nn.Module, positions: Tensor) -> dict[str, Tensor]:
+    """Options of a model's forward for the logits of these positions of every row, and no others.
+
+    With a vocabulary of 262,144 those of a prompt can take more memory than the model.
+
+    Args:
+        model: A causal language model.
+        positions: int64 of shape [positions], where the model's inputs are.
+
+    Returns:
+        None where the forward does not take positions, or where they would have to be on another device, the last of
+        several that hold the layers: it gives all logits then.
+    """
+    # As a number of positions from the end, which more models take, transformers slices the input of the head, and on a
+    # CPU a product of such a view takes ten times as long as that of all positions (torch 2.13).
+    option = inspect.signature(model.forward).parameters.get("logits_to_keep")
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    return {"logits_to_keep": positions} if option and "Tensor" in str(option.annotation) and not spread else {}
 
 
 def check_causal(model: torch.nn.Module, otherwise: str) -> None:

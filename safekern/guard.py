@@ -1,7 +1,6 @@
 """A guard model as a differentiable judge of a model's own answers (arXiv 2604.08297)."""
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +17,7 @@ from safekern.chat import (
     apply_template,
     continuation_ids,
     join,
+    logits_of,
     messages_of,
     opening,
     padding_id,
@@ -280,10 +280,8 @@ class GuardJudge:
     def _ask(self, embeddings: Tensor, inputs: "_Inputs") -> Tensor:
         """Log-odds [batch] of the guard's answer, at least in fp32."""
         kept = sorted(set(inputs.ends))
-        options: dict[str, Any] = {}
         # All logits of a batch of policies would take more memory than the guard.
-        if "logits_to_keep" in inspect.signature(self._guard.forward).parameters:
-            options["logits_to_keep"] = torch.tensor(kept, device=embeddings.device)
+        options = logits_of(self._guard, torch.tensor(kept, device=embeddings.device))
         output = self._guard(inputs_embeds=embeddings, attention_mask=inputs.attention_mask, use_cache=False, **options)
         at = [kept.index(end) for end in inputs.ends] if options else inputs.ends
         logits = output.logits[range(len(at)), at]

@@ -6,6 +6,7 @@ from families import FAMILIES, HEAD, MOE, build
 
 from safekern import Mask, names
 from safekern.eligibility import eligible_parameters
+from safekern.objectives import refusal
 from safekern.scoring import score
 
 
@@ -23,6 +24,23 @@ def test_what_is_scored_and_left_out(name):
     left_out = {names.component(n) for n, param in model.named_parameters() if param.ndim > 1 and n not in scored}
     assert left_out == {"embed"} | family.left_out
     assert family.buffers <= {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_refusal_is_the_models_own_loss(name):
+    model = build(name)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    batch["labels"][:, :3] = -100
+    batch["labels"][0, 3] = -100
+    params = list(eligible_parameters(model).values())
+    results = []
+    for loss in (refusal(model, batch), model(**batch).loss):
+        results.append((loss.item(), torch.autograd.grad(loss, params, allow_unused=True)))
+    (ours, our_grads), (theirs, their_grads) = results
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    for one, other in zip(our_grads, their_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

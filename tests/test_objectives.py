@@ -283,6 +283,42 @@ def test_refusal_in_bf16_upcasts_the_labelled_logits_only(tokenizer):
     torch.testing.assert_close(loss, model(**batch).loss.float(), rtol=1e-5, atol=0)
 
 
+def test_positions_that_are_no_rows_answer_get_no_logits(tokenizer, model):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    length = batch["labels"].shape[1]
+    batch["labels"][:, : length // 2] = -100
+    batch["labels"][1, 4] = batch["labels"][:, -1] = 5
+    columns = (batch["labels"] != -100).any(0).sum()
+    shapes = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(output.shape))
+    try:
+        loss = refusal(model, batch)
+    finally:
+        handle.remove()
+    assert shapes == [(3, columns, 259)]
+    torch.testing.assert_close(loss, model(**batch).loss, rtol=1e-6, atol=0)
+
+
+class AllPositions(nn.Module):
+    """A model whose forward does not know of ``logits_to_keep``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+def test_refusal_where_a_model_gives_all_logits(tokenizer, model):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    parameters = list(model.parameters())
+    ours, whole = refusal(model, batch), refusal(AllPositions(model), batch)
+    torch.testing.assert_close(whole, ours, rtol=1e-6, atol=0)
+    for one, other in zip(*(torch.autograd.grad(loss, parameters) for loss in (whole, ours)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
 def test_refusal_keeps_no_cache(tokenizer, model):
     outputs = []
     handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
