@@ -14,7 +14,8 @@ from tqdm import tqdm
 from safekern.arguments import check_whole_number
 from safekern.chat import IGNORED, Prompt, answer_logits, answer_targets, encode, messages_of, prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError
-from safekern.generation import generate, inference, model_device
+from safekern.generation import generate, model_device
+from safekern.modes import inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,14 +1,13 @@
 """Answers of a model to one batch of prompts, as tokens, with the model left as found."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from safekern.chat import check_causal, end_of_turn, input_explained, padding_id
-from safekern.faults import put_back
+from safekern.modes import inference
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -100,37 +99,6 @@ def generate(
         )
     answers: list[list[int]] = generated[:, length:].tolist()
     return [ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))] for ids in answers]
-
-
-@contextlib.contextmanager
-def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients, and afterwards every module in the mode it was in."""
-    with evaluating(model):
-        enabled = torch.is_grad_enabled()
-        try:
-            # Not torch.no_grad(), which an interrupt that strikes between its start and its block leaves in force.
-            torch.set_grad_enabled(False)
-            yield
-        finally:
-            put_back(lambda: torch.set_grad_enabled(enabled))
-
-
-@contextlib.contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, and afterwards every module in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        # The attribute, not eval(): some wrappers merge or unpack their weights when eval() is called.
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        put_back(lambda: _set_modes(modes))
-
-
-def _set_modes(modes: Sequence[tuple[torch.nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def model_device(model: torch.nn.Module) -> torch.device:

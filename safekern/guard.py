@@ -1,7 +1,6 @@
 """A guard model as a differentiable judge of a model's own answers (arXiv 2604.08297)."""
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,8 +25,8 @@ from safekern.chat import (
     token_ids,
 )
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
-from safekern.faults import put_back
-from safekern.generation import evaluating, generate, model_device
+from safekern.generation import generate, model_device
+from safekern.modes import evaluating, frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -243,7 +242,7 @@ class GuardJudge:
         """Log-odds [batch], and their gradient with respect to the distributions [tokens, model's vocabulary]."""
         inputs = self._inputs(prompts, answers)
         embedding = self._guard.get_input_embeddings()
-        with torch.enable_grad(), evaluating(self._guard), _frozen(self._guard):
+        with torch.enable_grad(), evaluating(self._guard), frozen(self._guard.parameters()):
             # What one-hot @ embedding matrix would give.
             embeddings = embedding(inputs.ids).detach().requires_grad_()
             log_odds = self._ask(embeddings, inputs)
@@ -490,15 +489,3 @@ def _transcript(messages: Sequence[Message]) -> str:
 def _fit(direction: Tensor, size: int) -> Tensor:
     # Embeddings and heads are padded beyond the vocabulary, each to a size of its own.
     return functional.pad(direction[:, :size], (0, max(0, size - direction.shape[1])))
-
-
-@contextlib.contextmanager
-def _frozen(model: torch.nn.Module) -> Iterator[None]:
-    """No activations are kept for gradients of the weights."""
-    trained = [param for param in model.parameters() if param.requires_grad]
-    try:
-        for param in trained:
-            param.requires_grad_(False)
-        yield
-    finally:
-        put_back(lambda: [param.requires_grad_(True) for param in trained])

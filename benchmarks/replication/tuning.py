@@ -30,7 +30,9 @@ def optimizer_for(
     """What makes AdamW on the weights of a mask, or on all, and the weights that it is going to change."""
     if mask is None:
         return lambda done: torch.optim.AdamW(model.parameters(), lr=lr), resume.Weights(select_all(model))
-    return lambda done: SETAdamW(model.named_parameters(), mask, lr=lr), resume.Weights(mask.parameters(model))
+    selected = mask.parameters(model)
+    params = [(name, param) for name, (param, _) in selected.items()]
+    return lambda done: SETAdamW(params, mask, lr=lr), resume.Weights(selected)
 
 
 def tune_and_measure(

@@ -211,7 +211,8 @@ def _tune_checked(
 ) -> list[float]:
     """The losses of SET, whose promise is checked: outside the mask not one bit has moved."""
     original = {name: param.detach().clone() for name, param in model.named_parameters()}
-    losses = tune(model, SETAdamW(model.named_parameters(), mask, lr=LEARNING_RATE), parts, iterations)
+    params = [(name, param) for name, (param, _) in mask.parameters(model).items()]
+    losses = tune(model, SETAdamW(params, mask, lr=LEARNING_RATE), parts, iterations)
     for name, param in model.named_parameters():
         restored = param.detach().clone()
         if name in mask:

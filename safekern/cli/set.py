@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     digests = tuning.check_pairs(model, tokenizer, {"--harmful": harmful, "--benign": benign})
     mask, base = options.load_mask(args.mask, model)
     selected = mask.parameters(model)
+    params = [(name, param) for name, (param, _) in selected.items()]
     weights = Weights(selected)
     original = weights.read()
 
@@ -82,8 +83,8 @@ def run(args: argparse.Namespace) -> None:
         args,
         model,
         weights,
-        # No dense gradient outlives its layer, so that the memory above the model is that of the mask.
-        lambda: SETAdamW(model.named_parameters(), mask, lr=args.lr, in_backward=True),
+        # No dense gradient outlives its layer, and what is not masked has none: memory above the model is the mask's.
+        lambda: SETAdamW(params, mask, lr=args.lr, in_backward=True),
         lambda skip: balanced(
             tokenizer,
             harmful,
