@@ -281,11 +281,13 @@ def tune(
     # Gradients of before are not of these losses, and of a step that failed none may be left to the next.
     with bar, _memory_explained(model, optimizer), _without_gradients(optimizer), frozen(_others(model, optimizer)):
         for batches in itertools.islice(zip(*streams, strict=False), left):
-            total = 0.0
+            terms = []
             for weight, batch in zip(weights, batches, strict=True):
                 loss = weight * refusal(model, to_device(batch, device))
                 loss.backward()
-                total += loss.item()
+                terms.append(loss.detach())
+            # Read once, since a read waits for the device.
+            total = sum(torch.stack(terms).tolist())
             if not math.isfinite(total):
                 raise NonFiniteError(
                     f"the loss of iteration {len(losses)} is {total}, so no step was taken: use a smaller learning "
