@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from safekern.errors import InvalidArgumentError
+from safekern.sharding import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,7 @@ Prompt: TypeAlias = str | Sequence[Message]
 
 IGNORED = -100
 _PROBE = "safekern probe"
+_TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
 
 
 def encode(
@@ -106,10 +108,11 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
             "safekern.objectives.encode, and check that truncation did not cut the answers off"
         )
     answers = targets[rows, columns]
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "use_cache", "logits_to_keep")}
     length = targets.shape[1]
     needed, columns_of_needed = columns.unique(return_inverse=True)
-    kept = logits_of(model, needed)
+    # What images and the like become may stand before the text, and move its positions.
+    kept = logits_of(model, needed) if inputs.keys() <= _TEXT else {}
     with input_explained(model, batch.get("input_ids"), length):
         logits = model(**inputs, use_cache=False, **kept).logits
     if kept and logits.shape[1] == len(needed):
@@ -135,13 +138,14 @@ def logits_of(model: torch.nn.Module, positions: Tensor) -> dict[str, Tensor]:
         positions: int64 of shape [positions], where the model's inputs are.
 
     Returns:
-        None where the forward does not take positions, or where they would have to be on another device, the last of
-        several that hold the layers: it gives all logits then.
+        None where the forward does not take positions, where they would have to be on another device, the last of
+        several that hold the layers, or where processes share the model, and perhaps each sequence: it gives all
+        logits then.
     """
     # As a number of positions from the end, which more models take, transformers slices the input of the head, and on a
     # CPU a product of such a view takes ten times as long as that of all positions (torch 2.13).
     option = inspect.signature(model.forward).parameters.get("logits_to_keep")
-    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1 or any(map(is_sharded, model.parameters()))
     return {"logits_to_keep": positions} if option and "Tensor" in str(option.annotation) and not spread else {}
 
 

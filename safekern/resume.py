@@ -26,6 +26,10 @@ class Weights:
     def __init__(self, params: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
         self._params = dict(params)
 
+    def others(self, model: torch.nn.Module) -> list[Tensor]:
+        """The parameters of the model in which none of them lies."""
+        return [param for name, param in model.named_parameters() if name not in self._params]
+
     def read(self) -> dict[str, Tensor]:
         """A copy of them, 1-D for each parameter, on its device."""
         return {

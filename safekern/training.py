@@ -14,7 +14,6 @@ from tqdm import tqdm
 from safekern.arguments import check_seed, check_whole_number, is_number, is_whole_number
 from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.faults import out_of_memory_explained, put_back
-from safekern.modes import frozen
 from safekern.objectives import encode, refusal
 from safekern.prompts import Pairs, check_pairs
 from safekern.scoring import to_device
@@ -247,7 +246,7 @@ def tune(
     """Takes optimizer steps on the mean negative log-likelihood of the responses, a weighted sum over kinds of data.
 
     Mixing refusals with benign pairs keeps a model from learning to refuse everything; the weights say how much either
-    counts, whatever the lengths of their answers. Parameters that the optimizer was not given get no gradient.
+    counts, whatever the lengths of their answers.
 
     Args:
         model: trained in the mode it is in.
@@ -279,7 +278,7 @@ def tune(
     # disable=None shows the bar on a terminal only.
     bar = tqdm(total=iterations, initial=len(losses), desc="tuning", unit="step", disable=None)
     # Gradients of before are not of these losses, and of a step that failed none may be left to the next.
-    with bar, _memory_explained(model, optimizer), _without_gradients(optimizer), frozen(_others(model, optimizer)):
+    with bar, _memory_explained(model, optimizer), _without_gradients(optimizer):
         for batches in itertools.islice(zip(*streams, strict=False), left):
             terms = []
             for weight, batch in zip(weights, batches, strict=True):
@@ -303,19 +302,6 @@ def tune(
     if len(losses) < iterations:
         raise InvalidArgumentError(f"the batches ran out after {len(losses)} of {iterations} iterations")
     return losses
-
-
-def _others(model: torch.nn.Module, optimizer: Optimizer) -> list[Tensor]:
-    """The parameters whose gradients would be computed for nothing, and pile up."""
-    params: list[Tensor] = list(model.parameters())
-    given = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    others = [param for param in params if id(param) not in given]
-    # Reentrant checkpointing loses the gradients of a block whose input needs none.
-    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    # Which of its gradients arrive is settled when it is made.
-    replicated = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    # An optimizer of copies, such as those in fp32, holds none of the model's own.
-    return [] if checkpointed or replicated or len(others) == len(params) else others
 
 
 @contextmanager

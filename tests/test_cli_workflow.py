@@ -123,6 +123,20 @@ class TestSet:
         assert report["tuned_fingerprint"] == fingerprint(models.load("copy")[0])
         assert not (folder / "run" / "training.safetensors").exists()
 
+    def test_gradients_are_of_masked_parameters_only(self, folder, monkeypatch):
+        tune, trained = training.tune, []
+
+        def recorded(model, *args, **options):
+            for name, param in model.named_parameters():
+                if param.requires_grad:
+                    param.register_post_accumulate_grad_hook(lambda _, name=name: trained.append(name))
+            return tune(model, *args, **options)
+
+        monkeypatch.setattr("safekern.cli.tuning.tune", recorded)
+        assert set_command() == 0
+        assert set(trained) == set(Mask.load("run/mask.safetensors"))
+        assert not any("embed" in name for name in trained)
+
     def test_other_ways_to_apply(self, folder, capsys):
         assert set_command() == 0
         shutil.copytree("base", "other")

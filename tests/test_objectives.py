@@ -3,7 +3,15 @@ import torch
 from language_models import CHATML, PROMPTS, RESPONSES, byte_tokenizer, tiny_llama
 from tokenizers import Tokenizer, models, normalizers
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GitConfig,
+    GitForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from safekern import score
 from safekern.chat import encode, end_of_turn, padding_id, prompt_ids
@@ -376,6 +384,21 @@ def test_refusal_where_the_model_adds_positions(tokenizer):
     length = batch["labels"].shape[1]
     with pytest.raises(InvalidArgumentError, match=f"predicts {length + 3} positions for a batch of {length}"):
         refusal(Prompted(), batch)
+
+
+def test_refusal_where_an_image_stands_before_the_text(tokenizer):
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    sizes = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = GitForCausalLM(GitConfig(vision_config=vision, **sizes)).eval()
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    assert refusal(model, batch).isfinite()
+    with pytest.raises(InvalidArgumentError, match=r"the model predicts \d+ positions for a batch of"):
+        refusal(model, {**batch, "pixel_values": torch.zeros(3, 3, 8, 8)})
+
+
+def test_refusal_with_options_in_the_batch(tokenizer, model):
+    batch = encode(tokenizer, PROMPTS, RESPONSES)
+    assert torch.equal(refusal(model, {**batch, "use_cache": True, "logits_to_keep": 1}), refusal(model, batch))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(tokenizer, model):

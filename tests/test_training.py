@@ -3,9 +3,7 @@ import itertools
 import pytest
 import torch
 from language_models import byte_tokenizer, tiny_llama
-from scored_models import checkpointed
 
-from safekern import Mask, SETAdamW
 from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.objectives import refusal
 from safekern.prompts import Pairs
@@ -195,66 +193,6 @@ def test_tune_steps_on_no_gradients_but_its_own():
     for each, opt in ((model, optimizer), (untouched, theirs)):
         tune(each, opt, [(1.0, [batch, other])], 2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), untouched.parameters(), strict=True))
-
-
-def masked(model):
-    """A mask that leaves most parameters out, the embeddings among them, and those that it selects from."""
-    shapes = {name: param.shape for name, param in model.named_parameters()}
-    name = next(name for name in shapes if name.endswith("0.mlp.up_proj.weight"))
-    mask = Mask.from_indices({name: [0, 3, 5]}, shapes)
-    return mask, [(name, model.get_parameter(name))]
-
-
-def test_tune_computes_no_gradients_that_the_optimizer_was_not_given():
-    tokenizer = byte_tokenizer()
-    batches = in_order(tokenizer, pairs("a", 2), 1)
-    model, whole = tiny_llama(), tiny_llama()
-    model.lm_head.weight.requires_grad_(False)
-    before = [param.requires_grad for param in model.parameters()]
-    mask, params = masked(model)
-    arrived = []
-    for name, param in model.named_parameters():
-        if param.requires_grad:
-            param.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
-    losses = tune(model, SETAdamW(params, mask, lr=0.1), [(1.0, batches)], 2)
-    assert arrived == [name for name, _ in params] * 2
-    assert losses == tune(whole, SETAdamW(whole.named_parameters(), mask, lr=0.1), [(1.0, batches)], 2)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
-    with pytest.raises(NonFiniteError):
-        tune(model, SETAdamW(params, mask), [(float("inf"), batches)], 1)
-    assert [param.requires_grad for param in model.parameters()] == before
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_tune_with_checkpointing(reentrant):
-    batches = in_order(byte_tokenizer(), pairs("a", 2), 1)
-    losses = []
-    for checkpointing in (False, True):
-        model = tiny_llama().train()
-        if checkpointing:
-            checkpointed(model, use_reentrant=reentrant)
-        mask, params = masked(model)
-        losses.append(tune(model, SETAdamW(params, mask, lr=0.1), [(1.0, batches)], 2))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[0][0] != losses[0][1]
-
-
-def test_tune_with_an_optimizer_of_copies():
-    model = tiny_llama()
-    copies = {param: param.detach().double() for param in model.parameters()}
-
-    class OfCopies(torch.optim.SGD):
-        def step(self):
-            for param, copied in copies.items():
-                copied.grad = param.grad.double()
-            super().step()
-            with torch.no_grad():
-                for param, copied in copies.items():
-                    param.copy_(copied)
-
-    before = model.model.embed_tokens.weight.clone()
-    tune(model, OfCopies(copies.values(), lr=0.1), [(1.0, in_order(byte_tokenizer(), pairs("a", 1), 1))], 1)
-    assert not torch.equal(model.model.embed_tokens.weight, before)
 
 
 def test_an_error_names_the_pair_in_the_data():

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from safekern import Scores
+from safekern.modes import frozen
 from safekern.prompts import Pairs
 from safekern.training import tune
 
@@ -36,8 +37,9 @@ def aligned(lab: Lab, name: str) -> None:
     def make() -> None:
         mask = METHODS[recipe.method](lab, RATIO, 0)
         lab.reset()
-        make_optimizer, _ = optimizer_for(lab.model, mask, recipe.lr)
-        tune(lab.model, make_optimizer(0), parts(lab, BALANCED, taught(lab), 0, 0), recipe.steps)
+        make_optimizer, weights = optimizer_for(lab.model, mask, recipe.lr)
+        with frozen(weights.others(lab.model)):
+            tune(lab.model, make_optimizer(0), parts(lab, BALANCED, taught(lab), 0, 0), recipe.steps)
 
     lab.reset(lab.cached_weights(_named_by_recipe(name), make))
 

@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from safekern import Mask, SETAdamW, resume
+from safekern.modes import frozen
 from safekern.training import Batch, tune
 
 from .lab import Lab, checksum
@@ -30,9 +31,7 @@ def optimizer_for(
     """What makes AdamW on the weights of a mask, or on all, and the weights that it is going to change."""
     if mask is None:
         return lambda done: torch.optim.AdamW(model.parameters(), lr=lr), resume.Weights(select_all(model))
-    selected = mask.parameters(model)
-    params = [(name, param) for name, (param, _) in selected.items()]
-    return lambda done: SETAdamW(params, mask, lr=lr), resume.Weights(selected)
+    return lambda done: SETAdamW(model.named_parameters(), mask, lr=lr), resume.Weights(mask.parameters(model))
 
 
 def tune_and_measure(
@@ -84,5 +83,6 @@ def tune_and_measure(
         if step in steps and _WORTH_SAVING <= step < steps[-1] and step % saved_every == 0:
             resume.save(path, weights.read(), optimizer, losses, record.settings)
 
-    tune(lab.model, optimizer, make_parts(len(done)), steps[-1], done=done, after_step=after)
+    with frozen(weights.others(lab.model)):
+        tune(lab.model, optimizer, make_parts(len(done)), steps[-1], done=done, after_step=after)
     path.unlink(missing_ok=True)

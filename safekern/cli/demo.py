@@ -16,9 +16,11 @@ from safekern.errors import InvalidArgumentError, MissingDependencyError, Safeke
 from safekern.evaluation import attack_success_rate, mean_nll, refusal_rate
 from safekern.mask import Mask
 from safekern.models import load_smollm2, save
+from safekern.modes import frozen
 from safekern.objectives import refusal
 from safekern.optim import SETAdamW
 from safekern.prompts import Pairs, builtin
+from safekern.resume import Weights
 from safekern.scores import Scores
 from safekern.scoring import score
 from safekern.tables import Column, Table, printable
@@ -211,8 +213,8 @@ def _tune_checked(
 ) -> list[float]:
     """The losses of SET, whose promise is checked: outside the mask not one bit has moved."""
     original = {name: param.detach().clone() for name, param in model.named_parameters()}
-    params = [(name, param) for name, (param, _) in mask.parameters(model).items()]
-    losses = tune(model, SETAdamW(params, mask, lr=LEARNING_RATE), parts, iterations)
+    with frozen(Weights(mask.parameters(model)).others(model)):
+        losses = tune(model, SETAdamW(model.named_parameters(), mask, lr=LEARNING_RATE), parts, iterations)
     for name, param in model.named_parameters():
         restored = param.detach().clone()
         if name in mask:

@@ -9,6 +9,7 @@ from safekern.cli import options, tuning
 from safekern.delta import save_delta
 from safekern.errors import InvalidArgumentError, SafekernError
 from safekern.models import save
+from safekern.modes import frozen
 from safekern.optim import SETAdamW
 from safekern.resume import Weights
 from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, check_balance
@@ -75,33 +76,34 @@ def run(args: argparse.Namespace) -> None:
     digests = tuning.check_pairs(model, tokenizer, {"--harmful": harmful, "--benign": benign})
     mask, base = options.load_mask(args.mask, model)
     selected = mask.parameters(model)
-    params = [(name, param) for name, (param, _) in selected.items()]
     weights = Weights(selected)
     original = weights.read()
 
-    losses = tuning.train(
-        args,
-        model,
-        weights,
-        # No dense gradient outlives its layer, and what is not masked has none: memory above the model is the mask's.
-        lambda: SETAdamW(params, mask, lr=args.lr, in_backward=True),
-        lambda skip: balanced(
-            tokenizer,
-            harmful,
-            benign,
-            batch_size=args.batch_size,
-            refusal_weight=args.refusal_weight,
-            seed=args.seed,
-            skip=skip,
-        ),
-        {
-            "command": "set",
-            "model": base,
-            "mask": mask.fingerprint,
-            **digests,
-            "refusal_weight": args.refusal_weight,
-        },
-    )
+    # Embeddings above all: the gradient of what is masked nowhere may be the largest.
+    with frozen(weights.others(model)):
+        losses = tuning.train(
+            args,
+            model,
+            weights,
+            # No dense gradient outlives its layer, so that the memory above the model is that of the mask.
+            lambda: SETAdamW(model.named_parameters(), mask, lr=args.lr, in_backward=True),
+            lambda skip: balanced(
+                tokenizer,
+                harmful,
+                benign,
+                batch_size=args.batch_size,
+                refusal_weight=args.refusal_weight,
+                seed=args.seed,
+                skip=skip,
+            ),
+            {
+                "command": "set",
+                "model": base,
+                "mask": mask.fingerprint,
+                **digests,
+                "refusal_weight": args.refusal_weight,
+            },
+        )
     before: dict[str, Any] = dict(model.named_parameters())
     before |= {
         name: Patched(name, param.detach(), indices, original[name]) for name, (param, indices) in selected.items()
