@@ -7,12 +7,14 @@ import os
 import re
 import secrets
 import shutil
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safekern.checkpoint import open_weights
 from safekern.errors import (
     FileAccessError,
     FileFormatError,
@@ -37,6 +39,9 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 # By which quantised weights are multiplied, as checkpoints of fp8, GPTQ, AWQ and compressed-tensors name them.
 _SCALES = re.compile(r"(weight_scale(_inv)?|\.q?scales|\.qweight|\.qzeros|_scale_inv)$")
+# What older versions of transformers saved and newer ones compute.
+_COMPUTED = re.compile(r"(inv_freq|attn\.(masked_)?bias|position_ids)$")
+_LEFT_OUT: "weakref.WeakKeyDictionary[torch.nn.Module, list[str]]" = weakref.WeakKeyDictionary()
 
 
 def load(
@@ -97,6 +102,25 @@ def load(
     elif not _HUB_NAME.fullmatch(os.fspath(source)):
         raise FileAccessError(f"{path}: no such folder; check the path")
     return _load_pretrained(os.fspath(source), dtype, download and not path.is_dir(), trust_remote_code)
+
+
+def left_out(model: torch.nn.Module) -> list[str]:
+    """The tensors that a checkpoint holds and the model that `load` made of it does not.
+
+    Vision towers, where transformers has a model of the text alone, and heads that predict further tokens. What `save`
+    writes is without them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Their names, in order; none for a model that `load` did not make.
+
+    Example:
+        >>> model, tokenizer = safekern.models.load("./multimodal")  # doctest: +SKIP
+        >>> print("without", *safekern.models.left_out(model))  # doctest: +SKIP
+    """
+    return list(_LEFT_OUT.get(model, ()))
 
 
 def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: StrPath) -> None:
@@ -222,6 +246,10 @@ def _load_pretrained(
             f"{name}: holds scales that the model does not use ({listed(scales)}), so its quantised weights would be "
             "read as they are: its config.json lacks the quantization_config; get the checkpoint anew"
         )
+    # Those that a model is known to leave out, transformers does not report.
+    known = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    held = {key for key in open_weights(_local_folder(name)) if any(pattern.search(key) for pattern in known)}
+    _LEFT_OUT[model] = sorted(key for key in held | set(found["unexpected_keys"]) if not _COMPUTED.search(key))
     return model, tokenizer
 
 

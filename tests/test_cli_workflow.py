@@ -332,6 +332,19 @@ class TestSpa:
         given = ["--model", "base", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--iterations", "5"]
         return main(["spa", *given, "--lr", "1e-2", "--out", out, *more])
 
+    def test_what_the_model_leaves_out_is_noted(self, folder, capsys):
+        more = tensors(folder / "base") | {"visual.patch.weight": torch.ones(2)}
+        save_file(more, folder / "base" / "model.safetensors", {"format": "pt"})
+        assert self.spa() == 0
+        assert "also holds visual.patch.weight, which" in capsys.readouterr().err
+        assert set_command(out="tuned") == 0
+        assert "visual" not in capsys.readouterr().err
+        # On disk, nothing is left out.
+        assert main(["apply", "--model", "base", "tuned/delta.safetensors", "--out", "applied"]) == 0
+        assert "visual" not in capsys.readouterr().err and "visual.patch.weight" in tensors(folder / "applied")
+        assert set_command("--save-model", out="tuned2") == 0
+        assert "also holds visual.patch.weight, which" in capsys.readouterr().err
+
     def test_the_mask_stays_and_the_rest_learns(self, folder, capsys):
         assert self.spa("--json") == 0
         report = json.loads(capsys.readouterr().out)

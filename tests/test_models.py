@@ -4,11 +4,12 @@ import shutil
 import pytest
 import torch
 from language_models import byte_tokenizer, smollm2_once, tiny_llama, with_adapter
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, MissingDependencyError
-from safekern.models import load, load_smollm2, save
+from safekern.models import left_out, load, load_smollm2, save
 from safekern.objectives import encode, refusal
 
 PROMPT, RESPONSE = "What is the capital of France?", "The capital of France is Paris."
@@ -119,6 +120,18 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
     shutil.copytree(adapter, base, dirs_exist_ok=True)
     with pytest.raises(FileFormatError, match=r"holds a PEFT adapter .*on top of the weights.* remove adapter_config"):
         load(base)
+
+
+def test_what_a_model_leaves_out_of_its_checkpoint(tmp_path, monkeypatch):
+    save(tiny_llama(), byte_tokenizer(), tmp_path)
+    assert left_out(load(tmp_path)[0]) == left_out(tiny_llama()) == []
+    weights = load_file(tmp_path / "model.safetensors")
+    more = ["visual.patch.weight", "model.mtp.fc.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]
+    save_file(weights | {name: torch.ones(2) for name in more}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert left_out(load(tmp_path)[0]) == ["model.mtp.fc.weight", "visual.patch.weight"]
+    # As models with a vision tower do, of which transformers then says nothing.
+    monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^visual\.", r"mtp"])
+    assert left_out(load(tmp_path)[0]) == ["model.mtp.fc.weight", "visual.patch.weight"]
 
 
 def test_a_model_is_saved_where_a_link_leads(tmp_path):

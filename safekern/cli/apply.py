@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> None:
                 _apply_to_copy(folder, args.delta, out)
         else:
             model, tokenizer = options.load_model(args, chats=False)
+            options.note_left_out(model)
             with options.stage("apply"):
                 apply_delta(model, args.delta)
                 save(model, tokenizer, out)

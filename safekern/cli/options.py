@@ -19,7 +19,8 @@ from safekern.chat import require_template
 from safekern.checkpoint import fingerprint
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
-from safekern.models import load
+from safekern.models import left_out, load
+from safekern.names import listed
 from safekern.tables import printable
 
 if TYPE_CHECKING:
@@ -120,6 +121,16 @@ def note_other_weights(mask: Mask, model_fingerprint: str) -> None:
         print(
             "note: the mask was ranked on other weights than these (another checkpoint, dtype, or before tuning). A "
             "model that was tuned has another ranking: score it again if that is not meant",
+            file=sys.stderr,
+        )
+
+
+def note_left_out(model: "PreTrainedModel") -> None:
+    """Says on stderr if the model that is to be written lacks something that its checkpoint has."""
+    if names := left_out(model):
+        print(
+            f"note: the checkpoint also holds {printable(listed(names, 2))}, which the language model that was loaded has "
+            "no place for: the one that is written is without them",
             file=sys.stderr,
         )
 

@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
     harmful, benign = tuning.read_pairs(args)
     check_balance(args.batch_size, args.refusal_weight)
     model, tokenizer = options.load_model(args)
+    if args.save_model:
+        options.note_left_out(model)
     digests = tuning.check_pairs(model, tokenizer, {"--harmful": harmful, "--benign": benign})
     mask, base = options.load_mask(args.mask, model)
     selected = mask.parameters(model)

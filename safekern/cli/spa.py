@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> None:
     for kind, those in rehearsed.items():
         _note_passes(args, kind, len(those))
     model, tokenizer = options.load_model(args)
+    options.note_left_out(model)
     sources = {"--data": pairs, **{f"--{kind}": those for kind, those in rehearsed.items()}}
     digests = tuning.check_pairs(model, tokenizer, sources)
     mask, base = options.load_mask(args.mask, model)
