@@ -4,7 +4,7 @@
 #   bash benchmarks/gpu_check.sh              # results go to ${OUT:-benchmarks/results}/gpu
 #   bash benchmarks/gpu_check.sh --dry-run    # no GPU: the same Python code with tiny sizes on the CPU, nothing built
 #
-# Needs torch 2.11+ for CUDA, nvcc, Triton, transformers and pytest; no network. Builds the kernels in a scratch copy of
+# Needs torch 2.11+ for CUDA, nvcc, Triton, transformers, pytest, pytest-xdist and hypothesis; no network. Builds the kernels in a scratch copy of
 # the tree. A stage that fails is named in the table, does not stop the later ones, and makes the status 1; what was
 # skipped is called so, with the reason.
 #
@@ -89,6 +89,11 @@ tests() {
   # time, so where pytest-xdist is installed, several processes share the tests of a GPU.
   local shared=()
   if [ $device = cuda ] && "$python" -c 'import xdist' 2>/dev/null; then shared=(-n 4); fi
+  # Most of the tests are of the ops, and skipped without it.
+  if ! "$python" -c 'import hypothesis' 2>/dev/null; then
+    note "tests $1" failed 0 "hypothesis is not installed"
+    return
+  fi
   stage "tests $1" "$2" env -C "$3" PYTHONPATH="$3" SAFEKERN_BACKEND="$1" SAFEKERN_TEST_DEVICE=$device \
     OMP_NUM_THREADS=2 "$python" -X faulthandler -m pytest -q --full -p no:cacheprovider -p no:benchmark "${shared[@]}" \
     -W "ignore:safekern runs on its:UserWarning" --rootdir "$3" -c "$3/pyproject.toml" "$3/tests/gpu"

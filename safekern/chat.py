@@ -1,8 +1,8 @@
 """Prompts and answers as the tokens a chat model sees: the chat template, batches with labels, padding."""
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import torch
@@ -86,7 +86,7 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
 
     Args:
         model: A causal language model whose output has ``.logits`` of shape [batch, length, vocabulary].
-        batch: As `encode` makes it, on the model's device.
+        batch: As `encode` makes it. On the CPU, it goes to the model's device, and nothing waits for that.
 
     Returns:
         fp32 logits of shape [tokens, vocabulary] and int64 labels of shape [tokens], row by row of the batch.
@@ -113,8 +113,11 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
     needed, columns_of_needed = columns.unique(return_inverse=True)
     # What images and the like become may stand before the text, and move its positions.
     kept = logits_of(model, needed) if inputs.keys() <= _TEXT else {}
-    with input_explained(model, batch.get("input_ids"), length):
-        logits = model(**inputs, use_cache=False, **kept).logits
+    check_input(model, batch.get("input_ids"), length)
+    # Offloaded weights may be on the CPU or nowhere, and their inputs elsewhere.
+    if (device := model_device(model)).type not in ("cpu", "meta"):
+        inputs = {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    logits = model(**inputs, use_cache=False, **kept).logits
     if kept and logits.shape[1] == len(needed):
         columns = columns_of_needed
     elif logits.shape[1] != length:
@@ -123,9 +126,9 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
             "known: score with the model's own loss, safekern.score(model, loader), or without what adds tokens, such "
             "as prompt tuning"
         )
-    positions = (rows * logits.shape[1] + columns).to(logits.device)
+    positions = _moved(rows * logits.shape[1] + columns, logits.device)
     # index_select, because a boolean index has the slower backward.
-    return logits.flatten(0, 1).index_select(0, positions).float(), answers.to(logits.device)
+    return logits.flatten(0, 1).index_select(0, positions).float(), _moved(answers, logits.device)
 
 
 def logits_of(model: torch.nn.Module, positions: Tensor) -> dict[str, Tensor]:
@@ -135,18 +138,27 @@ def logits_of(model: torch.nn.Module, positions: Tensor) -> dict[str, Tensor]:
 
     Args:
         model: A causal language model.
-        positions: int64 of shape [positions], where the model's inputs are.
+        positions: int64 of shape [positions].
 
     Returns:
-        None where the forward does not take positions, where they would have to be on another device, the last of
-        several that hold the layers, or where processes share the model, and perhaps each sequence: it gives all
-        logits then.
+        None where the forward does not take positions, or where the model lies on several devices or in several
+        processes, of which each may have a part of the sequence: it gives all logits then.
     """
     # As a number of positions from the end, which more models take, transformers slices the input of the head, and on a
     # CPU a product of such a view takes ten times as long as that of all positions (torch 2.13).
     option = inspect.signature(model.forward).parameters.get("logits_to_keep")
-    spread = len(set(getattr(model, "hf_device_map", {}).values())) > 1 or any(map(is_sharded, model.parameters()))
-    return {"logits_to_keep": positions} if option and "Tensor" in str(option.annotation) and not spread else {}
+    if option is None or "Tensor" not in str(option.annotation):
+        return {}
+    params = list(model.parameters())
+    devices = {param.device for param in params}
+    if len(devices) > 1 or any(map(is_sharded, params)):
+        return {}
+    return {"logits_to_keep": _moved(positions, devices.pop())}
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    # Towards the CPU nothing would wait for the copy.
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def check_causal(model: torch.nn.Module, otherwise: str) -> None:
@@ -182,9 +194,8 @@ def check_batched(batch: Mapping[Any, Any], least_dims: int = 2) -> None:
         )
 
 
-@contextmanager
-def input_explained(model: torch.nn.Module, input_ids: Tensor | None, length: int) -> Iterator[None]:
-    """Turns the IndexError of a model that has no embedding for a token or a position of a batch into one that says so.
+def check_input(model: torch.nn.Module, input_ids: Tensor | None, length: int) -> None:
+    """Refuses tokens and positions that a model has no embedding for: a GPU that looks them up is lost to the process.
 
     Args:
         model: A language model.
@@ -192,24 +203,32 @@ def input_explained(model: torch.nn.Module, input_ids: Tensor | None, length: in
         length: Tokens per row, those to be generated included.
 
     Raises:
-        InvalidArgumentError: The block failed, and the model has fewer tokens or positions.
+        InvalidArgumentError: It has fewer.
     """
-    try:
-        yield
-    except IndexError as error:
-        known = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", None)
-        if input_ids is not None and known is not None and (token := int(input_ids.max())) >= known:
-            raise InvalidArgumentError(
-                f"the tokenizer has a token {token}, but the model has embeddings for {known}: load the tokenizer that "
-                "belongs to the model, or call model.resize_token_embeddings(len(tokenizer))"
-            ) from error
-        most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if most is None or length <= most:
-            raise
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    known = getattr(embeddings, "num_embeddings", None)
+    if input_ids is not None and known is not None and input_ids.numel() and (token := int(input_ids.max())) >= known:
+        raise InvalidArgumentError(
+            f"the tokenizer has a token {token}, but the model has embeddings for {known}: load the tokenizer that "
+            "belongs to the model, or call model.resize_token_embeddings(len(tokenizer))"
+        )
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is None or length <= most:
+        return
+    # Rotary positions have no end. OPT has two more than it says.
+    tables = (
+        module for module in model.modules() if isinstance(module, torch.nn.Embedding) and module is not embeddings
+    )
+    if any(most <= table.num_embeddings <= most + 2 for table in tables):
         raise InvalidArgumentError(
             f"a prompt with its answer has up to {length} tokens, but the model takes {most} at most: shorten it or "
             "leave it out"
-        ) from error
+        )
+
+
+def model_device(model: torch.nn.Module) -> torch.device:
+    """Return where the inputs of a model go."""
+    return next(model.parameters()).device
 
 
 def answer_targets(labels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from safekern.arguments import check_whole_number
 from safekern.chat import IGNORED, Prompt, answer_logits, answer_targets, encode, messages_of, prompt_ids
 from safekern.errors import InvalidArgumentError, JudgeError
-from safekern.generation import generate, model_device
+from safekern.generation import generate
 from safekern.modes import inference
 
 if TYPE_CHECKING:
@@ -297,8 +297,7 @@ def answer_nll(
             rows = order[start : start + batch_size]
             batch = encode(tokenizer, [prompts[i] for i in rows], [responses[i] for i in rows])
             counts = (answer_targets(batch["labels"]) != IGNORED).sum(1)
-            on_device = {name: value.to(model_device(model)) for name, value in batch.items()}
-            losses = torch.nn.functional.cross_entropy(*answer_logits(model, on_device), reduction="none")
+            losses = torch.nn.functional.cross_entropy(*answer_logits(model, batch), reduction="none")
             totals[rows] = [float(part.sum(dtype=torch.float64)) for part in losses.cpu().split(counts.tolist())]
             tokens[rows] = counts.numpy()
     return totals, tokens

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from safekern.chat import check_causal, end_of_turn, input_explained, padding_id
+from safekern.chat import check_causal, check_input, end_of_turn, model_device, padding_id
 from safekern.modes import inference
 
 if TYPE_CHECKING:
@@ -93,17 +93,13 @@ def generate(
     # Only what is set, since versions of transformers differ in what they know.
     options |= {name: None for name in _UNSET if getattr(model.generation_config, name, None) is not None}
     device = model_device(model)
-    with inference(model), input_explained(model, input_ids, length + max_new_tokens):
+    check_input(model, input_ids, length + max_new_tokens)
+    with inference(model):
         generated: Tensor = cast(Any, model).generate(
             input_ids.to(device), attention_mask=attention_mask.to(device), **options
         )
     answers: list[list[int]] = generated[:, length:].tolist()
     return [ids[: next((at for at, token in enumerate(ids) if token in stops), len(ids))] for ids in answers]
-
-
-def model_device(model: torch.nn.Module) -> torch.device:
-    """Return where the inputs of a model go."""
-    return next(model.parameters()).device
 
 
 def _stop_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:

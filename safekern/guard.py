@@ -18,6 +18,7 @@ from safekern.chat import (
     join,
     logits_of,
     messages_of,
+    model_device,
     opening,
     padding_id,
     prompt_ids,
@@ -25,7 +26,7 @@ from safekern.chat import (
     token_ids,
 )
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
-from safekern.generation import generate, model_device
+from safekern.generation import generate
 from safekern.modes import evaluating, frozen
 
 if TYPE_CHECKING:
@@ -173,9 +174,7 @@ class GuardJudge:
         log_odds, direction = self._differentiate(batch, answers)
 
         pairs = [(ids, answer.ids) for ids, answer in zip(asked, answers, strict=True)]
-        encoded = join(pairs, padding_id(self._tokenizer))
-        device = model_device(model)
-        logits, _ = answer_logits(model, {name: tensor.to(device) for name, tensor in encoded.items()})
+        logits, _ = answer_logits(model, join(pairs, padding_id(self._tokenizer)))
         noise = [self._gumbel(len(answer.ids), logits) for answer in answers]
         soft = ((logits + torch.cat(noise)) / self._tau).softmax(-1)
         towards = _fit(direction, logits.shape[1]).to(logits)
@@ -280,7 +279,7 @@ class GuardJudge:
         """Log-odds [batch] of the guard's answer, at least in fp32."""
         kept = sorted(set(inputs.ends))
         # All logits of a batch of policies would take more memory than the guard.
-        options = logits_of(self._guard, torch.tensor(kept, device=embeddings.device))
+        options = logits_of(self._guard, torch.tensor(kept, device="cpu"))
         output = self._guard(inputs_embeds=embeddings, attention_mask=inputs.attention_mask, use_cache=False, **options)
         at = [kept.index(end) for end in inputs.ends] if options else inputs.ends
         logits = output.logits[range(len(at)), at]

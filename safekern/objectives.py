@@ -22,7 +22,7 @@ def refusal(model: torch.nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
     Args:
         model: A causal language model whose output has ``.logits`` of shape [batch, length, vocabulary].
-        batch: As `encode` makes it, on the model's device.
+        batch: As `encode` makes it. On the CPU, it goes to the model's device, and nothing waits for that.
 
     Returns:
         A scalar fp32 tensor, to minimise.

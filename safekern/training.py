@@ -16,7 +16,6 @@ from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.objectives import encode, refusal
 from safekern.prompts import Pairs, check_pairs
-from safekern.scoring import to_device
 from safekern.sharding import local
 
 if TYPE_CHECKING:
@@ -272,7 +271,6 @@ def tune(
     """
     weights, streams = zip(*_checked(parts), strict=True)
     check_whole_number("iterations", iterations, 0)
-    device = next(model.parameters()).device
     losses = list(done)
     left = max(0, iterations - len(losses))
     # disable=None shows the bar on a terminal only.
@@ -282,7 +280,7 @@ def tune(
         for batches in itertools.islice(zip(*streams, strict=False), left):
             terms = []
             for weight, batch in zip(weights, batches, strict=True):
-                loss = weight * refusal(model, to_device(batch, device))
+                loss = weight * refusal(model, batch)
                 loss.backward()
                 terms.append(loss.detach())
             # Read once, since a read waits for the device.

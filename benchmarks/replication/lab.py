@@ -251,7 +251,7 @@ class Lab:
             for start in range(0, len(order), _READ_TOGETHER):
                 rows = order[start : start + _READ_TOGETHER]
                 batch = encode(self.tokenizer, [pairs.prompts[i] for i in rows], [pairs.responses[i] for i in rows])
-                logits, targets = answer_logits(self.model, {k: v.to(self.device) for k, v in batch.items()})
+                logits, targets = answer_logits(self.model, batch)
                 losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none").cpu()
                 counts = (batch["labels"] != -100).sum(1)
                 firsts = counts.cumsum(0) - counts

@@ -129,8 +129,8 @@ def note_left_out(model: "PreTrainedModel") -> None:
     """Says on stderr if the model that is to be written lacks something that its checkpoint has."""
     if names := left_out(model):
         print(
-            f"note: the checkpoint also holds {printable(listed(names, 2))}, which the language model that was loaded has "
-            "no place for: the one that is written is without them",
+            f"note: the checkpoint also holds {printable(listed(names, 2))}, which the language model that was loaded "
+            "has no place for: the one that is written is without them",
             file=sys.stderr,
         )
 

@@ -26,7 +26,7 @@ Writes to --out, a folder or the name of the mask's file:
 
 Memory: the model, 4 bytes per scored weight, the largest single gradient, and the activations of a batch. No other
 gradient outlives its layer. For an 8B model in bf16 that is 16 GB + 30 GB + 1 GB; on a smaller card, --memory bounds
-the 30 GB at the price of several passes over the prompts (the mask stays the same bit for bit), and --offload moves
+the 30 GB at the price of several passes over the prompts (the mask stays the same), and --offload moves
 them to the CPU's memory at the price of the bus.
 """
 _EPILOG = """\

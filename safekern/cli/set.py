@@ -34,7 +34,8 @@ example: score a model, align it, look at what that did, and ship the change
   safekern apply --model ./model run/delta.safetensors --out ./aligned
   safekern verify --model ./aligned --mask run/mask.safetensors --quick
 
-If it is interrupted: the same command again with --resume. It ends with the same bits.
+If it is interrupted: the same command again with --resume. It ends with the same bits
+where the device computes deterministically.
 """
 
 

@@ -51,7 +51,8 @@ example: keep what makes a model safe while it learns grade-school math
 experiments freezing slowed the loss of safety and rehearsal kept it (README, "Does it work?"); --rehearsal 0 leaves it
 out. The built-in pairs are few: for more than 150 steps, give your own.
 
-If it is interrupted: the same command again with --resume. It ends with the same bits.
+If it is interrupted: the same command again with --resume. It ends with the same bits
+where the device computes deterministically.
 """
 
 

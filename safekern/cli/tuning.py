@@ -18,7 +18,6 @@ from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
 from safekern.prompts import Pairs, builtin, load
-from safekern.scoring import to_device
 from safekern.tables import printable
 from safekern.training import Batch, pair_named, tune
 
@@ -143,7 +142,7 @@ def check_pairs(
         pairs = sources[source]
         batch = encode(tokenizer, pairs.prompts[number - 1], pairs.responses[number - 1])
         with pair_named(number, source), torch.no_grad():
-            answer_logits(model, to_device(batch, model.device))
+            answer_logits(model, batch)
     return digests
 
 

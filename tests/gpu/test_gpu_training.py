@@ -300,6 +300,28 @@ def test_scoring_waits_once_a_batch():
 
 
 @on_cuda
+def test_the_loss_of_a_batch_on_the_cpu_waits_for_nothing_that_the_model_does_not():
+    on_cpu, model = models(torch.float32)
+    batch = batches(1)[0]
+    loss = safekern.objectives.refusal(model, batch)
+    assert loss.device.type == "cuda"
+    torch.testing.assert_close(loss.cpu(), safekern.objectives.refusal(on_cpu, batch), rtol=1e-4, atol=0)
+    there = {key: value.to(DEVICE) for key, value in batch.items()}
+    own = len(waits(lambda: model(**there).loss.backward()))
+    assert len(waits(lambda: safekern.objectives.refusal(model, batch).backward())) <= own
+
+
+@on_cuda
+def test_a_token_beyond_the_vocabulary_is_refused_before_the_device_sees_it():
+    _, model = models(torch.float32)
+    batch = batches(1)[0]
+    wrong = {**batch, "input_ids": batch["input_ids"] + 300}
+    with pytest.raises(safekern.SafekernError, match="the model has embeddings for"):
+        safekern.objectives.refusal(model, wrong)
+    assert torch.ones(2, device=DEVICE).sum().item() == 2
+
+
+@on_cuda
 @pytest.mark.parametrize("make", [safekern.SETAdamW, safekern.SPAAdamW])
 def test_optimizers_work_on_a_stream_of_their_own(make):
     pair = [models(torch.bfloat16)[1] for _ in range(2)]
