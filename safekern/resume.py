@@ -1,4 +1,4 @@
-"""Interrupted training: files from which a run goes on as if nothing had happened, bit for bit where it is deterministic."""
+"""Interrupted training: files from which a run goes on as if nothing had happened, bit for bit if deterministic."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
