@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu_check.sh              # results go to ${OUT:-benchmarks/results}/gpu
 #   bash benchmarks/gpu_check.sh --dry-run    # no GPU: the same Python code with tiny sizes on the CPU, nothing built
 #
-# Needs torch 2.11+ for CUDA, nvcc, Triton, transformers, pytest, pytest-xdist and hypothesis; no network. Builds the kernels in a scratch copy of
-# the tree. A stage that fails is named in the table, does not stop the later ones, and makes the status 1; what was
+# Needs torch 2.11+ for CUDA, nvcc, Triton, transformers, pytest, pytest-xdist and hypothesis; no network. Builds the kernels in a
+# scratch copy of the tree. A stage that fails is named in the table, does not stop the later ones, and makes the status 1; what was
 # skipped is called so, with the reason.
 #
 # Options, as environment variables: OUT (folder), NUMEL (weights of the kernel benchmarks), SIZES (of the models:

@@ -1,6 +1,8 @@
 """Prompts and answers as the tokens a chat model sees: the chat template, batches with labels, padding."""
 
+import copy
 import inspect
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
@@ -116,7 +118,7 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
     check_input(model, batch.get("input_ids"), length)
     # Offloaded weights may be on the CPU or nowhere, and their inputs elsewhere.
     if (device := model_device(model)).type not in ("cpu", "meta"):
-        inputs = {name: _moved(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        inputs = to_device(inputs, device)
     logits = model(**inputs, use_cache=False, **kept).logits
     if kept and logits.shape[1] == len(needed):
         columns = columns_of_needed
@@ -126,9 +128,9 @@ def answer_logits(model: torch.nn.Module, batch: Mapping[str, Any]) -> tuple[Ten
             "known: score with the model's own loss, safekern.score(model, loader), or without what adds tokens, such "
             "as prompt tuning"
         )
-    positions = _moved(rows * logits.shape[1] + columns, logits.device)
+    positions = to_device(rows * logits.shape[1] + columns, logits.device)
     # index_select, because a boolean index has the slower backward.
-    return logits.flatten(0, 1).index_select(0, positions).float(), _moved(answers, logits.device)
+    return logits.flatten(0, 1).index_select(0, positions).float(), to_device(answers, logits.device)
 
 
 def logits_of(model: torch.nn.Module, positions: Tensor) -> dict[str, Tensor]:
@@ -153,12 +155,7 @@ def logits_of(model: torch.nn.Module, positions: Tensor) -> dict[str, Tensor]:
     devices = {param.device for param in params}
     if len(devices) > 1 or any(map(is_sharded, params)):
         return {}
-    return {"logits_to_keep": _moved(positions, devices.pop())}
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    # Towards the CPU nothing would wait for the copy.
-    return tensor.to(device, non_blocking=device.type != "cpu")
+    return {"logits_to_keep": to_device(positions, devices.pop())}
 
 
 def check_causal(model: torch.nn.Module, otherwise: str) -> None:
@@ -229,6 +226,34 @@ def check_input(model: torch.nn.Module, input_ids: Tensor | None, length: int) -
 def model_device(model: torch.nn.Module) -> torch.device:
     """Return where the inputs of a model go."""
     return next(model.parameters()).device
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device, and everything else as it is."""
+    if isinstance(batch, Tensor):
+        # Towards the CPU nothing would wait for the copy.
+        return batch.to(device, non_blocking=device.type != "cpu")
+    if isinstance(batch, Mapping):
+        return _with_items(batch, {key: to_device(value, device) for key, value in batch.items()})
+    if isinstance(batch, (tuple, list)):
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def _with_items(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the type of another one, whose keys may be its attributes too; a plain dict where that fails."""
+    # A copy of any other mapping may share its items with the original.
+    if type(batch) is dict or not isinstance(batch, (dict, UserDict)):
+        return items
+    try:
+        copied: Any = copy.copy(batch)
+        for key, value in items.items():
+            copied[key] = value
+    except Exception:
+        # The type's own, and of any class: FrozenDict of diffusers raises a bare Exception.
+        return items
+    return cast(Mapping[Any, Any], copied)
 
 
 def answer_targets(labels: Tensor) -> Tensor:

@@ -248,7 +248,8 @@ def _load_pretrained(
         )
     # Those that a model is known to leave out, transformers does not report.
     known = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    held = {key for key in open_weights(_local_folder(name)) if any(pattern.search(key) for pattern in known)}
+    keys = open_weights(_local_folder(name)) if known else ()
+    held = {key for key in keys if any(pattern.search(key) for pattern in known)}
     _LEFT_OUT[model] = sorted(key for key in held | set(found["unexpected_keys"]) if not _COMPUTED.search(key))
     return model, tokenizer
 

@@ -1,10 +1,8 @@
 """``score``: passes of forward and backward that fold gradients into ESI accumulators."""
 
-import copy
 import itertools
 import threading
 import warnings
-from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -20,7 +18,7 @@ from tqdm.auto import tqdm
 
 from safekern import ops
 from safekern._version import __version__
-from safekern.chat import check_batched
+from safekern.chat import check_batched, to_device
 from safekern.claims import claimed
 from safekern.deviation import SigmaPer, deviations
 from safekern.eligibility import eligible_parameters, own_numel
@@ -740,31 +738,3 @@ def _check_loss(loss: object, index: int) -> None:
             f"batch {index}: the objective's result has no graph to the model's parameters: was it detached, or "
             "computed under torch.no_grad or inference_mode?"
         )
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors on a device, and everything else as it is."""
-    if isinstance(batch, Tensor):
-        # Towards the CPU nothing would wait for the copy.
-        return batch.to(device, non_blocking=device.type != "cpu")
-    if isinstance(batch, Mapping):
-        return _with_items(batch, {key: to_device(value, device) for key, value in batch.items()})
-    if isinstance(batch, (tuple, list)):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
-
-
-def _with_items(batch: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
-    """A mapping of the type of another one, whose keys may be its attributes too; a plain dict where that fails."""
-    # A copy of any other mapping may share its items with the original.
-    if type(batch) is dict or not isinstance(batch, (dict, UserDict)):
-        return items
-    try:
-        copied: Any = copy.copy(batch)
-        for key, value in items.items():
-            copied[key] = value
-    except Exception:
-        # The type's own, and of any class: FrozenDict of diffusers raises a bare Exception.
-        return items
-    return cast(Mapping[Any, Any], copied)

@@ -9,7 +9,6 @@ from safekern.cli import options, tuning
 from safekern.delta import save_delta
 from safekern.errors import InvalidArgumentError, SafekernError
 from safekern.models import save
-from safekern.modes import frozen
 from safekern.optim import SETAdamW
 from safekern.resume import Weights
 from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, check_balance
@@ -82,31 +81,29 @@ def run(args: argparse.Namespace) -> None:
     weights = Weights(selected)
     original = weights.read()
 
-    # Embeddings above all: the gradient of what is masked nowhere may be the largest.
-    with frozen(weights.others(model)):
-        losses = tuning.train(
-            args,
-            model,
-            weights,
-            # No dense gradient outlives its layer, so that the memory above the model is that of the mask.
-            lambda: SETAdamW(model.named_parameters(), mask, lr=args.lr, in_backward=True),
-            lambda skip: balanced(
-                tokenizer,
-                harmful,
-                benign,
-                batch_size=args.batch_size,
-                refusal_weight=args.refusal_weight,
-                seed=args.seed,
-                skip=skip,
-            ),
-            {
-                "command": "set",
-                "model": base,
-                "mask": mask.fingerprint,
-                **digests,
-                "refusal_weight": args.refusal_weight,
-            },
-        )
+    losses = tuning.train(
+        args,
+        model,
+        weights,
+        # No dense gradient outlives its layer, so that the memory above the model is that of the mask.
+        lambda: SETAdamW(model.named_parameters(), mask, lr=args.lr, in_backward=True),
+        lambda skip: balanced(
+            tokenizer,
+            harmful,
+            benign,
+            batch_size=args.batch_size,
+            refusal_weight=args.refusal_weight,
+            seed=args.seed,
+            skip=skip,
+        ),
+        {
+            "command": "set",
+            "model": base,
+            "mask": mask.fingerprint,
+            **digests,
+            "refusal_weight": args.refusal_weight,
+        },
+    )
     before: dict[str, Any] = dict(model.named_parameters())
     before |= {
         name: Patched(name, param.detach(), indices, original[name]) for name, (param, indices) in selected.items()

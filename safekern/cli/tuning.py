@@ -17,6 +17,7 @@ from safekern.chat import answer_logits, encode
 from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
+from safekern.modes import frozen
 from safekern.prompts import Pairs, builtin, load
 from safekern.tables import printable
 from safekern.training import Batch, pair_named, tune
@@ -186,7 +187,11 @@ def train(
             resume.save(path, weights.read(), optimizer, losses, settings)
 
     done = [] if run is None else run.losses
-    with options.stage(f"tune, {len(done)} of {args.iterations} steps done" if done else "tune"):
+    # Of embeddings above all: the gradient of what training leaves alone may be the largest.
+    with (
+        frozen(weights.others(model)),
+        options.stage(f"tune, {len(done)} of {args.iterations} steps done" if done else "tune"),
+    ):
         return tune(model, optimizer, make_parts(len(done)), args.iterations, done=done, after_step=checkpoint)
 
 
