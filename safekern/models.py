@@ -42,6 +42,9 @@ _SCALES = re.compile(r"(weight_scale(_inv)?|\.q?scales|\.qweight|\.qzeros|_scale
 # What older versions of transformers saved and newer ones compute.
 _COMPUTED = re.compile(r"(inv_freq|attn\.(masked_)?bias|position_ids)$")
 _LEFT_OUT: "weakref.WeakKeyDictionary[torch.nn.Module, list[str]]" = weakref.WeakKeyDictionary()
+# How images and sounds become input: no part of model or tokenizer, and without it the model takes text alone.
+_PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_PROCESSORS: "weakref.WeakKeyDictionary[torch.nn.Module, dict[str, bytes]]" = weakref.WeakKeyDictionary()
 
 
 def load(
@@ -126,6 +129,8 @@ def left_out(model: torch.nn.Module) -> list[str]:
 def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: StrPath) -> None:
     """Write a whole checkpoint beside its place and move it there, so that a broken write leaves no half model.
 
+    The processor's files of a model that sees or hears, which `load` has read, go with it.
+
     Args:
         model: The model.
         tokenizer: Its tokenizer.
@@ -153,6 +158,8 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
     try:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        for name, content in _PROCESSORS.get(model, {}).items():
+            (temporary / name).write_bytes(content)
         if folder.exists():
             # Not removed first: a process that is killed meanwhile would leave half of it under its name.
             folder.replace(old)
@@ -228,7 +235,8 @@ def _load_pretrained(
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
         )
-    model, found = loaded
+        model, found = loaded
+        processor = _read_processor(model, name, download)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise FileFormatError(
             f"{name}: holds a PEFT adapter ({_ADAPTER}), which transformers puts on top of the weights: {_MERGED}; or, "
@@ -251,7 +259,18 @@ def _load_pretrained(
     keys = open_weights(_local_folder(name)) if known else ()
     held = {key for key in keys if any(pattern.search(key) for pattern in known)}
     _LEFT_OUT[model] = sorted(key for key in held | set(found["unexpected_keys"]) if not _COMPUTED.search(key))
+    _PROCESSORS[model] = processor
     return model, tokenizer
+
+
+def _read_processor(model: "PreTrainedModel", name: str, download: bool) -> dict[str, bytes]:
+    # A model of text alone, whose checkpoint may nevertheless hold more, has nothing to process.
+    if model.config.get_text_config() is model.config:
+        return {}
+    import huggingface_hub
+
+    folder = huggingface_hub.snapshot_download(name, allow_patterns=[*_PROCESSOR]) if download else _local_folder(name)
+    return {file: Path(folder, file).read_bytes() for file in _PROCESSOR if Path(folder, file).is_file()}
 
 
 def _local_folder(name: str) -> Path:

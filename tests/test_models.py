@@ -5,7 +5,14 @@ import pytest
 import torch
 from language_models import byte_tokenizer, smollm2_once, tiny_llama, with_adapter
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+)
 from transformers.utils import logging
 
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, MissingDependencyError
@@ -132,6 +139,23 @@ def test_what_a_model_leaves_out_of_its_checkpoint(tmp_path, monkeypatch):
     # As models with a vision tower do, of which transformers then says nothing.
     monkeypatch.setattr(LlamaForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"^visual\.", r"mtp"])
     assert left_out(load(tmp_path)[0]) == ["model.mtp.fc.weight", "visual.patch.weight"]
+
+
+def test_the_processor_of_a_model_that_sees_stays_with_it(tmp_path):
+    text = Gemma3TextConfig(
+        vocab_size=256, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, head_dim=8
+    )
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sees = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28}))
+    first, second = tmp_path / "first", tmp_path / "second"
+    for model in (sees, tiny_llama()):
+        save(model, byte_tokenizer(), first)
+        (first / "preprocessor_config.json").write_text('{"image_processor_type": "Gemma3ImageProcessor"}')
+        loaded, tokenizer = load(first)
+        shutil.rmtree(first)
+        save(loaded, tokenizer, second)
+        assert (second / "preprocessor_config.json").exists() == (model is sees)
+        assert not (second / "processor_config.json").exists()
 
 
 def test_a_model_is_saved_where_a_link_leads(tmp_path):

@@ -31,8 +31,8 @@ example: a quick look at the model that `safekern set` made, and a thorough one
   safekern verify --model ./aligned --mask run/mask.safetensors --quick
   safekern verify --model ./aligned --mask run/mask.safetensors --scores run/scores.safetensors --out verify.json
 
-The intervals say nothing of other draws of noise, which can differ much more (in our experiments 11 to 59% of
-attacks succeeded under eight on one mask): repeat it with --seed 1 and --seed 2 before you believe it.
+The intervals say nothing of other draws of noise, which can differ much more (in our experiments 23 to 53% of
+attacks succeeded under five on one mask): repeat it with --seed 1 and --seed 2 before you believe it.
 """
 _QUICK_LIMIT, _LIMIT = 16, 64
 _QUICK_NOISE = (0.1, 0.38)
