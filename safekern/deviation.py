@@ -69,21 +69,27 @@ def _across(params: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
             continue
         experts = [held] if len(rows) == 1 else held.unbind()
         for row, piece in zip(rows[shard.offset[0] if len(rows) > 1 else 0 :], experts, strict=False):
-            for chunk in piece.reshape(-1).split(_CHUNK):
-                _merge(row, _moments(chunk))
+            for moments in _moments(piece):
+                _merge(row, moments)
     total = torch.zeros_like(mine)
-    for moments in Processes.of(params).stacked(mine):
-        for row, part in zip(total, moments, strict=True):
+    for theirs in Processes.of(params).stacked(mine):
+        for row, part in zip(total, theirs, strict=True):
             _merge(row, part)
     numel, _, squares = total.unbind(1)
     return (squares / (numel - 1).clamp(min=1)).sqrt().float()
 
 
 def _moments(values: Tensor) -> Tensor:
-    """How many values there are, their mean, and the sum of their squared distances from it."""
-    exact = values.double()
-    mean = exact.mean()
-    return torch.stack([mean.new_tensor(exact.numel()), mean, (exact - mean).square_().sum()]).cpu()
+    """Of each chunk how many values there are, their mean, and the sum of their squared distances from it."""
+    chunks = values.reshape(-1).split(_CHUNK)
+    found = torch.empty(len(chunks), 2, dtype=torch.float64, device=values.device)
+    for chunk, row in zip(chunks, found, strict=True):
+        exact = chunk.double()
+        row[0] = exact.mean()
+        row[1] = (exact - row[0]).square_().sum()
+    numel = torch.tensor([[chunk.numel()] for chunk in chunks], dtype=torch.float64, device="cpu")
+    # Read once, since a read waits for the device.
+    return torch.cat([numel, found.cpu()], 1)
 
 
 def _merge(into: Tensor, part: Tensor) -> None:
