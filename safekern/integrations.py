@@ -20,6 +20,7 @@ from safekern.errors import InvalidArgumentError
 from safekern.faults import put_back
 from safekern.layout import memory_indices, read_selected, write_selected
 from safekern.mask import Mask, check_mask
+from safekern.sharding import in_process_group
 
 # Ways of PEFT to initialise an adapter that subtract it from the base weight.
 _TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -96,7 +97,7 @@ def leave_to_set(model: nn.Module, mask: Mask) -> None:
     masked = mask.parameters(model)
     for name, (param, _) in masked.items():
         check_plain(name, param)
-    together = dist.is_available() and dist.is_initialized()
+    together = in_process_group()
     if not together and os.environ.get("WORLD_SIZE", "1") != "1":
         # As torchrun sets it. Without a word from process 0, each would go on from masked weights of its own.
         raise InvalidArgumentError(

@@ -27,6 +27,11 @@ _Done = TypeVar("_Done")
 _PLAIN = frozenset({Tensor, nn.Parameter})
 
 
+def in_process_group() -> bool:
+    """Whether this process is one of a group, be it the only one."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether it is a DTensor: what FSDP2 and tensor parallelism make of a parameter, sharded or replicated."""
     if type(tensor) in _PLAIN:
@@ -140,7 +145,7 @@ class Shard:
             InvalidArgumentError: a DTensor that holds partial sums.
         """
         if not is_sharded(param):
-            rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+            rank = dist.get_rank() if in_process_group() else 0
             return cls(param.shape, (0,) * param.ndim, tuple(param.shape), rank == 0)
         from torch.distributed.tensor import Partial, Replicate
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

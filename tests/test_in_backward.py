@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import math
 import pickle
 import weakref
 
@@ -364,7 +365,8 @@ def test_a_selected_grad_has_the_form_of_its_parameter():
     assert grad.selected.dtype == torch.float32
     assert grad.selected.numel() == random_mask(model)["first.weight"].numel()
     assert "SelectedGrad(" in repr(grad) and "(37, 13)" in repr(grad)
-    assert model.norm.weight.grad is None
+    assert model.norm.weight.grad.shape == model.norm.weight.shape
+    assert not model.norm.weight.grad.selected.numel()
 
 
 @pytest.mark.parametrize(
@@ -571,7 +573,30 @@ def test_no_dense_gradient_is_left_after_backward():
     model, _optimizer = collecting()
     accumulate(model, 0)
     for name, param in model.named_parameters():
-        assert isinstance(param.grad, SelectedGrad) if name in MASKED else param.grad is None
+        assert isinstance(param.grad, SelectedGrad) and (name in MASKED or not param.grad.selected.numel())
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": False}, {"fused": True}])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_another_optimizer_refuses_gradients_outside_the_mask(kind, options):
+    model, _optimizer = collecting()
+    others = [param for name, param in model.named_parameters() if name not in MASKED]
+    accumulate(model, 0, 2)
+    with pytest.raises(InvalidArgumentError, match=r"SelectedGrad.*give this one other parameters"):
+        kind(others, lr=0.1, **options).step()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
+def test_clipping_with_gradients_outside_the_mask(norm_type, foreach):
+    model, _optimizer = collecting()
+    accumulate(model, 0, 2)
+    selected = [model.get_parameter(name).grad.selected.clone() for name in MASKED]
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type, foreach=foreach)
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(torch.cat(selected), norm_type))
+    nn.utils.clip_grad_value_(model.parameters(), 1e-5, foreach=foreach)
+    for name in MASKED:
+        assert 0 < model.get_parameter(name).grad.selected.abs().max() <= 1e-5
 
 
 # Hooks come and go with the optimizer
@@ -667,7 +692,7 @@ def test_added_groups_are_freed_too():
     optimizer.add_param_group({"params": [(f"extra.{name}", param) for name, param in extra.named_parameters()]})
     before = bits(extra.weight).clone()
     extra(model(torch.randn(3, 13))).sum().backward()
-    assert extra.weight.grad is None and extra.bias.grad is None
+    assert not extra.weight.grad.selected.numel() and not extra.bias.grad.selected.numel()
     optimizer.step()
     assert torch.equal(bits(extra.weight), before)
 

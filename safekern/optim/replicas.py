@@ -9,13 +9,12 @@ from torch import Tensor
 from safekern.errors import StepError
 from safekern.layout import by_device
 from safekern.optim.selected_grad import SelectedGrad, is_selected
-from safekern.sharding import is_sharded
+from safekern.sharding import in_process_group, is_sharded
 
 
 def is_replicated(param: Tensor) -> bool:
     """Whether other processes hold the same parameter whole, each with a gradient of its own."""
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return several and not is_sharded(param)
+    return in_process_group() and dist.get_world_size() > 1 and not is_sharded(param)
 
 
 def average(replicated: Mapping[str, tuple[Tensor, Tensor]], *, complete: bool) -> None:

@@ -91,6 +91,12 @@ class SelectedGrad(Tensor):
         grad.positions, grad.selected, grad._before_reading = positions, selected, before_reading
         return grad
 
+    @classmethod
+    def empty(cls, grad: Tensor) -> Self:
+        """Of a gradient of which nothing is kept."""
+        positions = torch.empty(0, dtype=torch.int32, device=grad.device)
+        return cls(grad, positions, positions.float())
+
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return (
             f"SelectedGrad({self.selected.numel()} of {self.numel()} entries, shape={tuple(self.shape)}, "
@@ -128,7 +134,8 @@ class SelectedGrad(Tensor):
                 if before_reading is not None:
                     before_reading()
         if func in _FOREACH:
-            return func([grad.selected if isinstance(grad, cls) else grad for grad in self], *others, **kwargs)
+            read = _to_measure if func is aten._foreach_norm.Scalar else _values
+            return func([read(grad) if isinstance(grad, cls) else grad for grad in self], *others, **kwargs)
         if not isinstance(self, cls):
             raise _unsupported(func)
         if func is aten.detach.default:
@@ -141,7 +148,7 @@ class SelectedGrad(Tensor):
                 self, self.positions.to(device), selected, self._before_reading, dtype=kwargs.get("dtype") or self.dtype
             )
         if func is aten.linalg_vector_norm.default and not any(others[1:]):
-            return func(self.selected, *others, **kwargs)
+            return func(_to_measure(self), *others, **kwargs)
         if func is aten.add_.Tensor and isinstance(others[0], Tensor) and others[0].shape == self.shape:
             self.selected.add_(self._selected_of(others[0]), **kwargs)
             return self
@@ -158,18 +165,28 @@ class SelectedGrad(Tensor):
         return grad.selected
 
 
+def _values(grad: SelectedGrad) -> Tensor:
+    return grad.selected
+
+
+def _to_measure(grad: SelectedGrad) -> Tensor:
+    """The values, or a zero for none, of which torch has no largest."""
+    return grad.selected if grad.selected.numel() else grad.selected.new_zeros(1)
+
+
 def _unsupported(operation: object) -> InvalidArgumentError:
     return InvalidArgumentError(
         f"{operation} does not work on a SelectedGrad: with in_backward=True, SETAdamW keeps only the selected entries "
-        "of a gradient. Use its `selected` values instead, or make the optimizer without in_backward. For "
+        "of a gradient, and none outside its mask. Use the `selected` values instead, or make the optimizer without "
+        "in_backward; if another optimizer wants this gradient, give this one other parameters. For "
         "DistributedDataParallel, call safekern.integrations.leave_to_set(model, mask) before wrapping the model"
     )
 
 
 def _same(positions: Tensor, others: Tensor | None) -> bool:
-    """Whether positions are equal. Those of one optimizer are one tensor, until the parameter moves."""
+    """Whether positions are equal; None are none. Those of one optimizer are one tensor, until the parameter moves."""
     if others is None:
-        return False
+        return not positions.numel()
     return positions is others or (positions.device == others.device and torch.equal(positions, others))
 
 

@@ -35,7 +35,7 @@ from safekern.optim.masked import (
 )
 from safekern.optim.replicas import average, is_replicated
 from safekern.optim.selected_grad import GradientHooks, SelectedGrad, is_selected
-from safekern.sharding import Processes, Shard, is_sharded, like, local
+from safekern.sharding import Processes, Shard, in_process_group, is_sharded, like, local
 
 _COMPACT = ("exp_avg", "exp_avg_sq", "master")
 _FIELDS = ("step", *_COMPACT)
@@ -62,11 +62,12 @@ class SETAdamW(MaskedOptimizer):
         weight_decay: decoupled decay of the selected weights.
         master_weights: keep fp32 values of selected bfloat16 and float16 weights (4 bytes each).
         in_backward: reduce every gradient to its selected entries as soon as backward has made it, so that no more
-            than one dense gradient lives at a time; gradients of parameters outside the mask are dropped, and no other
-            optimizer sees them as long as something refers to this one (its Trainer, too). Each masked
-            ``param.grad`` is then a :class:`~safekern.optim.selected_grad.SelectedGrad` of 4 bytes per selected weight,
-            on which micro-batches add up in fp32, and ``zero_grad``, clipping (by the norm over the selected entries)
-            and ``torch.amp.GradScaler`` work as usual. With a model compiled as a whole, the gradients of a compiled
+            than one dense gradient lives at a time. Each masked ``param.grad`` is then a
+            :class:`~safekern.optim.selected_grad.SelectedGrad` of 4 bytes per selected weight, on which micro-batches
+            add up in fp32, and ``zero_grad``, clipping (by the norm over the selected entries) and
+            ``torch.amp.GradScaler`` work as usual. Gradients outside the mask are dropped: an empty ``SelectedGrad``
+            takes their place, in a process group None. Other optimizers refuse a ``SelectedGrad``, as long as something
+            refers to this one (its Trainer, too). With a model compiled as a whole, the gradients of a compiled
             backward live until it ends; compile its layers one by one to keep the saving. In several processes that
             each hold the whole model, ``step()`` averages the selected entries over all of them, which then see batches
             of their own without DistributedDataParallel; with it, see
@@ -225,7 +226,9 @@ class SETAdamW(MaskedOptimizer):
                     f"parameter {name} was given to two optimizers with in_backward=True, and only the mask of the "
                     "other selects it: give every parameter to one of them"
                 )
-            param.grad = None
+            # An empty one, since another optimizer would take None for nothing to do, and refuses this. In a process
+            # group DistributedDataParallel would have to copy it.
+            param.grad = None if in_process_group() else SelectedGrad.empty(grad)
         elif not (is_sharded(grad) and is_sharded(param)) or grad.placements == param.placements:
             # Gradients of other placements are partial sums: step() adds them up, as a hook must not communicate.
             param.grad = None
