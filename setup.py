@@ -106,13 +106,20 @@ def flags() -> list[str]:
 
 
 def cuda_flags() -> list[str]:
-    # Without a list torch asks the GPUs, of which a machine that builds may have none.
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs())
     # The same rounding as on the CPU: nothing fused, nothing approximated, denormals kept.
     exact = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"
     macro = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
     return ["-O3", *exact, host, macro, *cpp_extension._get_cuda_arch_flags()]
+
+
+def cuda_archs() -> str:
+    """Not those of this machine's GPUs alone, as torch has it: it may have none, or the package may go elsewhere."""
+    here = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    # Newer ones translate the PTX.
+    older = [f"{major}.{minor}" for major, minor in sorted(here) if (major, minor) < (8, 0)]
+    return ";".join([*older, "8.0", "9.0+PTX"])
 
 
 def cuda_home() -> Path | None:

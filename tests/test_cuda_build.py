@@ -32,6 +32,18 @@ def load_setup(monkeypatch):
     return module
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "archs"),
+    [([], "8.0;9.0+PTX"), ([(9, 0), (12, 0)], "8.0;9.0+PTX"), ([(8, 6), (7, 5), (7, 5)], "7.5;8.0;9.0+PTX")],
+)
+def test_older_gpus_of_the_machine_are_compiled_for(monkeypatch, capabilities, archs):
+    setup = load_setup(monkeypatch)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(capabilities))
+    monkeypatch.setattr("torch.cuda.get_device_capability", capabilities.__getitem__)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup.cuda_archs() == archs
+
+
 @pytest.fixture(scope="module", params=["9.0", pytest.param("8.0", marks=pytest.mark.full)])
 def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")

@@ -31,7 +31,15 @@ constexpr unsigned kWarp = 0xffffffff;  // all lanes of a warp
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void check_cuda(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "safekern: CUDA error: ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  const bool built_for_others = error == cudaErrorNoKernelImageForDevice || error == cudaErrorInsufficientDriver ||
+                                error == cudaErrorUnsupportedPtxVersion;
+  STD_TORCH_CHECK(false, "safekern: CUDA error: ", cudaGetErrorString(error),
+                  built_for_others
+                      ? ". The kernels were compiled for other GPUs, or with a CUDA toolkit newer than the driver: "
+                        "compile safekern again on this machine, with a toolkit that its driver knows (CUDA_HOME), or "
+                        "set SAFEKERN_BACKEND=triton"
+                      : "");
 }
 
 // Makes a device current for as long as an op launches kernels there, on torch's current stream.
