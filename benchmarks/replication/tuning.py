@@ -80,7 +80,7 @@ def tune_and_measure(
         measured = lab.measure() if step in steps else lab.watch()
         recent = losses[-10:]
         record.add({"step": step, "loss": round(sum(recent) / len(recent), 4), **measured, **extra(measured)})
-        if step in steps and _WORTH_SAVING <= step < steps[-1] and step % saved_every == 0:
+        if _WORTH_SAVING <= step < steps[-1] and step % saved_every == 0:
             resume.save(path, weights.read(), optimizer, losses, record.settings)
 
     with frozen(weights.others(lab.model)):
