@@ -222,7 +222,12 @@ void __stcs(T* address, T value) {
 }
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInsufficientDriver,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorUnsupportedPtxVersion,
+};
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
