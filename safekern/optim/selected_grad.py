@@ -46,6 +46,7 @@ _READING = (
     aten.clamp_.default,
     aten.linalg_vector_norm.default,
 )
+_NORMS = (aten._foreach_norm.Scalar, aten.linalg_vector_norm.default)
 
 
 class SelectedGrad(Tensor):
@@ -134,8 +135,7 @@ class SelectedGrad(Tensor):
                 if before_reading is not None:
                     before_reading()
         if func in _FOREACH:
-            read = _to_measure if func is aten._foreach_norm.Scalar else _values
-            return func([read(grad) if isinstance(grad, cls) else grad for grad in self], *others, **kwargs)
+            return func([_operand(grad, func) if isinstance(grad, cls) else grad for grad in self], *others, **kwargs)
         if not isinstance(self, cls):
             raise _unsupported(func)
         if func is aten.detach.default:
@@ -148,7 +148,7 @@ class SelectedGrad(Tensor):
                 self, self.positions.to(device), selected, self._before_reading, dtype=kwargs.get("dtype") or self.dtype
             )
         if func is aten.linalg_vector_norm.default and not any(others[1:]):
-            return func(_to_measure(self), *others, **kwargs)
+            return func(_operand(self, func), *others, **kwargs)
         if func is aten.add_.Tensor and isinstance(others[0], Tensor) and others[0].shape == self.shape:
             self.selected.add_(self._selected_of(others[0]), **kwargs)
             return self
@@ -165,13 +165,9 @@ class SelectedGrad(Tensor):
         return grad.selected
 
 
-def _values(grad: SelectedGrad) -> Tensor:
-    return grad.selected
-
-
-def _to_measure(grad: SelectedGrad) -> Tensor:
-    """The values, or a zero for none, of which torch has no largest."""
-    return grad.selected if grad.selected.numel() else grad.selected.new_zeros(1)
+def _operand(grad: SelectedGrad, func: Any) -> Tensor:
+    """The values; for a norm a zero in place of none, of which torch has no largest."""
+    return grad.selected.new_zeros(1) if func in _NORMS and not grad.selected.numel() else grad.selected
 
 
 def _unsupported(operation: object) -> InvalidArgumentError:
