@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from safekern import Mask, Scores, models, training
 from safekern.checkpoint import Patched, fingerprint
-from safekern.cli import main, tuning
+from safekern.cli import main, options, tuning
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
 from safekern.prompts import Pairs
 
@@ -95,6 +95,14 @@ class TestScore:
         ):
             assert main([*command, "--scores", "less/scores.safetensors"]) == 1
             assert f"safekern {command[0]}: {said}" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("dtype", ["auto", "float32"])
+    def test_slow_products_are_noted(self, folder, monkeypatch, capsys, dtype):
+        monkeypatch.setattr(options, "multiplies_slowly", lambda dtype: dtype == torch.bfloat16)
+        arguments = ["--pairs", "harmful.jsonl", "--limit", "1", "--out", "small.safetensors", "--dtype", dtype]
+        assert main(["score", "--model", "base", *arguments]) == 0
+        noted = "no instructions for products of bfloat16 numbers" in capsys.readouterr().err
+        assert noted == (dtype == "auto")
 
     def test_prompts_without_refusals(self, folder):
         (folder / "goals.json").write_text(json.dumps([{"goal": f"Do harm {i}", "target": "Sure"} for i in range(3)]))
@@ -458,7 +466,7 @@ def test_verify(folder, capsys):
         *((weights, noise) for noise in (0.1, 0.5) for weights in ("top", "random", "bottom")),
     ]
     assert found["harmful_prompts"] == found["benign_prompts"] == 3
-    assert found["mask_is_top_of_scores"] is True and "note" not in printed.err
+    assert found["mask_is_top_of_scores"] is True and "note: the mask" not in printed.err
     assert same_bits(before, tensors(folder / "base"))
     assert main([*arguments, "--quick", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

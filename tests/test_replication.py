@@ -1,11 +1,13 @@
 """The experiments of benchmarks/replication, on a tiny model: they run, resume, hold out, and report."""
 
+import contextlib
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from language_models import byte_tokenizer, tiny_llama
 
 import safekern
@@ -15,7 +17,7 @@ from safekern.prompts import Pairs
 # Last, so that an installed safekern is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.replication import judge, masks, protection, report, spa, tuning
+from benchmarks.replication import judge, masks, precision, protection, report, spa, tuning
 from benchmarks.replication import set as set_experiment
 from benchmarks.replication.__main__ import main
 from benchmarks.replication.lab import Data, LeakError, label
@@ -66,6 +68,65 @@ def test_two_models_in_folders_of_one_name_are_two(tmp_path):
     assert first == same != other
     assert label("org/model") == "org--model"
     assert label(str(folders[0] / "model.safetensors")) != label(str(folders[1] / "model.safetensors"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bf16_products_are_those_of_autocast_where_a_processor_has_none(monkeypatch, training):
+    model = tiny_llama()
+
+    def outcome(*contexts):
+        products = []
+        with contextlib.ExitStack() as stack:
+            for context in (torch.set_grad_enabled(training), *contexts, Recorded(products)):
+                stack.enter_context(context)
+            logits = model(torch.arange(60).view(3, 20), use_cache=False).logits
+        if training:
+            logits.float().square().mean().backward()
+        grads = [param.grad for param in model.parameters() if param.grad is not None]
+        assert len(grads) == training * len(list(model.parameters()))
+        model.zero_grad()
+        return [logits.detach().float(), *grads], set(products), logits.dtype
+
+    cpu = torch.device("cpu")
+    exact, *_ = outcome()
+    monkeypatch.setattr(precision, "multiplies_slowly", lambda dtype: False)
+    native, *of_native = outcome(precision.bf16_products(cpu), precision.bf16_products(cpu))
+    monkeypatch.setattr(precision, "multiplies_slowly", lambda dtype: True)
+    emulated, *of_emulated = outcome(precision.bf16_products(cpu), precision.bf16_products(cpu))
+    assert of_native == [{torch.bfloat16}, torch.bfloat16]
+    assert of_emulated == [{torch.float32}, torch.bfloat16]
+    for one, other, true in zip(native, emulated, exact, strict=True):
+        # Rounded as often, so as far off.
+        assert 0.5 < (other - true).norm() / (one - true).norm() < 2
+
+
+def test_one_bf16_product_without_instructions_is_rounded_once(monkeypatch):
+    monkeypatch.setattr(precision, "multiplies_slowly", lambda dtype: True)
+    layer = torch.nn.Linear(37, 5, bias=False)
+    values = torch.randn(3, 37)
+    exact = values.bfloat16().double() @ layer.weight.bfloat16().double().T
+    with precision.bf16_products(torch.device("cpu")):
+        found = layer(values)
+        # A second pass in one context has the weights that are cast already.
+        with torch.no_grad():
+            assert torch.equal(layer(values), found) and torch.equal(layer(values), found)
+    # fp32 sums of 37 exact products are off by less than a thousandth of what rounding to bf16 takes.
+    assert ((found.double() - exact).abs() <= 2**-8 * 1.001 * exact.abs() + 1e-6).all()
+    found.sum().backward()
+    assert torch.equal(layer.weight.grad, layer.weight.grad.bfloat16().float())
+
+
+class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the types of numbers that are multiplied."""
+
+    def __init__(self, products):
+        super().__init__()
+        self.products = products
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu):
+            self.products.append(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def results(folder, experiment):

@@ -32,6 +32,7 @@ from safekern.tables import counted
 from safekern.training import SCORING_BATCH_SIZE, in_order
 from safekern.verification import bootstrap, share
 
+from .precision import bf16_products
 from .runs import claimed
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ class Lab:
 
     def computing(self) -> Any:
         """The precision of forward passes; as a context, weights are cast once for all passes in it."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16")
+        return bf16_products(self.device) if self._precision == "bf16" else torch.autocast("cpu", enabled=False)
 
     def _first_token(self, prompt: Prompt, response: str) -> int:
         labels = encode(self.tokenizer, prompt, response)["labels"]

@@ -19,7 +19,7 @@ from safekern.chat import require_template
 from safekern.checkpoint import fingerprint
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
-from safekern.models import left_out, load
+from safekern.models import left_out, load, multiplies_slowly
 from safekern.names import listed
 from safekern.tables import printable
 
@@ -111,7 +111,21 @@ def load_model(args: argparse.Namespace, *, chats: bool = True) -> tuple["PreTra
         if chats:
             require_template(tokenizer)
         model.to(where)  # type: ignore[arg-type]
+    # One that does not chat is not run.
+    if chats and where.type == "cpu":
+        _note_slow_products(model)
     return model, tokenizer
+
+
+def _note_slow_products(model: "PreTrainedModel") -> None:
+    slow = {param.dtype for param in model.parameters() if multiplies_slowly(param.dtype)}
+    for name in (name for name, dtype in _DTYPES.items() if dtype in slow):
+        print(
+            f"note: this processor has no instructions for products of {name} numbers, which take several times as "
+            "long as those of float32: --dtype float32, for every command on this model, is faster, for 2 bytes more "
+            "per weight",
+            file=sys.stderr,
+        )
 
 
 def note_other_weights(mask: Mask, model_fingerprint: str) -> None:
