@@ -8,17 +8,23 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
-from setuptools.modified import newer_group
 
+# pyproject.toml says so too, but without build isolation nobody reads it there.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    sys.exit(
+        f"safekern is built with setuptools 77 or newer, and here is {setuptools.__version__}: run "
+        "`pip install 'setuptools>=77'`, then install safekern again."
+    )
 try:
     import torch
     from torch.utils import cpp_extension
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:
     sys.exit(
-        "safekern compiles its kernels against the PyTorch you use: run `pip install torch setuptools` first, "
-        "then install safekern with `pip install --no-build-isolation`."
+        "safekern compiles its kernels against the PyTorch you use: run `pip install torch` first, then "
+        "install safekern with `pip install --no-build-isolation`."
     )
 
 # The stable ABI of torch 2.11: one binary serves that version and every newer one.
@@ -32,6 +38,7 @@ class BuildKernels(BuildExtension):
     """Compiles the kernels, or says once that safekern will run on something slower instead."""
 
     def run(self) -> None:
+        folders = [Path(self.build_lib, "safekern"), *([Path("safekern")] if self.inplace else [])]
         try:
             super().run()
         except Exception as error:
@@ -44,6 +51,12 @@ class BuildKernels(BuildExtension):
                 "get the kernels (SAFEKERN_REQUIRE_KERNELS=1 makes this an error)."
             )
             self.extensions = []
+        # A package takes all that is in its build folder, and kernels of an earlier build may be of other sources.
+        built = {ext.name for ext in self.extensions}
+        for name in {CPU_NAME, CUDA_NAME} - built:
+            for folder in folders:
+                for library in folder.glob(f"{name.rpartition('.')[2]}.*"):
+                    library.unlink()
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != CUDA_NAME:
@@ -68,12 +81,12 @@ class BuildKernels(BuildExtension):
         nvcc = str(home / "bin" / "nvcc")
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-c", *cuda_flags(), *(f"-I{path}" for path in cpp_extension.include_paths())]
+        command = [nvcc, "-c", *cuda_flags(nvcc), *(f"-I{path}" for path in cpp_extension.include_paths())]
 
         def compile_one(source: str) -> str:
+            # Always: what is there may have been compiled for other GPUs, or with another toolkit.
             target = str(folder / f"{Path(source).stem}.o")
-            if self.force or newer_group([source, *HEADERS, __file__], target):
-                call([*command, source, "-o", target])
+            call([*command, source, "-o", target])
             return target
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
@@ -105,8 +118,9 @@ def flags() -> list[str]:
     return ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
 
 
-def cuda_flags() -> list[str]:
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", cuda_archs())
+def cuda_flags(nvcc: str) -> list[str]:
+    if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_archs(call([nvcc, "--list-gpu-arch"]).split())
     # The same rounding as on the CPU: nothing fused, nothing approximated, denormals kept.
     exact = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
     host = "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"
@@ -114,12 +128,20 @@ def cuda_flags() -> list[str]:
     return ["-O3", *exact, host, macro, *cpp_extension._get_cuda_arch_flags()]
 
 
-def cuda_archs() -> str:
-    """Not those of this machine's GPUs alone, as torch has it: it may have none, or the package may go elsewhere."""
-    here = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
-    # Newer ones translate the PTX.
-    older = [f"{major}.{minor}" for major, minor in sorted(here) if (major, minor) < (8, 0)]
-    return ";".join([*older, "8.0", "9.0+PTX"])
+def cuda_archs(known: list[str]) -> str:
+    """Not those of this machine's GPUs alone, as torch has it: it may have none, or the package may go elsewhere.
+
+    Args:
+        known: What nvcc compiles for, such as ``compute_75``.
+    """
+    try:
+        here = {torch.cuda.get_device_capability(device) for device in range(torch.cuda.device_count())}
+    except RuntimeError:  # a GPU that another process has for itself
+        here = set()
+    # Newer ones translate the PTX; the kernels' parameters take more room than those before sm_70 have.
+    older = [(major, minor) for major, minor in sorted(here) if (7, 0) <= (major, minor) < (8, 0)]
+    named = [f"{major}.{minor}" for major, minor in older if f"compute_{major}{minor}" in known]
+    return ";".join([*named, "8.0", "9.0+PTX"])
 
 
 def cuda_home() -> Path | None:
@@ -142,11 +164,11 @@ def builds_cuda() -> bool:
     return torch.version.cuda is not None and cuda_home() is not None
 
 
-CUDA_NAME = "safekern._C_cuda"
+CPU_NAME, CUDA_NAME = "safekern._C_cpu", "safekern._C_cuda"
 
 extensions = [
     CppExtension(
-        "safekern._C_cpu",
+        CPU_NAME,
         sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
         depends=HEADERS,
         py_limited_api=True,

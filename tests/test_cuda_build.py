@@ -34,14 +34,33 @@ def load_setup(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capabilities", "archs"),
-    [([], "8.0;9.0+PTX"), ([(9, 0), (12, 0)], "8.0;9.0+PTX"), ([(8, 6), (7, 5), (7, 5)], "7.5;8.0;9.0+PTX")],
+    [
+        ([], "8.0;9.0+PTX"),
+        ([(9, 0), (12, 0)], "8.0;9.0+PTX"),
+        ([(8, 6), (7, 5), (7, 5)], "7.5;8.0;9.0+PTX"),
+        # Which the toolkit has given up, and which has no room for the kernels' parameters.
+        ([(8, 6), (7, 0), (6, 1)], "8.0;9.0+PTX"),
+    ],
 )
 def test_older_gpus_of_the_machine_are_compiled_for(monkeypatch, capabilities, archs):
     setup = load_setup(monkeypatch)
     monkeypatch.setattr("torch.cuda.device_count", lambda: len(capabilities))
     monkeypatch.setattr("torch.cuda.get_device_capability", capabilities.__getitem__)
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert setup.cuda_archs() == archs
+    assert setup.cuda_archs(["compute_61", "compute_75", "compute_80", "compute_90"]) == archs
+
+
+def test_a_gpu_that_cannot_be_asked_stops_no_build(monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
+
+    setup = load_setup(monkeypatch)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", busy)
+    assert setup.cuda_archs(["compute_75"]) == "8.0;9.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    # Not even nvcc is asked for more.
+    flags = setup.cuda_flags("nowhere/nvcc")
+    assert [flag for flag in flags if "arch" in flag] == ["-gencode=arch=compute_90,code=sm_90"]
 
 
 @pytest.fixture(scope="module", params=["9.0", pytest.param("8.0", marks=pytest.mark.full)])
@@ -184,3 +203,29 @@ def test_a_failed_cuda_build_leaves_the_other_kernels(tmp_path, monkeypatch, str
     command.build_extension(extension)
     assert [extension.name for extension in command.extensions] == ["safekern._C_cpu"]
     assert len(said) == 1 and "Triton" in said[0]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_kernels_of_an_earlier_build_are_not_left_where_one_failed(tmp_path, monkeypatch, inplace):
+    setup = load_setup(monkeypatch)
+    command = setup.BuildKernels(setuptools.Distribution({"name": "safekern", "ext_modules": setup.extensions[:1]}))
+    command.build_temp, command.build_lib, command.inplace = str(tmp_path / "temp"), str(tmp_path / "lib"), inplace
+    command.ensure_finalized()
+    said = []
+    monkeypatch.setattr(command, "warn", said.append)
+    monkeypatch.setattr(command, "build_extension", lambda extension: setup.call(["false"]))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "lib" / "safekern", tmp_path / "safekern"):
+        folder.mkdir(parents=True)
+        for file in ("_C_cpu.abi3.so", "_C_cuda.abi3.so", "other.py"):
+            (folder / file).touch()
+    command.run()
+    assert len(said) == 1 and "plain PyTorch reference" in said[0]
+    assert [path.name for path in (tmp_path / "lib" / "safekern").iterdir()] == ["other.py"]
+    assert len(list((tmp_path / "safekern").iterdir())) == (1 if inplace else 3)
+
+
+def test_an_old_setuptools_is_explained(monkeypatch):
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match="setuptools 77 or newer, and here is 65"):
+        load_setup(monkeypatch)
