@@ -248,6 +248,9 @@ def large_cases(count):
     spread = torch.randn(count) * torch.logspace(-20, 10, count)
     few = torch.zeros(count)
     few[::1000] = torch.randn(len(range(0, count, 1000)))
+    half_zero = torch.where(torch.rand(count) < 0.5, 0.0, normal)
+    # As many as the ranking wants are not there before the last block.
+    last_zero = torch.cat([normal[count // 4 :].abs() + 1, torch.zeros(count // 4)])
     return {
         "normal": normal,
         "clustered": clustered,
@@ -259,10 +262,13 @@ def large_cases(count):
         "constant": torch.full((count,), 2.0),
         "rounded": normal.bfloat16().float(),
         "zero": torch.zeros(count),
+        "half_zero": half_zero,
+        "last_zero": last_zero,
+        "levels": torch.randint(-4, 5, (count,)).float(),
     }
 
 
-EASY_CASES = ("normal", "constant")
+EASY_CASES = ("normal", "constant", "half_zero")
 
 
 @pytest.mark.parametrize("case", [*EASY_CASES, *in_full(*(case for case in large_cases(1) if case not in EASY_CASES))])
@@ -277,13 +283,43 @@ def test_select_on_large_tensors(backend, case):
 
 
 @pytest.mark.usefixtures("threads")
-def test_select_does_not_depend_on_threads():
-    values = large_cases(SAMPLED)["rounded"]
+@pytest.mark.parametrize("case", ["rounded", "half_zero"])
+def test_select_does_not_depend_on_threads(case):
+    values = large_cases(SAMPLED)[case]
     for count in (1, 2, 3):
         torch.set_num_threads(count)
         assert_selects(
             "torch" if ops.BACKENDS["cpu"].backend == "torch" else COMPILED, [values], torch.ones(1), [13_000]
         )
+
+
+@pytest.mark.skipif(ops.BACKENDS["cpu"].backend != "cpu", reason="the reference computes as torch does")
+@pytest.mark.usefixtures("threads")
+def test_denormals_are_kept_whatever_torch_does_with_them():
+    torch.set_num_threads(2)
+    values = torch.arange(400_000, 0, -1) * 1e-44
+    (want,) = ops.select([values], torch.ones(1), 4_000, True)
+    param, grad, state = torch.zeros(3), torch.full((3,), 1e-20), torch.zeros(3)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor flushes none")
+    try:
+        (found,) = ops.select([values], torch.ones(1), 4_000, True)
+        ops.spa_adamw_(
+            [param],
+            [grad],
+            [torch.empty(0, dtype=torch.int32)],
+            [state.clone()],
+            [state],
+            [1.0],
+            [1.0],
+            **HYPERPARAMETERS,
+        )
+        assert torch.ones(1).mul(1e-40).view(torch.int32).item() == 0  # as torch itself does
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, want)
+    assert torch.equal(found, torch.arange(4_000, dtype=torch.int32))
+    assert state.view(torch.int32).all()
 
 
 @pytest.mark.parametrize("numel", [10, SAMPLED * 3 // 2])

@@ -6,11 +6,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <limits>
+#include <mutex>
 #include <type_traits>
 #include <vector>
 
 #include "../checks.h"
+#include "simd.h"
 
 namespace safekern {
 
@@ -61,10 +64,28 @@ inline std::vector<Chunk> cut(const Tensors& tensors, int64_t chunk_size) {
   return chunks;
 }
 
-// Runs f(i) for i in [0, count) on torch's own threads; on this one alone if there are no more than `grain`.
+// Runs f(begin, end) for ranges that make up [0, count) on torch's own threads; on this one alone if there are no more
+// than `grain`. What f throws arrives here: torch's stable interface would say only that something was thrown.
+template <class F>
+void parallel_ranges(int64_t count, int64_t grain, const F& f) {
+  std::exception_ptr thrown;
+  std::mutex mutex;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const KeptDenormals kept;
+    try {
+      f(begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      if (!thrown) thrown = std::current_exception();
+    }
+  });
+  if (thrown) std::rethrow_exception(thrown);
+}
+
+// Runs f(i) for i in [0, count).
 template <class F>
 void parallel_each(int64_t count, const F& f, int64_t grain = 1) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  parallel_ranges(count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) f(i);
   });
 }

@@ -2,10 +2,12 @@
 //
 // A sample gives a low guess of the k-th key, one streaming pass keeps what reaches it, and histograms over those
 // candidates find the exact key. The sample decides only how much is kept: when it guessed badly, the same histograms
-// run over all the data instead, in bounded memory. Blocks have a fixed size and counters are integers, so the result
-// does not depend on the number of threads.
+// run over all the data instead, in bounded memory. Where it guessed well and too many elements have that very key, as
+// zeros have, what is above it is kept instead, and the first of these ties are looked up. Blocks have a fixed size and
+// counters are integers, so the result does not depend on the number of threads.
 #include <atomic>
 #include <mutex>
+#include <optional>
 
 #include "../arithmetic.h"
 #include "common.h"
@@ -61,7 +63,7 @@ template <class Digit>
 std::vector<int64_t> histogram(int64_t blocks, int bins, const Digit& digit_counts) {
   std::vector<int64_t> total(bins);
   std::mutex mutex;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> local(bins);
     for (int64_t b = begin; b < end; b++) digit_counts(b, local);
     const std::lock_guard<std::mutex> lock(mutex);
@@ -167,10 +169,10 @@ std::vector<SampledLine> sample_lines(const Problem& problem, int64_t count) {
   return lines;
 }
 
-// A key that, going by a sample of cache lines, somewhat more than k elements reach; 0 when a sample cannot tell.
-uint32_t guess_cutoff(const Problem& problem) {
+// A key that, going by a sample of cache lines, somewhat more than k elements reach; none when a sample cannot tell.
+std::optional<uint32_t> guess_cutoff(const Problem& problem) {
   const int64_t number = std::min(kMostSampleLines, problem.numel / (kSampleShare * kLine));
-  if (number < kFewestSampleLines) return 0;
+  if (number < kFewestSampleLines) return std::nullopt;
   const std::vector<SampledLine> lines = sample_lines(problem, number);
   Candidates sample;
   std::vector<uint32_t>& keys = sample.keys.emplace_back(number * kLine);
@@ -187,7 +189,7 @@ uint32_t guess_cutoff(const Problem& problem) {
       static_cast<double>(problem.k) / static_cast<double>(problem.numel) * static_cast<double>(keys.size());
   // The lines of a sample are correlated: eight standard deviations of an independent sample leave room for that.
   const auto rank = static_cast<int64_t>(1.1 * expected + 8 * std::sqrt(expected) + 17);
-  if (rank > static_cast<int64_t>(keys.size())) return 0;
+  if (rank > static_cast<int64_t>(keys.size())) return std::nullopt;
   return find_cutoff(sample, 1, rank).key;
 }
 
@@ -225,7 +227,7 @@ struct Filter {
     constexpr int64_t kVectors = 4, kStep = 8 * kVectors;
     const __m256 sigmas = _mm256_set1_ps(sigma);
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff), flips = _mm256_set1_epi32(static_cast<int32_t>(flip));
-    const __m256i below = _mm256_set1_epi32(static_cast<int32_t>(guess) - 1);
+    const __m256i below = _mm256_set1_epi32(static_cast<int32_t>(guess - 1));
     __m256i highest = _mm256_setzero_si256();
     int64_t i = 0;
     for (; i + kStep <= size; i += kStep) {
@@ -269,7 +271,7 @@ struct Filter {
       const __m512i key = _mm512_and_si512(_mm512_castps_si512(esi), magnitude);
       highest = _mm512_max_epi32(highest, key);
       const __m512i flipped = _mm512_xor_si512(key, flips);
-      const __mmask16 reached = _mm512_cmpge_epi32_mask(flipped, guesses);
+      const __mmask16 reached = _mm512_cmpge_epu32_mask(flipped, guesses);
       // Compressed in the register: an instruction that compresses into memory is several times slower on Zen 4.
       _mm512_storeu_si512(kept_keys + count, _mm512_maskz_compress_epi32(reached, flipped));
       const __m512i chosen = _mm512_maskz_compress_epi32(reached, positions);
@@ -295,14 +297,15 @@ struct Filter {
 
 void check_no_nan(bool nan) { STD_TORCH_CHECK(!nan, "safekern: a score is NaN"); }
 
-// Keeps what reaches the guess, block by block; false when that is more than `capacity` or fewer than k elements.
-bool filter(const Problem& problem, uint32_t guess, int64_t capacity, Candidates& candidates) {
+// Keeps what reaches the guess, block by block, and says how many that are; more than `capacity` are not counted to the
+// end, and what is kept of them is of no use.
+int64_t filter(const Problem& problem, uint32_t guess, int64_t capacity, Candidates& candidates) {
   const int64_t blocks = static_cast<int64_t>(problem.blocks.size());
   candidates.keys.resize(blocks);
   candidates.positions.resize(blocks);
   std::atomic<int64_t> total{0};
   std::atomic<bool> nan{false};
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_ranges(blocks, 1, [&](int64_t begin, int64_t end) {
     Kept kept;
     for (int64_t b = begin; b < end && total.load(std::memory_order_relaxed) <= capacity; b++) {
       const Chunk& block = problem.blocks[b];
@@ -316,8 +319,54 @@ bool filter(const Problem& problem, uint32_t guess, int64_t capacity, Candidates
     if (kept.highest > kInfinityKey) nan = true;
   });
   check_no_nan(nan);
-  return total.load() >= problem.k && total.load() <= capacity;
+  return total;
 }
+
+SAFEKERN_INLINE int64_t count_equal(const float* grad, int64_t numel, float sigma, uint32_t key) {
+  int32_t count = 0;
+  for (int64_t i = 0; i < numel; i++) count += esi_key(grad[i], sigma) == key;
+  return count;
+}
+
+// How many elements have the key in each of the first blocks, up to where there are `quota` of them, and none in the
+// others.
+std::vector<int64_t> find_ties(const Problem& problem, uint32_t key, int64_t quota) {
+  const int64_t blocks = static_cast<int64_t>(problem.blocks.size());
+  std::vector<int64_t> ties(blocks);
+  int64_t done = 0;
+  for (int64_t batch = 16; quota > 0 && done < blocks; batch *= 2) {
+    const int64_t end = std::min(done + batch, blocks);
+    parallel_each(end - done, [&](int64_t i) {
+      const Chunk& block = problem.blocks[done + i];
+      vectorised([&]() SAFEKERN_INLINE_LAMBDA {
+        const float* grad = problem.data(block.tensor) + block.begin;
+        const float sigma = problem.sigma[block.tensor];
+        ties[done + i] = count_equal(grad, block.end - block.begin, sigma, key ^ problem.flip);
+      });
+    });
+    for (; done < end; done++) {
+      if (quota <= 0) ties[done] = 0;
+      quota -= ties[done];
+    }
+  }
+  return ties;
+}
+
+// What is above a key, and all elements of the blocks in which some of those that have it are wanted.
+struct WithTies {
+  const Problem& problem;
+  const Candidates& candidates;
+  std::vector<int64_t> ties;
+
+  template <class F>
+  void visit(int64_t b, const F& f) const {
+    if (ties[b] > 0) {
+      EveryElement{problem}.visit(b, f);
+    } else {
+      candidates.visit(b, f);
+    }
+  }
+};
 
 SAFEKERN_INLINE bool any_nan(const float* grad, int64_t numel, float sigma) {
   int32_t highest = 0;
@@ -341,17 +390,24 @@ Tensors select(Tensors grads, Tensor sigma, int64_t k, bool largest) {
   check_select(grads, sigma, k);
   Problem problem{grads, sigma.const_data_ptr<float>(), k, 0, largest ? 0 : kFlipKey, cut(grads, kBlock)};
   for (const Tensor& grad : grads) problem.numel += grad.numel();
-  const uint32_t guess = guess_cutoff(problem);
-  const int64_t capacity = k + k / 3 + kBlock;
-  Candidates candidates;
-  if (guess > 0 && filter(problem, guess, capacity, candidates)) {
-    const auto blocks = static_cast<int64_t>(problem.blocks.size());
-    return emit(problem, candidates, find_cutoff(candidates, blocks, k));
+  const auto blocks = static_cast<int64_t>(problem.blocks.size());
+  if (const std::optional<uint32_t> guess = guess_cutoff(problem)) {
+    const int64_t capacity = k + k / 3 + kBlock;
+    Candidates candidates;
+    // Everything reaches 0.
+    int64_t reached = *guess > 0 ? filter(problem, *guess, capacity, candidates) : capacity + 1;
+    const bool tied = reached > capacity;
+    if (tied) reached = filter(problem, *guess + 1, capacity, candidates);
+    if (reached >= k && reached <= capacity) return emit(problem, candidates, find_cutoff(candidates, blocks, k));
+    if (tied && reached < k) {
+      // More than k reach the guess, so that it is the key to be found.
+      const Cutoff cutoff{*guess, k - reached};
+      return emit(problem, WithTies{problem, candidates, find_ties(problem, cutoff.key, cutoff.ties)}, cutoff);
+    }
   }
   check_no_nan(has_nan(problem));
-  candidates = {};
   const EveryElement everything{problem};
-  return emit(problem, everything, find_cutoff(everything, static_cast<int64_t>(problem.blocks.size()), k));
+  return emit(problem, everything, find_cutoff(everything, blocks, k));
 }
 
 }  // namespace

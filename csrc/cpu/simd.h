@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__) || defined(_M_X64)
+#include <xmmintrin.h>
+#endif
+
 #if (defined(__GNUC__) || defined(__clang__)) && defined(__x86_64__)
 #define SAFEKERN_X86 1
 #define SAFEKERN_INLINE inline __attribute__((always_inline))
@@ -52,6 +56,33 @@ void vectorised(const F& f) {
 #endif
   f();
 }
+
+// Denormals are values as all others on this thread for as long as this lives. torch.set_flush_denormal(True) makes
+// them zeros, on the thread that calls it alone, so that results would depend on which thread computes what.
+class KeptDenormals {
+ public:
+#if defined(__SSE2__) || defined(_M_X64)
+  KeptDenormals() : control_(_mm_getcsr()) { _mm_setcsr(control_ & ~0x8040u); }
+  ~KeptDenormals() { _mm_setcsr(control_); }
+
+ private:
+  unsigned control_;
+#elif defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__))
+  KeptDenormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(control_));
+    asm volatile("msr fpcr, %0" ::"r"(control_ & ~(uint64_t{1} << 24)));
+  }
+  ~KeptDenormals() { asm volatile("msr fpcr, %0" ::"r"(control_)); }
+
+ private:
+  uint64_t control_;
+#else
+  KeptDenormals() {}
+#endif
+ public:
+  KeptDenormals(const KeptDenormals&) = delete;
+  KeptDenormals& operator=(const KeptDenormals&) = delete;
+};
 
 template <class To, class From>
 SAFEKERN_INLINE To bit_copy(From from) {
