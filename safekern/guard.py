@@ -163,10 +163,12 @@ class GuardJudge:
             ScoringError: every response is empty.
             NonFiniteError: NaN or infinity in the guard's answer, its gradient, or the model's logits.
         """
-        if isinstance(batch, (str, Mapping)) or not isinstance(batch, Sequence) or not batch:
+        if isinstance(batch, (str, Mapping)) or not isinstance(batch, Sequence):
             raise InvalidArgumentError(
                 "a batch of GuardJudge is a list of prompts, such as prompts[:8]: the model writes the responses itself"
             )
+        if not batch:
+            raise InvalidArgumentError("a batch of GuardJudge is empty: cut batches from the prompts that there are")
         asked = [prompt_ids(self._tokenizer, prompt) for prompt in batch]
         answers = [self._vocabularies.show(ids) for ids in self._respond(model, asked)]
         if not any(answer.ids for answer in answers):

@@ -1,7 +1,9 @@
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -154,6 +156,41 @@ def test_interrupt(monkeypatch, capsys):
     monkeypatch.setattr(demo, "load_smollm2", interrupted)
     assert main(["demo"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_termination_puts_back_what_an_interrupt_does(monkeypatch, capsys):
+    cleaned = []
+
+    def terminated():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except BaseException as error:
+            cleaned.append(isinstance(error, KeyboardInterrupt))
+            raise
+
+    monkeypatch.setattr(demo, "load_smollm2", terminated)
+    assert main(["demo"]) == 143
+    assert "safekern demo: terminated" in capsys.readouterr().err
+    assert cleaned == [True]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_handlers_of_the_caller_stay(monkeypatch):
+    def mine(*_):
+        pass
+
+    monkeypatch.setattr(demo, "load_smollm2", lambda: os.kill(os.getpid(), signal.SIGTERM) or interrupt())
+
+    def interrupt():
+        assert signal.getsignal(signal.SIGTERM) is mine
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        assert main(["demo"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["demo", "--help"], ["report", "--help"], ["--version"]])

@@ -478,10 +478,16 @@ def test_no_chat_template():
             GuardJudge(llama(259), *map(byte_tokenizer, pair))
 
 
-@pytest.mark.parametrize("batch", ["Hi", [], encode(byte_tokenizer(), "Hi", "No."), 3])
-def test_wrong_batches(batch):
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        *((batch, "is a list of prompts") for batch in ("Hi", "", encode(byte_tokenizer(), "Hi", "No."), 3)),
+        ([], "is empty: cut batches"),
+    ],
+)
+def test_wrong_batches(batch, message):
     judge = GuardJudge(llama(259), byte_tokenizer(), byte_tokenizer())
-    with pytest.raises(InvalidArgumentError, match="is a list of prompts"):
+    with pytest.raises(InvalidArgumentError, match=message):
         judge(tiny_llama(), batch)
 
 

@@ -5,12 +5,15 @@
 """
 
 import argparse
+import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from safekern._version import __version__
 from safekern.cli import apply, bench, demo, diff, doctor, report, score, spa, verify
@@ -18,15 +21,20 @@ from safekern.cli import set as set_command
 from safekern.errors import SafekernError
 from safekern.tables import printable
 
+
+class _TerminatedError(KeyboardInterrupt):
+    """SIGTERM, as from a job's scheduler: what Ctrl-C puts back and removes is put back and removed."""
+
+
 _COMMANDS = (demo, score, set_command, spa, verify, report, apply, diff, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status.
 
-    0, what the command decides, 1 for an error that was explained (one of writing the output, too), 130 for Ctrl-C, or
-    141 where whoever reads the output went away. ``safekern diff`` is like ``diff``: 1 says that the masks differ, and
-    2 that there was an error.
+    0, what the command decides, 1 for an error that was explained (one of writing the output, too), 130 for Ctrl-C, 143
+    for SIGTERM, or 141 where whoever reads the output went away. ``safekern diff`` is like ``diff``: 1 says that the
+    masks differ, and 2 that there was an error.
 
     Args:
         argv: the arguments after the program's name; by default those of this process.
@@ -93,11 +101,30 @@ def _run(argv: Sequence[str] | None, args: argparse.Namespace) -> int:
     parser.parse_args(argv, args)
     args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return int(args.run(args) or 0)
+        with _told_of_termination():
+            return int(args.run(args) or 0)
     except SafekernError as error:
         # Line by line, since some have several.
         print("\n".join(map(printable, f"{_name(args)}: {error}".split("\n"))), file=sys.stderr)
         return int(getattr(args, "error_status", 1))
-    except KeyboardInterrupt:
-        print(f"{_name(args)}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        terminated = isinstance(stopped, _TerminatedError)
+        print(f"{_name(args)}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+        return 143 if terminated else 130
+
+
+@contextlib.contextmanager
+def _told_of_termination() -> Iterator[None]:
+    def tell(*_: Any) -> None:
+        raise _TerminatedError
+
+    # Another thread can set no handler, and a program that has its own keeps it.
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -183,7 +183,9 @@ def _load_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise _UnavailableError("the package triton is not installed")
     if not INTERPRETED and torch.version.cuda is None:
-        raise _UnavailableError("this PyTorch is built without CUDA")
+        # They compile for AMD's GPUs, and nobody has run them there yet.
+        built = "for ROCm, on which safekern's kernels are untested" if torch.version.hip else "without CUDA"
+        raise _UnavailableError(f"this PyTorch is built {built}")
     for name in OPS:
         _LIBRARY.impl(name, _from_triton(name), "CPU" if INTERPRETED else "CUDA")
 

@@ -215,13 +215,19 @@ def table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
         return torch.tensor(content, dtype=torch.int64)
     if torch.cuda.is_current_stream_capturing():
         return _written_table(content, device)
+    copied = _table_of_one if len(content[0]) == 1 else _table_of_several
     # On another stream the copy might not have happened yet.
-    return _copied_table(content, device, torch.cuda.current_stream(device).cuda_stream)
+    return copied(content, device, torch.cuda.current_stream(device).cuda_stream)
 
 
-@functools.lru_cache(maxsize=64)
-def _copied_table(content: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
+def _copied(content: tuple[tuple[int, ...], ...], device: torch.device, stream: int) -> Tensor:
     return torch.tensor(content, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+
+
+# A step with in_backward=True makes one for every parameter, in the order of backward: a cache that holds fewer would
+# have dropped each of them by the next step.
+_table_of_one = functools.lru_cache(maxsize=8192)(_copied)
+_table_of_several = functools.lru_cache(maxsize=64)(_copied)
 
 
 def _written_table(content: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
