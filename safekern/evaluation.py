@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from safekern.arguments import check_whole_number
-from safekern.chat import IGNORED, Prompt, answer_logits, answer_targets, encode, messages_of, prompt_ids
+from safekern.chat import (
+    IGNORED,
+    Prompt,
+    answer_logits,
+    answer_targets,
+    check_no_table,
+    encode,
+    messages_of,
+    prompt_ids,
+)
 from safekern.errors import InvalidArgumentError, JudgeError
 from safekern.generation import generate
 from safekern.modes import inference
@@ -392,6 +401,7 @@ def _listed(name: str, texts: Sequence[_T]) -> list[_T]:
     """Whatever holds texts in an order, such as a column of pandas, as a list."""
     if isinstance(texts, str):
         raise InvalidArgumentError(f"{name} is one str, but must be a sequence of them: put it in a list")
+    check_no_table(name, texts)
     if not (hasattr(texts, "__len__") and isinstance(texts, Iterable)) or isinstance(texts, Mapping):
         raise InvalidArgumentError(f"{name} is of type {type(texts).__name__}, but must be a sequence: pass a list")
     return list(texts)
