@@ -49,6 +49,17 @@ class TestReport:
         assert capsys.readouterr().out == "Written to page.html\n"
         assert (folder / "page.html").read_text().startswith("<!doctype html>")
 
+    def test_html_replaces_pages_only(self, folder, capsys):
+        pytest.importorskip("matplotlib")
+        (folder / "page.html").write_text("<!doctype html>\n<title>mine</title>\n")
+        assert main(["report", "mask.safetensors", "--html", "page.html"]) == 1
+        assert "page.html: exists already and is nothing that this command wrote" in capsys.readouterr().err
+        assert "mine" in (folder / "page.html").read_text()
+        (folder / "page.html").write_bytes(b"")
+        for mask in ("mask", "random"):
+            assert main(["report", f"{mask}.safetensors", "--html", "page.html"]) == 0
+            assert f"{mask}.safetensors" in (folder / "page.html").read_text()
+
     def test_json(self, folder, capsys):
         compare = ["--compare", "random.safetensors", "mask.safetensors"]
         assert main(["report", "mask.safetensors", "--scores", "scores.safetensors", *compare, "--json"]) == 0

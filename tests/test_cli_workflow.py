@@ -205,7 +205,7 @@ class TestSet:
         data = ["--data", "benign.jsonl", "--rehearsal", "0"] if command == "spa" else SMALL
         arguments = ["--model", "base", "--mask", "run/mask.safetensors", "--iterations", "1", *data, "--out", "mine"]
         assert main([command, *arguments]) == 1
-        assert "is no report of this command" in capsys.readouterr().err
+        assert f"{command}.json: exists already, and it does not say that" in capsys.readouterr().err
         assert report.read_text() == "mine" and list(report.parent.iterdir()) == [report]
 
     @pytest.mark.parametrize("command", ["set", "spa"])
@@ -468,7 +468,14 @@ def test_verify(folder, capsys):
     assert found["harmful_prompts"] == found["benign_prompts"] == 3
     assert found["mask_is_top_of_scores"] is True and "note: the mask" not in printed.err
     assert same_bits(before, tensors(folder / "base"))
-    assert main([*arguments, "--quick", "--json"]) == 0
+    for name in ("run/set.json", "harmful2.jsonl", "run/delta.safetensors"):
+        content = b'{"command": "set", "written": ["set.json"]}'
+        (folder / name).write_bytes(content)
+        assert main([*arguments, "--out", name]) == 1
+        assert f"{name}: exists already and is nothing that this command wrote" in capsys.readouterr().err
+        assert (folder / name).read_bytes() == content
+    assert main([*arguments, "--quick", "--json", "--out", "verify.json"]) == 0
+    assert json.loads((folder / "verify.json").read_text())["rows"] != found["rows"]
     found = json.loads(capsys.readouterr().out)
     assert [row["weights"] for row in found["rows"]] == ["none", "top", "random", "top", "random"]
     assert found["mask_is_top_of_scores"] is None

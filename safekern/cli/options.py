@@ -198,17 +198,18 @@ def prepare_folder(folder: Path, file: str, kind: str | None = None) -> None:
     files.check_writable(folder / file, kind)
 
 
-def check_output(option: str, path: Path, inputs: Iterable[Path | str | None]) -> None:
-    """Makes sure that a file can be written, and that it takes the place of none that the command reads.
+def check_output(option: str, path: Path, inputs: Iterable[Path | str | None], mark: bytes | None = None) -> None:
+    """Makes sure that a file can be written, and takes the place of nothing but what the command wrote there before.
 
     Args:
         option: which names the file.
         path: the file.
-        inputs: files, and folders with files; None and what is not there are passed over.
+        inputs: files, and folders with files, that the command reads; None and what is not there are passed over.
+        mark: what stands in the first 8 KiB of every file that the command writes there; without it, of any.
 
     Raises:
-        InvalidArgumentError: it is one of them.
-        FileAccessError: it cannot be written.
+        InvalidArgumentError: it is one that the command reads.
+        FileAccessError: it is something else, or cannot be written.
     """
     given = [Path(source) for source in inputs if source is not None]
     files_in = [file for source in given for file in (source.iterdir() if source.is_dir() else [source])]
@@ -218,14 +219,22 @@ def check_output(option: str, path: Path, inputs: Iterable[Path | str | None]) -
                 f"{option} {path}: would overwrite {file}, which the command reads; give another"
             )
     files.check_writable(path)
+    if mark is not None and path.exists():
+        with files.reading(path) as old:
+            start = old.read(8192)
+        if start and mark not in start:
+            raise FileAccessError(
+                f"{path}: exists already and is nothing that this command wrote, so it is not replaced; give another "
+                f"{option}, or move it away"
+            )
 
 
 def check_replaceable(path: Path, report: Path) -> None:
     """Makes sure that what stands where a result goes may be replaced: nothing, or what the command wrote there before.
 
     Args:
-        path: where the model, or a picture, goes.
-        report: the JSON file that the command writes beside it; under ``"written"`` it lists what it wrote.
+        path: where the model, a picture, or the report itself goes.
+        report: the JSON file that the command writes there, too; under ``"written"`` it lists what it wrote.
 
     Raises:
         FileAccessError: it is something else.
@@ -233,22 +242,10 @@ def check_replaceable(path: Path, report: Path) -> None:
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     if (f"{path.name}/" if path.is_dir() else path.name) not in written_before(report):
+        says = "it" if path == report else report
         raise FileAccessError(
-            f"{path}: exists already, and {report} does not say that this command wrote it, so it is not replaced; "
+            f"{path}: exists already, and {says} does not say that this command wrote it, so it is not replaced; "
             "give another --out, or move it away"
-        )
-
-
-def check_report(path: Path) -> None:
-    """Makes sure that a report takes the place of nothing but one.
-
-    Raises:
-        FileAccessError: something else is there.
-    """
-    if path.exists() and not written_before(path):
-        raise FileAccessError(
-            f"{path}: exists already and is no report of this command, so it is not replaced; give another --out, or "
-            "move it away"
         )
 
 

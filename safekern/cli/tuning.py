@@ -92,7 +92,7 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
         )
     options.prepare_folder(args.out, _FILE)
     options.check_output("--out", args.out / report, inputs.values())
-    options.check_report(args.out / report)
+    options.check_replaceable(args.out / report, args.out / report)
     exists = (args.out / _FILE).exists()
     if args.resume and not exists:
         raise FileAccessError(f"{args.out / _FILE}: no such file, so there is no run to resume; leave --resume out")

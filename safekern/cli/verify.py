@@ -36,6 +36,8 @@ attacks succeeded under five on one mask): repeat it with --seed 1 and --seed 2 
 """
 _QUICK_LIMIT, _LIMIT = 16, 64
 _QUICK_NOISE = (0.1, 0.38)
+# With which a result begins.
+_MARK = b'{\n  "command": "verify",'
 
 
 def add_parser(commands: Any) -> None:
@@ -86,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: an option or a file is wrong, found out before the long work starts.
     """
     if args.out is not None:
-        options.check_output("--out", args.out, (args.mask, args.scores, args.harmful, args.benign, args.model))
+        inputs = (args.mask, args.scores, args.harmful, args.benign, args.model)
+        options.check_output("--out", args.out, inputs, _MARK)
     limit = args.limit or (_QUICK_LIMIT if args.quick else _LIMIT)
     harmful = builtin("harmful", "eval").prompts if args.harmful is None else load_prompts(args.harmful)
     benign = builtin("benign", "eval") if args.benign is None else load(args.benign)
@@ -115,6 +118,7 @@ def run(args: argparse.Namespace) -> None:
             report=_say,
         )
     result = {
+        "command": "verify",
         "model": options.without_folders(args.model),
         "model_fingerprint": fingerprint,
         "mask": options.without_folders(args.mask),
