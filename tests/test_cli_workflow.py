@@ -54,6 +54,10 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr("safekern.cli.tuning.tune", interrupted)
 
 
+def no_model(args):
+    pytest.fail("the model was loaded")
+
+
 class TestScore:
     def test_the_mask_says_where_it_comes_from(self, folder):
         mask = Mask.load("run/mask.safetensors")
@@ -284,12 +288,14 @@ class TestSet:
             assert set_command("--checkpoint-every", "2", out="parts", iterations=7) == 130
         assert (folder / "parts" / "training.safetensors").exists()
         assert not (folder / "parts" / "delta.safetensors").exists()
-        assert set_command("--save-model", out="parts", iterations=7) == 1
-        assert "add --resume" in capsys.readouterr().err
-        assert set_command("--save-model", "--resume", "--refusal-weight", "0.5", out="parts", iterations=7) == 1
-        assert "refusal_weight was 0.16 and is 0.5" in capsys.readouterr().err
-        assert set_command("--save-model", "--resume", out="parts", iterations=3) == 1
-        assert "has taken 4 of" in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr(options, "load_model", no_model)
+            assert set_command("--save-model", out="parts", iterations=7) == 1
+            assert "add --resume" in capsys.readouterr().err
+            assert set_command("--save-model", "--resume", "--refusal-weight", "0.5", out="parts", iterations=7) == 1
+            assert "refusal_weight was 0.16 and is 0.5. Use the same" in capsys.readouterr().err
+            assert set_command("--save-model", "--resume", out="parts", iterations=3) == 1
+            assert "has taken 4 of" in capsys.readouterr().err
         assert set_command("--save-model", "--resume", out="parts", iterations=7) == 0
         assert same_bits(tensors(folder / "whole" / "model"), tensors(folder / "parts" / "model"))
         for name in ("losses", "tuned_fingerprint"):
@@ -490,7 +496,8 @@ def test_verify_notes_scores_that_are_not_those_of_the_mask(folder, capsys):
     assert json.loads(printed.out)["mask_is_top_of_scores"] is False
 
 
-SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "new"]
+MASK = ["--mask", "run/mask.safetensors"]
+SPA = ["spa", "--model", "base", *MASK, "--data", "benign.jsonl", "--out", "new"]
 
 
 @pytest.mark.parametrize(
@@ -518,7 +525,7 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
             ["set", "--model", "base", "--mask", "mixed/delta.safetensors", "--out", "mixed"],
             "of kind 'delta'",
         ),
-        (["set", "--model", "base", "--mask", "x", "--benign", "run/set.json", "--out", "run"], "would overwrite"),
+        (["set", "--model", "base", *MASK, "--benign", "run/set.json", "--out", "run"], "would overwrite"),
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--out", "mask.link"], "would overwrite run"),
         (
             ["verify", "--model", "base", "--mask", "run/mask.safetensors", "--out", "base/config.json"],
@@ -551,7 +558,7 @@ def test_refusals(folder, arguments, message, capsys):
     (folder / "mixed").mkdir()
     for name in ("scores", "delta"):
         shutil.copy("run/mask.safetensors", f"mixed/{name}.safetensors")
-    (folder / "run" / "set.json").write_text("[]")
+    (folder / "run" / "set.json").write_text(json.dumps(BENIGN))
     (folder / "mask.link").symlink_to("run/mask.safetensors")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(arguments) == 1
@@ -559,6 +566,19 @@ def test_refusals(folder, arguments, message, capsys):
     assert message in printed.err
     assert printed.out == ""
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["set", *SMALL, "--out", "new"], SPA, ["verify", *SMALL, "--out", "new.json"]],
+    ids=lambda given: given[0],
+)
+def test_a_mask_that_cannot_be_read_is_found_before_long_work(folder, monkeypatch, capsys, command):
+    monkeypatch.setattr(options, "load_model", no_model)
+    for mask, message in (("absent.safetensors", "no such file"), ("run/scores.safetensors", "not 'mask'")):
+        assert main([*command, "--model", "base", "--mask", mask]) == 1
+        assert message in capsys.readouterr().err
+    assert not (folder / "new").exists()
 
 
 @pytest.mark.parametrize(

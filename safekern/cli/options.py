@@ -149,17 +149,16 @@ def note_left_out(model: "PreTrainedModel") -> None:
         )
 
 
-def load_mask(path: Path, model: "PreTrainedModel") -> tuple[Mask, str]:
-    """A mask that fits the model, and the fingerprint of the model's weights.
+def check_mask(mask: Mask, model: "PreTrainedModel") -> str:
+    """Makes sure that a mask fits the model, and returns the fingerprint of the model's weights.
 
     Raises:
-        SafekernError: the mask cannot be read or does not fit.
+        MaskMismatchError: it does not fit.
     """
-    mask = Mask.load(path)
     mask.check(model)
     found = fingerprint(model)
     note_other_weights(mask, found)
-    return mask, found
+    return found
 
 
 def device(name: str | None) -> torch.device:

@@ -8,6 +8,7 @@ from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import options, tuning
 from safekern.delta import save_delta
 from safekern.errors import InvalidArgumentError, SafekernError
+from safekern.mask import Mask
 from safekern.models import save
 from safekern.optim import SETAdamW
 from safekern.resume import Weights
@@ -68,15 +69,17 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
     """
-    tuning.prepare(args, "set.json", saves_model=args.save_model)
-    files.check_writable(args.out / "delta.safetensors", "delta")
+    mask = Mask.load(args.mask)
     harmful, benign = tuning.read_pairs(args)
     check_balance(args.batch_size, args.refusal_weight)
+    settings = {"command": "set", "mask": mask.fingerprint, "refusal_weight": args.refusal_weight}
+    tuning.prepare(args, "set.json", settings, saves_model=args.save_model)
+    files.check_writable(args.out / "delta.safetensors", "delta")
     model, tokenizer = options.load_model(args)
     if args.save_model:
         options.note_left_out(model)
+    base = options.check_mask(mask, model)
     digests = tuning.check_pairs(model, tokenizer, {"--harmful": harmful, "--benign": benign})
-    mask, base = options.load_mask(args.mask, model)
     selected = mask.parameters(model)
     weights = Weights(selected)
     original = weights.read()
@@ -96,13 +99,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             skip=skip,
         ),
-        {
-            "command": "set",
-            "model": base,
-            "mask": mask.fingerprint,
-            **digests,
-            "refusal_weight": args.refusal_weight,
-        },
+        {**settings, "model": base, **digests},
     )
     before: dict[str, Any] = dict(model.named_parameters())
     before |= {

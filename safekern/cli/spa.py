@@ -10,6 +10,7 @@ import torch
 from safekern.checkpoint import fingerprint
 from safekern.cli import options, tuning
 from safekern.errors import InvalidArgumentError, ProtectionError
+from safekern.mask import Mask
 from safekern.models import save
 from safekern.optim import SPAAdamW
 from safekern.prompts import load
@@ -85,20 +86,27 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
     """
-    tuning.prepare(args, "spa.json", saves_model=True)
+    mask = Mask.load(args.mask)
     pairs = load(args.data)
     if (args.harmful or args.benign) and not args.rehearsal:
         raise InvalidArgumentError("--harmful and --benign mean nothing with --rehearsal 0: leave them out")
     harmful, benign = tuning.read_pairs(args)
     check_rehearsal(args.rehearsal)
+    settings = {
+        "command": "spa",
+        "mask": mask.fingerprint,
+        "rehearsal": args.rehearsal,
+        "refusal_weight": REFUSAL_WEIGHT,
+    }
+    tuning.prepare(args, "spa.json", settings, saves_model=True)
     rehearsed = {"benign": benign, "harmful": harmful} if args.rehearsal else {}
     for kind, those in rehearsed.items():
         _note_passes(args, kind, len(those))
     model, tokenizer = options.load_model(args)
     options.note_left_out(model)
+    base = options.check_mask(mask, model)
     sources = {"--data": pairs, **{f"--{kind}": those for kind, those in rehearsed.items()}}
     digests = tuning.check_pairs(model, tokenizer, sources)
-    mask, base = options.load_mask(args.mask, model)
     if any(param.dtype.itemsize < 4 for param in model.parameters()):
         print(
             f"note: 16-bit weights round most steps of --lr {args.lr:g} away, so the model learns little; --dtype "
@@ -124,14 +132,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             skip=skip,
         ),
-        {
-            "command": "spa",
-            "model": base,
-            "mask": mask.fingerprint,
-            **digests,
-            "rehearsal": args.rehearsal,
-            "refusal_weight": REFUSAL_WEIGHT,
-        },
+        {**settings, "model": base, **digests},
     )
     for name in protected.changed(original):
         raise ProtectionError(f"protected weights of {name} have changed; nothing was written. Please report this")

@@ -64,12 +64,13 @@ def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float,
     group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
 
 
-def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None:
+def prepare(args: argparse.Namespace, report: str, settings: dict[str, Any], *, saves_model: bool) -> None:
     """Makes sure that the run can be written, replaces nothing else, and neither loses nor misses an interrupted one.
 
     Args:
         args: the options of `add_training`.
         report: the name of the report in ``--out``.
+        settings: of the run, beside those of `add_training`, as far as they are known without the model.
         saves_model: whether the whole model is written there, too.
 
     Raises:
@@ -100,6 +101,16 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
         raise InvalidArgumentError(
             f"{args.out / _FILE}: an interrupted run; add --resume to go on with it, or remove the file"
         )
+    if args.resume:
+        taken = resume.check(args.out / _FILE, _with_training(args, settings))
+        if taken > args.iterations:
+            raise InvalidArgumentError(
+                f"{args.out / _FILE}: has taken {taken} of --iterations {args.iterations} already"
+            )
+
+
+def _with_training(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **{name: getattr(args, name) for name in ("lr", "batch_size", "seed")}}
 
 
 def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
@@ -172,11 +183,9 @@ def train(
         SafekernError: the run to resume is another one, or something of training.
     """
     path = args.out / _FILE
-    settings = {**settings, **{name: getattr(args, name) for name in ("lr", "batch_size", "seed")}}
+    settings = _with_training(args, settings)
     run = resume.load(path, settings) if args.resume else None
     if run is not None:
-        if len(run.losses) > args.iterations:
-            raise InvalidArgumentError(f"{path}: has taken {len(run.losses)} of --iterations {args.iterations} already")
         weights.write(run.weights)
     optimizer = make_optimizer()
     if run is not None:

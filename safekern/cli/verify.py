@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safekern.cli import options
+from safekern.mask import Mask
 from safekern.prompts import builtin, load, load_prompts
 from safekern.report import load_all, top_beside
 from safekern.tables import printable
@@ -90,12 +91,13 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         inputs = (args.mask, args.scores, args.harmful, args.benign, args.model)
         options.check_output("--out", args.out, inputs, _MARK)
+    mask = Mask.load(args.mask)
     limit = args.limit or (_QUICK_LIMIT if args.quick else _LIMIT)
     harmful = builtin("harmful", "eval").prompts if args.harmful is None else load_prompts(args.harmful)
     benign = builtin("benign", "eval") if args.benign is None else load(args.benign)
     scores = None if args.scores is None else load_all(args.scores)
     model, tokenizer = options.load_model(args)
-    mask, fingerprint = options.load_mask(args.mask, model)
+    fingerprint = options.check_mask(mask, model)
     ranked = None if scores is None else top_beside(mask, scores).equal
     if ranked is False:
         print(
