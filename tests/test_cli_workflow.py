@@ -58,6 +58,9 @@ def no_model(args):
     pytest.fail("the model was loaded")
 
 
+RESCORE = ["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--save-scores", "--out", "run"]
+
+
 class TestScore:
     def test_the_mask_says_where_it_comes_from(self, folder):
         mask = Mask.load("run/mask.safetensors")
@@ -107,6 +110,16 @@ class TestScore:
         assert main(["score", "--model", "base", *arguments]) == 0
         noted = "no instructions for products of bfloat16 numbers" in capsys.readouterr().err
         assert noted == (dtype == "auto")
+
+    def test_scores_of_an_earlier_run_do_not_stay_beside_another_mask(self, folder, capsys):
+        before = (folder / "run" / "mask.safetensors").read_bytes()
+        again = [*RESCORE, "--limit", "2"]
+        again.remove("--save-scores")
+        assert main(again) == 1
+        assert "scores.safetensors: exists already, and would stay beside" in capsys.readouterr().err
+        assert (folder / "run" / "mask.safetensors").read_bytes() == before
+        assert main([*again, "--save-scores"]) == 0
+        assert Mask.load("run/mask.safetensors") == Scores.load("run/scores.safetensors").top(0.05)
 
     def test_prompts_without_refusals(self, folder):
         (folder / "goals.json").write_text(json.dumps([{"goal": f"Do harm {i}", "target": "Sure"} for i in range(3)]))
@@ -167,7 +180,7 @@ class TestSet:
     def test_apply_where_a_checkpoint_is_loaded_in_another_dtype_than_its_files_have(self, folder, capsys):
         config = json.loads((folder / "base" / "config.json").read_text())
         (folder / "base" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-        assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--out", "run"]) == 0
+        assert main(RESCORE) == 0
         assert set_command() == 0
         capsys.readouterr()
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--in-place"]) == 1
@@ -251,7 +264,7 @@ class TestSet:
         MixtralForCausalLM(MixtralConfig(**config)).to(torch.bfloat16).save_pretrained("base")
         before = tensors(folder / "base")
         assert any(".experts.3." in name for name in before)
-        assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--out", "run"]) == 0
+        assert main(RESCORE) == 0
         assert any("gate_up_proj" in name for name in Mask.load("run/mask.safetensors"))
         assert set_command("--save-model") == 0
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy"]) == 0
