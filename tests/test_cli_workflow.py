@@ -144,6 +144,8 @@ class TestSet:
 
         report = json.loads((folder / "run" / "set.json").read_text())
         assert len(report["losses"]) == report["iterations"] == 4
+        settings = {"dtype": "bfloat16", "harmful": "harmful.jsonl", "benign": "benign.jsonl", "refusal_weight": 0.16}
+        assert report.items() >= settings.items()
         assert report["model_fingerprint"] == mask.meta["model_fingerprint"] == fingerprint(models.load("base")[0])
         assert report["tuned_fingerprint"] == fingerprint(models.load("copy")[0])
         assert not (folder / "run" / "training.safetensors").exists()
@@ -412,6 +414,9 @@ class TestSpa:
             assert self.spa("--rehearsal", share, out=share) == 0
             report = json.loads((folder / share / "spa.json").read_text())
             assert report["rehearsal"] == float(share)
+            rehearsed = {"harmful": "built-in", "benign": "built-in", "refusal_weight": 0.16} if float(share) else {}
+            settings = {"dtype": "bfloat16", "data": "benign.jsonl", **rehearsed}
+            assert report.items() >= settings.items() and ("harmful" in report) == bool(rehearsed)
             found[share] = report["losses"][0]
         # Linear in the share, before the first step.
         assert found["0.1"] - found["0"] == pytest.approx((found["0.9"] - found["0"]) / 9, rel=1e-3, abs=1e-5)

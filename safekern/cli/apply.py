@@ -32,7 +32,7 @@ example: the model that `safekern set` made, from the one it started with
   safekern apply --model ./model run/delta.safetensors --out ./aligned
   safekern apply --model smollm2 run/delta.safetensors --out ./aligned
 
-A delta is exact, so --dtype must be what it was for `safekern set`.
+A delta is exact, so --dtype must be what it was for `safekern set` (set.json tells).
 """
 # What folders of models hold beside the safetensors files, by the names that the libraries give.
 _OTHER_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf", "adapter_*")

@@ -119,11 +119,12 @@ def run(args: argparse.Namespace) -> None:
             save(model, tokenizer, args.out / "model")
     tuning.finish(
         args,
+        model,
         base,
         tuned,
         mask,
         losses,
-        {"refusal_weight": args.refusal_weight},
+        {**tuning.named_pairs(args), "refusal_weight": args.refusal_weight},
         checked="Every weight outside the mask was checked to be bit-identical.",
         written=["delta.safetensors", *["model/"] * args.save_model, "set.json"],
     )

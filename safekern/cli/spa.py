@@ -141,11 +141,17 @@ def run(args: argparse.Namespace) -> None:
         save(model, tokenizer, args.out / "model")
     tuning.finish(
         args,
+        model,
         base,
         tuned,
         mask,
         losses,
-        {"data": options.without_folders(args.data), "pairs": len(pairs), "rehearsal": args.rehearsal},
+        {
+            "data": options.without_folders(args.data),
+            "pairs": len(pairs),
+            "rehearsal": args.rehearsal,
+            **({**tuning.named_pairs(args), "refusal_weight": REFUSAL_WEIGHT} if args.rehearsal else {}),
+        },
         checked="Every weight of the mask was checked to be bit-identical.",
         written=["model/", "spa.json"],
     )

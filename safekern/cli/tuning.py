@@ -120,6 +120,11 @@ def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     return harmful, benign
 
 
+def named_pairs(args: argparse.Namespace) -> dict[str, str]:
+    """What reports say of where the pairs of `read_pairs` come from."""
+    return {name: options.without_folders(getattr(args, name) or "built-in") for name in ("harmful", "benign")}
+
+
 def check_pairs(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", sources: Mapping[str, Pairs]
 ) -> dict[str, str]:
@@ -206,6 +211,7 @@ def train(
 
 def finish(
     args: argparse.Namespace,
+    model: "PreTrainedModel",
     base: str,
     tuned: str,
     mask: Mask,
@@ -219,6 +225,7 @@ def finish(
 
     Args:
         args: the options of `add_training`.
+        model: the tuned one.
         base: the fingerprint of the model as it was.
         tuned: that of the tuned one, taken before it was saved: a model without its report is not replaced by
             ``--resume``, so nothing that takes time may come between them.
@@ -232,6 +239,7 @@ def finish(
         "model": options.without_folders(args.model),
         "model_fingerprint": base,
         "tuned_fingerprint": tuned,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "mask": options.without_folders(args.mask),
         "mask_fingerprint": mask.fingerprint,
         "mask_numel": mask.numel,
