@@ -414,6 +414,9 @@ def _read_jsonl(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(text: str) -> Iterator[tuple[str, Any]]:
+    first = text.partition("\n")[0]
+    if "," not in first and (separators := [separator for separator in ";\t|" if separator in first]):
+        raise _BrokenError(f"line 1: separates the fields by {separators[0]!r}; separate them by commas")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     # The default refuses texts above 128 KiB; it holds for the whole process.

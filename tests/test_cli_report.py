@@ -22,6 +22,8 @@ def folder(tmp_path, monkeypatch):
     ranked.top(0.1).save("mask.safetensors")
     ranked.random(0.1).save("random.safetensors")
     moe_mask(fused=True).save("moe.safetensors")
+    head = "lm_head.weight"
+    Mask.from_indices({head: [0]}, {head: (17, 7)}, model_numel=500).save("head.safetensors")
     return tmp_path
 
 
@@ -90,6 +92,10 @@ class TestReport:
             (["scores.safetensors"], "not 'mask'"),
             (["mask.safetensors", "--scores", "mask.safetensors"], "not 'scores'"),
             (["moe.safetensors", "--scores", "scores.safetensors"], "does not fit"),
+            (
+                ["head.safetensors", "--scores", "scores.safetensors"],
+                "the mask is of a model of 500 weights and the scores are of another one, of 1,000: give the scores",
+            ),
             (
                 ["mask.safetensors", "--compare", "moe.safetensors"],
                 "moe.safetensors: the masks are of different models",

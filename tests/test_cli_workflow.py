@@ -10,6 +10,7 @@ import torch
 from cli_folder import BENIGN, SMALL, write_rows
 from language_models import CHATML, byte_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
+from small_scores import scores as small_scores
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from safekern import Mask, Scores, models, training
@@ -58,6 +59,7 @@ def no_model(args):
     pytest.fail("the model was loaded")
 
 
+MASK = ["--mask", "run/mask.safetensors"]
 RESCORE = ["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--save-scores", "--out", "run"]
 
 
@@ -301,6 +303,9 @@ class TestSet:
         with monkeypatch.context() as patch:
             stop_after(patch, 5)
             assert set_command("--checkpoint-every", "2", out="parts", iterations=7) == 130
+            assert "note: the same command with --resume goes on from parts/" in capsys.readouterr().err
+            assert set_command(out="none", iterations=7) == 130
+            assert "--resume" not in capsys.readouterr().err
         assert (folder / "parts" / "training.safetensors").exists()
         assert not (folder / "parts" / "delta.safetensors").exists()
         with monkeypatch.context() as patch:
@@ -514,7 +519,13 @@ def test_verify_notes_scores_that_are_not_those_of_the_mask(folder, capsys):
     assert json.loads(printed.out)["mask_is_top_of_scores"] is False
 
 
-MASK = ["--mask", "run/mask.safetensors"]
+def test_verify_refuses_scores_of_another_model(folder, monkeypatch, capsys):
+    monkeypatch.setattr(options, "load_model", no_model)
+    small_scores().save("other.safetensors")
+    assert main(["verify", "--model", "base", *MASK, *SMALL, "--scores", "other.safetensors"]) == 1
+    assert "weights and the scores are of another one, of 1,000: give the scores" in capsys.readouterr().err
+
+
 SPA = ["spa", "--model", "base", *MASK, "--data", "benign.jsonl", "--out", "new"]
 
 
@@ -550,7 +561,6 @@ SPA = ["spa", "--model", "base", *MASK, "--data", "benign.jsonl", "--out", "new"
             "would overwrite",
         ),
         (["set", "--model", "base", "--mask", "run/scores.safetensors", "--out", "new"], "not 'mask'"),
-        (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--batch-size", "3"], "even"),
         (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--resume"], "no run to resume"),
         (["set", "--model", "base", "--mask", "other.safetensors", "--out", "new"], "does not fit"),
         (["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "no.csv", "--out", "new"], "no.csv"),
@@ -558,7 +568,6 @@ SPA = ["spa", "--model", "base", *MASK, "--data", "benign.jsonl", "--out", "new"
             ["spa", "--model", "old/model", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "old"],
             "would take the place of --model",
         ),
-        ([*SPA, "--rehearsal", "1"], "rehearsal is 1.0"),
         ([*SPA, "--rehearsal", "0", "--harmful", "harmful.jsonl"], "leave them out"),
         ([*SPA, "--harmful", "absent.jsonl"], "cannot be read"),
         (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),
@@ -603,6 +612,10 @@ def test_a_mask_that_cannot_be_read_is_found_before_long_work(folder, monkeypatc
     ("command", "option", "value"),
     [
         ("set", "--seed", "-1"),
+        ("set", "--batch-size", "5"),
+        ("set", "--refusal-weight", "2"),
+        ("spa", "--rehearsal", "1"),
+        ("spa", "--rehearsal", "nan"),
         ("set", "--seed", "9" * 30),
         ("set", "--lr", "nan"),
         ("spa", "--lr", "0"),

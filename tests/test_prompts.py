@@ -217,6 +217,8 @@ def test_what_an_attack_wants_to_hear_is_not_learnt():
         ("a.json", '{"data": []}', r"line 1: holds a dict, but must hold a list"),
         ("a.json", '[{"prompt": "a", "response": "b"}, 3]', r"row 2: a int"),
         ("a.csv", 'prompt,response\na,b\n"a\nb",c,d\n', r"line 4: has not as many fields as the header"),
+        ("a.csv", "prompt;response\na, b;c\n", r"line 1: separates the fields by ';'"),
+        ("a.csv", '"prompt"\t"response"\n"a"\t"b"\n', r"line 1: separates the fields by '\\t'"),
         ("a.csv", "prompt,response\na\n", r"line 2: has not as many fields"),
         ("a.csv", 'prompt,response\n"a"b,c\n', r"line 2: is not valid CSV"),
         ("a.csv", 'prompt,response\na,"b', r"line 2: is not valid CSV"),

@@ -37,6 +37,30 @@ def number(text: str) -> int:
     return int(value)
 
 
+def even(text: str) -> int:
+    """A whole number that halves."""
+    value = number(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(f"a multiple of 2 is needed, for half of each kind, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is needed, got {text}")
+    return value
+
+
+def less_than_all(text: str) -> float:
+    """A share in [0, 1)."""
+    value = share(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to less than 1 is needed, got {text}")
+    return value
+
+
 def ratio(text: str) -> float:
     """A share in (0, 1]."""
     value = float(text)
@@ -123,7 +147,7 @@ def _note_slow_products(model: "PreTrainedModel") -> None:
         print(
             f"note: this processor has no instructions for products of {name} numbers, which take several times as "
             "long as those of float32: --dtype float32, for every command on this model, is faster, for 2 bytes more "
-            "per weight",
+            "per weight and per gradient that is held",
             file=sys.stderr,
         )
 

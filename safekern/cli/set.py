@@ -12,7 +12,7 @@ from safekern.mask import Mask
 from safekern.models import save
 from safekern.optim import SETAdamW
 from safekern.resume import Weights
-from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, check_balance
+from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced
 
 _DESCRIPTION = """\
 Makes a model refuse harmful prompts by updating the weights of a mask alone (SET, arXiv 2604.08297); every other weight
@@ -52,13 +52,16 @@ def add_parser(commands: Any) -> None:
     tuning.add_pairs(parser)
     parser.add_argument(
         "--refusal-weight",
-        type=float,
+        type=options.share,
         default=REFUSAL_WEIGHT,
         metavar="W",
         help="share of the refusals in the loss, from 0 to 1; more of it refuses more, also what is harmless "
         f"(default: {REFUSAL_WEIGHT})",
     )
-    tuning.add_training(parser, iterations=100, lr=LEARNING_RATE, batch_size=TUNING_BATCH_SIZE, every=25)
+    # Half of each batch is of each kind.
+    tuning.add_training(
+        parser, iterations=100, lr=LEARNING_RATE, batch_size=TUNING_BATCH_SIZE, every=25, size=options.even
+    )
     parser.add_argument("--save-model", action="store_true", help="also write the whole tuned model")
     parser.set_defaults(run=run)
 
@@ -71,7 +74,6 @@ def run(args: argparse.Namespace) -> None:
     """
     mask = Mask.load(args.mask)
     harmful, benign = tuning.read_pairs(args)
-    check_balance(args.batch_size, args.refusal_weight)
     settings = {"command": "set", "mask": mask.fingerprint, "refusal_weight": args.refusal_weight}
     tuning.prepare(args, "set.json", settings, saves_model=args.save_model)
     files.check_writable(args.out / "delta.safetensors", "delta")

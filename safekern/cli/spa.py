@@ -19,7 +19,6 @@ from safekern.training import (
     REFUSAL_WEIGHT,
     REHEARSAL,
     TUNING_BATCH_SIZE,
-    check_rehearsal,
     rehearsed_per_step,
     with_rehearsal,
 )
@@ -40,7 +39,8 @@ Writes to --out:
   spa.json    settings and losses
 
 Memory: the model, for every weight a gradient and two moments in fp32, and the activations of a batch. Weights of 16
-bits round most steps of a usual learning rate away: --dtype float32 learns more, for 4 bytes more per weight.
+bits round most steps of a usual learning rate away: --dtype float32 learns more, for 2 bytes more per
+weight and per gradient.
 """
 _EPILOG = """\
 example: keep what makes a model safe while it learns grade-school math
@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> None:
     tuning.add_pairs(parser)
     parser.add_argument(
         "--rehearsal",
-        type=float,
+        type=options.less_than_all,
         default=REHEARSAL,
         metavar="W",
         help=f"share of these two in the loss, from 0 (none) to less than 1 (default: {REHEARSAL})",
@@ -91,7 +91,6 @@ def run(args: argparse.Namespace) -> None:
     if (args.harmful or args.benign) and not args.rehearsal:
         raise InvalidArgumentError("--harmful and --benign mean nothing with --rehearsal 0: leave them out")
     harmful, benign = tuning.read_pairs(args)
-    check_rehearsal(args.rehearsal)
     settings = {
         "command": "spa",
         "mask": mask.fingerprint,
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     if any(param.dtype.itemsize < 4 for param in model.parameters()):
         print(
             f"note: 16-bit weights round most steps of --lr {args.lr:g} away, so the model learns little; --dtype "
-            "float32 keeps them, for 4 bytes more per weight",
+            "float32 keeps them, for 2 bytes more per weight and per gradient",
             file=sys.stderr,
         )
     protected = Weights(mask.parameters(model))

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,16 @@ def add_pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benign", type=Path, metavar="FILE", help="prompts with helpful answers (default: built-in)")
 
 
-def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float, batch_size: int, every: int) -> None:
-    """Adds the options of a training run with a mask, with the defaults of the command."""
+def add_training(
+    parser: argparse.ArgumentParser,
+    *,
+    iterations: int,
+    lr: float,
+    batch_size: int,
+    every: int,
+    size: Callable[[str], int] = options.number,
+) -> None:
+    """Adds the options of a training run with a mask, with the defaults of the command and its type of batch size."""
     parser.add_argument("--mask", type=Path, required=True, metavar="FILE", help="a mask file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -48,7 +57,7 @@ def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float,
     group.add_argument("--lr", type=options.positive, default=lr, help=f"learning rate (default: {lr:g})")
     group.add_argument(
         "--batch-size",
-        type=options.number,
+        type=size,
         default=batch_size,
         metavar="N",
         help=f"pairs per step (default: {batch_size})",
@@ -201,12 +210,17 @@ def train(
             resume.save(path, weights.read(), optimizer, losses, settings)
 
     done = [] if run is None else run.losses
-    # Of embeddings above all: the gradient of what training leaves alone may be the largest.
-    with (
-        frozen(weights.others(model)),
-        options.stage(f"tune, {len(done)} of {args.iterations} steps done" if done else "tune"),
-    ):
-        return tune(model, optimizer, make_parts(len(done)), args.iterations, done=done, after_step=checkpoint)
+    try:
+        # Of embeddings above all: the gradient of what training leaves alone may be the largest.
+        with (
+            frozen(weights.others(model)),
+            options.stage(f"tune, {len(done)} of {args.iterations} steps done" if done else "tune"),
+        ):
+            return tune(model, optimizer, make_parts(len(done)), args.iterations, done=done, after_step=checkpoint)
+    except KeyboardInterrupt:
+        if path.exists():
+            print(f"note: the same command with --resume goes on from {printable(str(path))}", file=sys.stderr)
+        raise
 
 
 def finish(

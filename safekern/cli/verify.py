@@ -96,8 +96,6 @@ def run(args: argparse.Namespace) -> None:
     harmful = builtin("harmful", "eval").prompts if args.harmful is None else load_prompts(args.harmful)
     benign = builtin("benign", "eval") if args.benign is None else load(args.benign)
     scores = None if args.scores is None else load_all(args.scores)
-    model, tokenizer = options.load_model(args)
-    fingerprint = options.check_mask(mask, model)
     ranked = None if scores is None else top_beside(mask, scores).equal
     if ranked is False:
         print(
@@ -105,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
             "way. The bottom is that of --scores",
             file=sys.stderr,
         )
+    model, tokenizer = options.load_model(args)
+    fingerprint = options.check_mask(mask, model)
 
     with options.stage("verify"):
         found = verify(
