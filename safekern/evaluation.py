@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from safekern.arguments import check_whole_number
 from safekern.chat import (
@@ -25,6 +24,7 @@ from safekern.chat import (
 from safekern.errors import InvalidArgumentError, JudgeError
 from safekern.generation import generate
 from safekern.modes import inference
+from safekern.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -386,8 +386,7 @@ def _generate(
     # Longest first: a batch too large for memory fails at once.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     responses = [""] * len(encoded)
-    # disable=None shows the bar on a terminal only.
-    with tqdm(total=len(order), desc="answering", unit="prompt", disable=None) as bar:
+    with Progress("answering", "prompt", len(order)) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             answers = generate(model, tokenizer, [encoded[i] for i in rows], max_new_tokens)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from small_scores import scores as small_scores
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from safekern import Mask, Scores, models, training
+from safekern import Mask, Scores, models, progress, training
 from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import main, options, tuning
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
@@ -355,6 +355,17 @@ class TestSet:
         assert set_command() == 1
         assert "outside the mask have changed" in capsys.readouterr().err
         assert not (folder / "run" / "delta.safetensors").exists()
+
+    def test_progress_without_a_terminal_is_a_line_now_and_then(self, folder, monkeypatch, capsys):
+        assert set_command() == 0
+        assert "tuning: step" not in capsys.readouterr().err
+        monkeypatch.setattr(progress, "_SECONDS_PER_LINE", 0)
+        assert set_command() == 0
+        losses = json.loads((folder / "run" / "set.json").read_text())["losses"]
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tuning")]
+        assert said == [f"tuning: step {step} of 4, loss {loss:.2f}" for step, loss in enumerate(losses, 1)]
+        assert main(RESCORE) == 0
+        assert "score: batch 2 of 2\n" in capsys.readouterr().err
 
     def test_a_mask_of_other_weights_is_noted(self, folder, capsys):
         assert set_command("--dtype", "float32") == 0

@@ -374,7 +374,7 @@ def test_no_chat_template(model):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown_on_a_terminal_only(model, tokenizer, monkeypatch, capsys, terminal):
+def test_a_bar_is_shown_on_a_terminal_only(model, tokenizer, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     attack_success_rate(model, tokenizer, PROMPTS, max_new_tokens=1)
     assert ("3/3" in capsys.readouterr().err) == terminal

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from safekern import resume
 from safekern.chat import answer_logits, encode
@@ -19,6 +18,7 @@ from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
 from safekern.modes import frozen
+from safekern.progress import Progress
 from safekern.prompts import Pairs, builtin, load
 from safekern.tables import printable
 from safekern.training import Batch, pair_named, tune
@@ -155,11 +155,13 @@ def check_pairs(
     for source, pairs in sources.items():
         digest = hashlib.sha256()
         rows = zip(pairs.prompts, pairs.responses, strict=True)
-        for number, pair in enumerate(tqdm(rows, f"check {source}", len(pairs), leave=False, disable=None), 1):
-            with pair_named(number, source):
-                batch = encode(tokenizer, *pair)
-            lengths[source, number] = batch["labels"].shape[1]
-            digest.update(json.dumps([batch[name].tolist() for name in ("input_ids", "labels")]).encode())
+        with Progress(f"check {source}", "pair", len(pairs), leave=False) as bar:
+            for number, pair in enumerate(rows, 1):
+                with pair_named(number, source):
+                    batch = encode(tokenizer, *pair)
+                lengths[source, number] = batch["labels"].shape[1]
+                digest.update(json.dumps([batch[name].tolist() for name in ("input_ids", "labels")]).encode())
+                bar.update()
         digests[source] = digest.hexdigest()
     source, number = max(lengths, key=lambda row: lengths[row])
     most = getattr(model.config, "max_position_embeddings", None)
