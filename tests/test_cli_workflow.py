@@ -278,13 +278,14 @@ class TestSet:
         assert "safekern apply does with --out" in capsys.readouterr().err
         assert same_bits(tensors(folder / "base"), before)
 
-    def test_weights_in_other_forms_are_noted(self, folder, capsys):
+    def test_weights_in_other_forms_and_masks_are_noted(self, folder, capsys):
         assert set_command() == 0
         torch.save({}, "base/pytorch_model.bin")
+        shutil.copy("run/mask.safetensors", "base")
         capsys.readouterr()
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy", "--json"]) == 0
         printed = capsys.readouterr()
-        assert "note: pytorch_model.bin in copy: " in printed.err
+        assert "note: mask.safetensors, pytorch_model.bin in copy: " in printed.err
         assert json.loads(printed.out)["written"] == "copy"
 
     def test_a_learning_rate_that_changes_nothing(self, folder, capsys):
