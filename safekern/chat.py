@@ -320,6 +320,23 @@ def messages_of(prompt: Prompt, what: str = "the prompt") -> list[Message]:
     return messages
 
 
+def check_no_table(what: str, value: object) -> None:
+    """Refuses a table, such as a DataFrame of pandas, whose iteration gives the names of its columns.
+
+    Args:
+        what: What should have been given, for the error.
+        value: What was given.
+
+    Raises:
+        InvalidArgumentError: It has columns.
+    """
+    if hasattr(value, "columns"):
+        raise InvalidArgumentError(
+            f"{what} cannot be a {type(value).__name__}, of which only the names of its columns would be read: pass "
+            "the texts of one, df['prompt'].tolist(), or, to safekern.prompts.load, its rows, df.to_dict('records')"
+        )
+
+
 def is_message(message: object) -> TypeGuard[Message]:
     """Say whether this is a mapping with a role and a text."""
     return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
@@ -435,6 +452,8 @@ def continuation_ids(tokenizer: "PreTrainedTokenizerBase", before: str, text: st
 
 
 def _pairs(prompt: Prompt | Sequence[Prompt], response: str | Sequence[str]) -> tuple[list[list[Message]], list[str]]:
+    check_no_table("prompts", prompt)
+    check_no_table("responses", response)
     if isinstance(response, str):
         if not (isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping))):
             raise InvalidArgumentError(_ONE_OR_MANY)

@@ -9,13 +9,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from safekern.arguments import check_whole_number
-from safekern.chat import IGNORED, Prompt, answer_logits, answer_targets, encode, messages_of, prompt_ids
+from safekern.chat import (
+    IGNORED,
+    Prompt,
+    answer_logits,
+    answer_targets,
+    check_no_table,
+    encode,
+    messages_of,
+    prompt_ids,
+)
 from safekern.errors import InvalidArgumentError, JudgeError
 from safekern.generation import generate
 from safekern.modes import inference
+from safekern.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -377,8 +386,7 @@ def _generate(
     # Longest first: a batch too large for memory fails at once.
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     responses = [""] * len(encoded)
-    # disable=None shows the bar on a terminal only.
-    with tqdm(total=len(order), desc="answering", unit="prompt", disable=None) as bar:
+    with Progress("answering", "prompt", len(order)) as bar:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             answers = generate(model, tokenizer, [encoded[i] for i in rows], max_new_tokens)
@@ -392,6 +400,7 @@ def _listed(name: str, texts: Sequence[_T]) -> list[_T]:
     """Whatever holds texts in an order, such as a column of pandas, as a list."""
     if isinstance(texts, str):
         raise InvalidArgumentError(f"{name} is one str, but must be a sequence of them: put it in a list")
+    check_no_table(name, texts)
     if not (hasattr(texts, "__len__") and isinstance(texts, Iterable)) or isinstance(texts, Mapping):
         raise InvalidArgumentError(f"{name} is of type {type(texts).__name__}, but must be a sequence: pass a list")
     return list(texts)

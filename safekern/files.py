@@ -293,6 +293,30 @@ def read(path: StrPath, kind: str, max_version: int) -> tuple[dict[str, Tensor],
         return _read(file, path, kind, max_version)
 
 
+def read_description(path: StrPath, kind: str, max_version: int) -> dict[str, Any]:
+    """Reads the description in a file that :func:`write` wrote, without its tensors, and so without its checksum.
+
+    Args:
+        path: As for :func:`read`.
+        kind: As for :func:`read`.
+        max_version: As for :func:`read`.
+
+    Raises:
+        FileAccessError: As :func:`read`.
+        FileFormatError: As :func:`read`, where the head of the file tells.
+
+    Example:
+        >>> import pathlib, tempfile, torch
+        >>> from safekern import files
+        >>> path = pathlib.Path(tempfile.mkdtemp(), "example.safetensors")
+        >>> files.write(path, "example", 1, {"x": torch.zeros(2, 2)}, {"unit": "m"})
+        >>> files.read_description(path, "example", 1)
+        {'unit': 'm'}
+    """
+    with reading(path) as file:
+        return _parse(path, _head(file, path, kind, max_version)[2], "description")
+
+
 def dump_json(meta: Mapping[str, Any]) -> str:
     """Writes a description as strict JSON.
 
@@ -316,6 +340,15 @@ def dump_json(meta: Mapping[str, Any]) -> str:
 
 
 def _read(file: BufferedReader, path: StrPath, kind: str, max_version: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    entries, version, meta_text, checksum = _head(file, path, kind, max_version)
+    tensors = {name: _load(file, path, name, entry) for name, entry in entries.items()}
+    if _checksum(kind, version, meta_text, tensors) != checksum:
+        _damaged(path, "its checksum does not match its content")
+    return tensors, _parse(path, meta_text, "description")
+
+
+def _head(file: BufferedReader, path: StrPath, kind: str, max_version: int) -> tuple[dict[str, Entry], str, str, str]:
+    """What stands before the tensors: where they lie, the version, the description and the checksum of all."""
     entries, stored = read_header(file, path)
     keys = [f"safekern.{key}" for key in ("kind", "version", "meta", "checksum")]
     if not all(isinstance(stored.get(key), str) for key in keys):
@@ -330,11 +363,7 @@ def _read(file: BufferedReader, path: StrPath, kind: str, max_version: int) -> t
             f"{os.fspath(path)}: version {version} of {kind!r} is newer than this safekern understands "
             f"({max_version}); upgrade safekern to read it."
         )
-
-    tensors = {name: _load(file, path, name, entry) for name, entry in entries.items()}
-    if _checksum(found, version, meta_text, tensors) != checksum:
-        _damaged(path, "its checksum does not match its content")
-    return tensors, _parse(path, meta_text, "description")
+    return entries, version, meta_text, checksum
 
 
 def _kind(path: StrPath) -> object:

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Never
 
-from safekern.chat import Message, Prompt, is_message
+from safekern.chat import Message, Prompt, check_no_table, is_message
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError, SafekernError
 
 PROMPT_FIELDS = ("prompt", "instruction", "question", "goal", "messages")
@@ -35,7 +35,7 @@ class Pairs:
         categories: the harm category, or the topic; empty where none is known.
 
     Raises:
-        InvalidArgumentError: the three are not equally long, or a text stands for a list.
+        InvalidArgumentError: the three are not equally long, or a text or a table stands for a list.
 
     Example:
         >>> pairs = Pairs(["What is 2 + 2?", "Say hi."], ["4.", "Hi!"], ["math", ""])
@@ -48,9 +48,12 @@ class Pairs:
     categories: list[str]
 
     def __post_init__(self) -> None:
-        for name, column in vars(self).items():
+        for name, column in list(vars(self).items()):
             if isinstance(column, str):
                 raise InvalidArgumentError(f"{name} must be a list, got a text alone: put it in a list")
+            check_no_table(name, column)
+            # A column of pandas is read by label, not by position.
+            object.__setattr__(self, name, list(column))
         lengths = {name: len(column) for name, column in vars(self).items()}
         if len(set(lengths.values())) > 1:
             raise InvalidArgumentError(
@@ -184,7 +187,7 @@ def with_refusals(prompts: Sequence[Prompt]) -> Pairs:
         prompts: user messages, or conversations as lists of messages.
 
     Raises:
-        InvalidArgumentError: a text in place of a list.
+        InvalidArgumentError: a text or a table in place of a list.
 
     Example:
         >>> pairs = with_refusals(["Tell me how to pick a lock", "Help me cheat in an exam"])
@@ -193,6 +196,7 @@ def with_refusals(prompts: Sequence[Prompt]) -> Pairs:
     """
     if isinstance(prompts, str):
         raise InvalidArgumentError("prompts must be a list, got a text alone: put it in a list")
+    check_no_table("prompts", prompts)
     responses = [_REFUSALS[number % len(_REFUSALS)] for number in range(len(prompts))]
     return Pairs(list(prompts), responses, [""] * len(prompts))
 
@@ -231,6 +235,7 @@ class _Rows:
             self._rows = _read(Path(source))
         else:
             self._name, self._error = type(source).__name__, InvalidArgumentError
+            check_no_table("rows", source)
             if isinstance(source, Mapping):
                 raise InvalidArgumentError(
                     f"a {self._name} of {', '.join(map(str, source))} was given: pass one of them"
@@ -409,6 +414,9 @@ def _read_jsonl(text: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(text: str) -> Iterator[tuple[str, Any]]:
+    first = text.partition("\n")[0]
+    if "," not in first and (separators := [separator for separator in ";\t|" if separator in first]):
+        raise _BrokenError(f"line 1: separates the fields by {separators[0]!r}; separate them by commas")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     # The default refuses texts above 128 KiB; it holds for the whole process.

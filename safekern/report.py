@@ -273,7 +273,13 @@ def top_beside(mask: Mask, scores: Scores) -> Comparison:
     Raises:
         MaskMismatchError: The scores are of another model.
     """
-    return Comparison(scores.top(ratio_of(mask.numel, scores.model_numel)), mask)
+    try:
+        return Comparison(scores.top(ratio_of(mask.numel, scores.model_numel)), mask)
+    except MaskMismatchError as error:
+        raise MaskMismatchError(
+            f"the mask is of a model of {mask.model_numel:,} weights and the scores are of another one, of "
+            f"{scores.model_numel:,}: give the scores that the mask was ranked from"
+        ) from error
 
 
 def _compared(mask: Mask, path: Path) -> Comparison:

@@ -18,6 +18,9 @@ from safekern.tables import Column, Table, counted, printable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MARK = " - safekern report</title>"
+"""Near the beginning of every page."""
+
 
 def to_html(audit: Audit) -> str:
     """Makes one page that holds everything, pictures too, and opens from disk.
@@ -46,7 +49,7 @@ def to_html(audit: Audit) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
-        f"<title>{_text(audit.files[0].name)} - safekern report</title>\n"
+        f"<title>{_text(audit.files[0].name)}{MARK}\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
     )
 

@@ -1,6 +1,7 @@
 """Interrupted training: files from which a run goes on as if nothing had happened, bit for bit if deterministic."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +122,23 @@ def save(
     )
 
 
+def check(path: StrPath, settings: Mapping[str, Any]) -> int:
+    """Refuses a run with other settings before anything large is read, and returns how many iterations it has taken.
+
+    Args:
+        path: what `save` wrote.
+        settings: those that are known so far.
+
+    Raises:
+        FileAccessError: the file is missing or cannot be read.
+        FileFormatError: it is of another kind or newer, or damaged where the head of the file tells.
+        InvalidArgumentError: it belongs to a run with other settings; names them.
+    """
+    before, losses, _ = _described(path, files.read_description(path, _KIND, _VERSION))
+    _refuse_other(path, before, settings, settings)
+    return len(losses)
+
+
 def load(path: StrPath, settings: Mapping[str, Any]) -> Run:
     """Reads what `save` wrote.
 
@@ -130,21 +148,37 @@ def load(path: StrPath, settings: Mapping[str, Any]) -> Run:
         InvalidArgumentError: it belongs to a run with other settings; names them.
     """
     tensors, meta = files.read(path, _KIND, _VERSION)
-    try:
-        before, losses, groups = dict(meta["settings"]), [float(loss) for loss in meta["losses"]], meta["groups"]
-        state: dict[int, dict[str, Tensor]] = {}
+    before, losses, groups = _described(path, meta)
+    state: dict[int, dict[str, Tensor]] = {}
+    with _valid(path):
         for name, tensor in tensors.items():
             if name.startswith(_STATE):
                 key, field = name.removeprefix(_STATE).split(":")
                 state.setdefault(int(key), {})[field] = tensor
-        groups = [{**group, "betas": tuple(group["betas"])} for group in groups]
+    _refuse_other(path, before, settings, {**before, **settings})
+    weights = {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name.startswith(_WEIGHT)}
+    return Run(weights, {"state": state, "param_groups": groups}, losses)
+
+
+def _described(path: StrPath, meta: Mapping[str, Any]) -> tuple[dict[str, Any], list[float], list[dict[str, Any]]]:
+    """The settings, losses and parameter groups in a file's description."""
+    with _valid(path):
+        groups = [{**group, "betas": tuple(group["betas"])} for group in meta["groups"]]
+        return dict(meta["settings"]), [float(loss) for loss in meta["losses"]], groups
+
+
+@contextmanager
+def _valid(path: StrPath) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"{path}: not a valid training run ({error}); start it again without --resume") from error
-    other = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+
+
+def _refuse_other(path: StrPath, before: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> None:
+    other = [key for key in keys if before.get(key) != now.get(key)]
     if other:
-        changes = ", ".join(f"{key} was {before.get(key)!r} and is {settings.get(key)!r}" for key in other)
+        changes = ", ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in other)
         raise InvalidArgumentError(
             f"{path}: belongs to a run with other settings: {changes}. Use the same, or start anew"
         )
-    weights = {name.removeprefix(_WEIGHT): value for name, value in tensors.items() if name.startswith(_WEIGHT)}
-    return Run(weights, {"state": state, "param_groups": groups}, losses)

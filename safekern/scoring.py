@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.utils.hooks
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from safekern import ops
 from safekern._version import __version__
@@ -25,6 +24,7 @@ from safekern.eligibility import eligible_parameters, own_numel
 from safekern.errors import InvalidArgumentError, NonFiniteError, ScoringError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.indices import index_dtype
+from safekern.progress import Progress
 from safekern.scores import RunningTop, Scores, TopScores, count_of
 from safekern.sharding import Processes, failing_together, is_sharded, like, local, reshard
 
@@ -77,7 +77,7 @@ def score(
             the absolute gradients of the batches.
         select: ``select(name, param) -> bool`` chooses the parameters; by default floating point, at least 2-D, no
             embeddings, biases, norms, routers or adapters.
-        progress: show a progress bar; by default when stderr is a terminal.
+        progress: show a progress bar; by default when stderr is a terminal, and elsewhere a line about once a minute.
         memory: bytes that accumulators may take. When 4 bytes per eligible weight are more than that, the loader is
             swept several times: each sweep is a full forward and backward over all batches that accumulates a part of
             the parameters and keeps the running global top candidates. ``top(ratio)`` of the result, for a ratio of at
@@ -156,9 +156,7 @@ def score(
 
         for sweep, part in enumerate(parts, 1):
             label = "score" if len(parts) == 1 else f"score, sweep {sweep}/{len(parts)}"
-            bar = tqdm(
-                desc=label, unit="batch", total=_length(loader), disable=None if progress is None else not progress
-            )
+            bar = Progress(label, "batch", _length(loader), shown=progress)
             explained = _memory_explained(model, params, part)
             with _chance_repeats(objective, gpus, enabled=sweep < len(parts)), bar, explained:
                 fold, _ = everyone.agreed(partial(begin, part))
@@ -282,7 +280,7 @@ def _sweep(
     loader: Iterable[Any],
     compute: Objective,
     replay: "_Replay",
-    bar: Any,
+    bar: Progress,
     check_others: Callable[[], None],
 ) -> None:
     """Folds the gradients of all batches that this process has."""

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from safekern.arguments import check_seed, check_whole_number, is_number, is_whole_number
 from safekern.errors import InvalidArgumentError, NonFiniteError
 from safekern.faults import out_of_memory_explained, put_back
 from safekern.objectives import encode, refusal
+from safekern.progress import Progress
 from safekern.prompts import Pairs, check_pairs
 from safekern.sharding import local
 
@@ -273,8 +273,7 @@ def tune(
     check_whole_number("iterations", iterations, 0)
     losses = list(done)
     left = max(0, iterations - len(losses))
-    # disable=None shows the bar on a terminal only.
-    bar = tqdm(total=iterations, initial=len(losses), desc="tuning", unit="step", disable=None)
+    bar = Progress("tuning", "step", iterations, initial=len(losses))
     # Gradients of before are not of these losses, and of a step that failed none may be left to the next.
     with bar, _memory_explained(model, optimizer), _without_gradients(optimizer):
         for batches in itertools.islice(zip(*streams, strict=False), left):
@@ -295,8 +294,7 @@ def tune(
             losses.append(total)
             if after_step is not None:
                 after_step(losses)
-            bar.set_postfix(loss=f"{total:.2f}", refresh=False)
-            bar.update()
+            bar.update(loss=total)
     if len(losses) < iterations:
         raise InvalidArgumentError(f"the batches ran out after {len(losses)} of {iterations} iterations")
     return losses

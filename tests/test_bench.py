@@ -227,6 +227,18 @@ def test_files_round_trip(tmp_path, suffix):
     assert results.read(path) == results.Results(rows, WHERE)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_only_results_are_replaced(tmp_path, suffix, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "keeps_memory", lambda: True)
+    monkeypatch.setattr(bench, "_run_cases", lambda args: None)
+    path = tmp_path / f"results{suffix}"
+    results.write(path, [row()], measure.environment())
+    assert main(["bench", "--out", str(path)]) == 0
+    path.write_text("prompt,response\nHi,Hello\n")
+    assert main(["bench", "--out", str(path)]) == 1
+    assert "exists already and is nothing that this command wrote" in capsys.readouterr().err
+
+
 def test_files_that_hold_no_results(tmp_path):
     with pytest.raises(FileAccessError, match="cannot be read"):
         results.read(tmp_path / "absent.csv")
@@ -379,6 +391,7 @@ def test_the_command_knows_the_ops():
         (["--scaling", "--ops", "sigma", "score"], "--scaling is for accumulate"),
         (["--scaling", "--ops", "sigma", "--elements", "777"], "--elements is the size at which ratios grow"),
         (["--out", "absent/results.csv"], "absent"),
+        (["--out", "results.txt"], "results.txt: the name must end in .csv or .json"),
         (["--plot", f"{__file__}/plots"], "cannot be created"),
         (["--compare", "absent.csv", "absent.csv"], "absent.csv cannot be read"),
     ],

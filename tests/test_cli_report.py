@@ -22,6 +22,8 @@ def folder(tmp_path, monkeypatch):
     ranked.top(0.1).save("mask.safetensors")
     ranked.random(0.1).save("random.safetensors")
     moe_mask(fused=True).save("moe.safetensors")
+    head = "lm_head.weight"
+    Mask.from_indices({head: [0]}, {head: (17, 7)}, model_numel=500).save("head.safetensors")
     return tmp_path
 
 
@@ -48,6 +50,17 @@ class TestReport:
         assert main(["report", "mask.safetensors", "--html", "page.html"]) == 0
         assert capsys.readouterr().out == "Written to page.html\n"
         assert (folder / "page.html").read_text().startswith("<!doctype html>")
+
+    def test_html_replaces_pages_only(self, folder, capsys):
+        pytest.importorskip("matplotlib")
+        (folder / "page.html").write_text("<!doctype html>\n<title>mine</title>\n")
+        assert main(["report", "mask.safetensors", "--html", "page.html"]) == 1
+        assert "page.html: exists already and is nothing that this command wrote" in capsys.readouterr().err
+        assert "mine" in (folder / "page.html").read_text()
+        (folder / "page.html").write_bytes(b"")
+        for mask in ("mask", "random"):
+            assert main(["report", f"{mask}.safetensors", "--html", "page.html"]) == 0
+            assert f"{mask}.safetensors" in (folder / "page.html").read_text()
 
     def test_json(self, folder, capsys):
         compare = ["--compare", "random.safetensors", "mask.safetensors"]
@@ -79,6 +92,10 @@ class TestReport:
             (["scores.safetensors"], "not 'mask'"),
             (["mask.safetensors", "--scores", "mask.safetensors"], "not 'scores'"),
             (["moe.safetensors", "--scores", "scores.safetensors"], "does not fit"),
+            (
+                ["head.safetensors", "--scores", "scores.safetensors"],
+                "the mask is of a model of 500 weights and the scores are of another one, of 1,000: give the scores",
+            ),
             (
                 ["mask.safetensors", "--compare", "moe.safetensors"],
                 "moe.safetensors: the masks are of different models",

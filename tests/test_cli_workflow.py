@@ -10,9 +10,10 @@ import torch
 from cli_folder import BENIGN, SMALL, write_rows
 from language_models import CHATML, byte_tokenizer, tiny_llama
 from safetensors.torch import load_file, save_file
+from small_scores import scores as small_scores
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from safekern import Mask, Scores, models, training
+from safekern import Mask, Scores, models, progress, training
 from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import main, options, tuning
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
@@ -52,6 +53,14 @@ def stop_after(monkeypatch, steps):
         return tune(*args, after_step=step, **options)
 
     monkeypatch.setattr("safekern.cli.tuning.tune", interrupted)
+
+
+def no_model(args):
+    pytest.fail("the model was loaded")
+
+
+MASK = ["--mask", "run/mask.safetensors"]
+RESCORE = ["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--save-scores", "--out", "run"]
 
 
 class TestScore:
@@ -104,6 +113,16 @@ class TestScore:
         noted = "no instructions for products of bfloat16 numbers" in capsys.readouterr().err
         assert noted == (dtype == "auto")
 
+    def test_scores_of_an_earlier_run_do_not_stay_beside_another_mask(self, folder, capsys):
+        before = (folder / "run" / "mask.safetensors").read_bytes()
+        again = [*RESCORE, "--limit", "2"]
+        again.remove("--save-scores")
+        assert main(again) == 1
+        assert "scores.safetensors: exists already, and would stay beside" in capsys.readouterr().err
+        assert (folder / "run" / "mask.safetensors").read_bytes() == before
+        assert main([*again, "--save-scores"]) == 0
+        assert Mask.load("run/mask.safetensors") == Scores.load("run/scores.safetensors").top(0.05)
+
     def test_prompts_without_refusals(self, folder):
         (folder / "goals.json").write_text(json.dumps([{"goal": f"Do harm {i}", "target": "Sure"} for i in range(3)]))
         assert main(["score", "--model", "base", "--prompts", "goals.json", "--out", "goals"]) == 0
@@ -127,6 +146,8 @@ class TestSet:
 
         report = json.loads((folder / "run" / "set.json").read_text())
         assert len(report["losses"]) == report["iterations"] == 4
+        settings = {"dtype": "bfloat16", "harmful": "harmful.jsonl", "benign": "benign.jsonl", "refusal_weight": 0.16}
+        assert report.items() >= settings.items()
         assert report["model_fingerprint"] == mask.meta["model_fingerprint"] == fingerprint(models.load("base")[0])
         assert report["tuned_fingerprint"] == fingerprint(models.load("copy")[0])
         assert not (folder / "run" / "training.safetensors").exists()
@@ -163,7 +184,7 @@ class TestSet:
     def test_apply_where_a_checkpoint_is_loaded_in_another_dtype_than_its_files_have(self, folder, capsys):
         config = json.loads((folder / "base" / "config.json").read_text())
         (folder / "base" / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
-        assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--out", "run"]) == 0
+        assert main(RESCORE) == 0
         assert set_command() == 0
         capsys.readouterr()
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--in-place"]) == 1
@@ -205,7 +226,7 @@ class TestSet:
         data = ["--data", "benign.jsonl", "--rehearsal", "0"] if command == "spa" else SMALL
         arguments = ["--model", "base", "--mask", "run/mask.safetensors", "--iterations", "1", *data, "--out", "mine"]
         assert main([command, *arguments]) == 1
-        assert "is no report of this command" in capsys.readouterr().err
+        assert f"{command}.json: exists already, and it does not say that" in capsys.readouterr().err
         assert report.read_text() == "mine" and list(report.parent.iterdir()) == [report]
 
     @pytest.mark.parametrize("command", ["set", "spa"])
@@ -247,7 +268,7 @@ class TestSet:
         MixtralForCausalLM(MixtralConfig(**config)).to(torch.bfloat16).save_pretrained("base")
         before = tensors(folder / "base")
         assert any(".experts.3." in name for name in before)
-        assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--ratio", "0.05", "--out", "run"]) == 0
+        assert main(RESCORE) == 0
         assert any("gate_up_proj" in name for name in Mask.load("run/mask.safetensors"))
         assert set_command("--save-model") == 0
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy"]) == 0
@@ -257,13 +278,14 @@ class TestSet:
         assert "safekern apply does with --out" in capsys.readouterr().err
         assert same_bits(tensors(folder / "base"), before)
 
-    def test_weights_in_other_forms_are_noted(self, folder, capsys):
+    def test_weights_in_other_forms_and_masks_are_noted(self, folder, capsys):
         assert set_command() == 0
         torch.save({}, "base/pytorch_model.bin")
+        shutil.copy("run/mask.safetensors", "base")
         capsys.readouterr()
         assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "copy", "--json"]) == 0
         printed = capsys.readouterr()
-        assert "note: pytorch_model.bin in copy: " in printed.err
+        assert "note: mask.safetensors, pytorch_model.bin in copy: " in printed.err
         assert json.loads(printed.out)["written"] == "copy"
 
     def test_a_learning_rate_that_changes_nothing(self, folder, capsys):
@@ -282,14 +304,19 @@ class TestSet:
         with monkeypatch.context() as patch:
             stop_after(patch, 5)
             assert set_command("--checkpoint-every", "2", out="parts", iterations=7) == 130
+            assert "note: the same command with --resume goes on from parts/" in capsys.readouterr().err
+            assert set_command(out="none", iterations=7) == 130
+            assert "--resume" not in capsys.readouterr().err
         assert (folder / "parts" / "training.safetensors").exists()
         assert not (folder / "parts" / "delta.safetensors").exists()
-        assert set_command("--save-model", out="parts", iterations=7) == 1
-        assert "add --resume" in capsys.readouterr().err
-        assert set_command("--save-model", "--resume", "--refusal-weight", "0.5", out="parts", iterations=7) == 1
-        assert "refusal_weight was 0.16 and is 0.5" in capsys.readouterr().err
-        assert set_command("--save-model", "--resume", out="parts", iterations=3) == 1
-        assert "has taken 4 of" in capsys.readouterr().err
+        with monkeypatch.context() as patch:
+            patch.setattr(options, "load_model", no_model)
+            assert set_command("--save-model", out="parts", iterations=7) == 1
+            assert "add --resume" in capsys.readouterr().err
+            assert set_command("--save-model", "--resume", "--refusal-weight", "0.5", out="parts", iterations=7) == 1
+            assert "refusal_weight was 0.16 and is 0.5. Use the same" in capsys.readouterr().err
+            assert set_command("--save-model", "--resume", out="parts", iterations=3) == 1
+            assert "has taken 4 of" in capsys.readouterr().err
         assert set_command("--save-model", "--resume", out="parts", iterations=7) == 0
         assert same_bits(tensors(folder / "whole" / "model"), tensors(folder / "parts" / "model"))
         for name in ("losses", "tuned_fingerprint"):
@@ -329,6 +356,17 @@ class TestSet:
         assert set_command() == 1
         assert "outside the mask have changed" in capsys.readouterr().err
         assert not (folder / "run" / "delta.safetensors").exists()
+
+    def test_progress_without_a_terminal_is_a_line_now_and_then(self, folder, monkeypatch, capsys):
+        assert set_command() == 0
+        assert "tuning: step" not in capsys.readouterr().err
+        monkeypatch.setattr(progress, "_SECONDS_PER_LINE", 0)
+        assert set_command() == 0
+        losses = json.loads((folder / "run" / "set.json").read_text())["losses"]
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tuning")]
+        assert said == [f"tuning: step {step} of 4, loss {loss:.2f}" for step, loss in enumerate(losses, 1)]
+        assert main(RESCORE) == 0
+        assert "score: batch 2 of 2\n" in capsys.readouterr().err
 
     def test_a_mask_of_other_weights_is_noted(self, folder, capsys):
         assert set_command("--dtype", "float32") == 0
@@ -393,6 +431,9 @@ class TestSpa:
             assert self.spa("--rehearsal", share, out=share) == 0
             report = json.loads((folder / share / "spa.json").read_text())
             assert report["rehearsal"] == float(share)
+            rehearsed = {"harmful": "built-in", "benign": "built-in", "refusal_weight": 0.16} if float(share) else {}
+            settings = {"dtype": "bfloat16", "data": "benign.jsonl", **rehearsed}
+            assert report.items() >= settings.items() and ("harmful" in report) == bool(rehearsed)
             found[share] = report["losses"][0]
         # Linear in the share, before the first step.
         assert found["0.1"] - found["0"] == pytest.approx((found["0.9"] - found["0"]) / 9, rel=1e-3, abs=1e-5)
@@ -468,7 +509,14 @@ def test_verify(folder, capsys):
     assert found["harmful_prompts"] == found["benign_prompts"] == 3
     assert found["mask_is_top_of_scores"] is True and "note: the mask" not in printed.err
     assert same_bits(before, tensors(folder / "base"))
-    assert main([*arguments, "--quick", "--json"]) == 0
+    for name in ("run/set.json", "harmful2.jsonl", "run/delta.safetensors"):
+        content = b'{"command": "set", "written": ["set.json"]}'
+        (folder / name).write_bytes(content)
+        assert main([*arguments, "--out", name]) == 1
+        assert f"{name}: exists already and is nothing that this command wrote" in capsys.readouterr().err
+        assert (folder / name).read_bytes() == content
+    assert main([*arguments, "--quick", "--json", "--out", "verify.json"]) == 0
+    assert json.loads((folder / "verify.json").read_text())["rows"] != found["rows"]
     found = json.loads(capsys.readouterr().out)
     assert [row["weights"] for row in found["rows"]] == ["none", "top", "random", "top", "random"]
     assert found["mask_is_top_of_scores"] is None
@@ -483,7 +531,14 @@ def test_verify_notes_scores_that_are_not_those_of_the_mask(folder, capsys):
     assert json.loads(printed.out)["mask_is_top_of_scores"] is False
 
 
-SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "new"]
+def test_verify_refuses_scores_of_another_model(folder, monkeypatch, capsys):
+    monkeypatch.setattr(options, "load_model", no_model)
+    small_scores().save("other.safetensors")
+    assert main(["verify", "--model", "base", *MASK, *SMALL, "--scores", "other.safetensors"]) == 1
+    assert "weights and the scores are of another one, of 1,000: give the scores" in capsys.readouterr().err
+
+
+SPA = ["spa", "--model", "base", *MASK, "--data", "benign.jsonl", "--out", "new"]
 
 
 @pytest.mark.parametrize(
@@ -511,14 +566,13 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
             ["set", "--model", "base", "--mask", "mixed/delta.safetensors", "--out", "mixed"],
             "of kind 'delta'",
         ),
-        (["set", "--model", "base", "--mask", "x", "--benign", "run/set.json", "--out", "run"], "would overwrite"),
+        (["set", "--model", "base", *MASK, "--benign", "run/set.json", "--out", "run"], "would overwrite"),
         (["verify", "--model", "base", "--mask", "run/mask.safetensors", "--out", "mask.link"], "would overwrite run"),
         (
             ["verify", "--model", "base", "--mask", "run/mask.safetensors", "--out", "base/config.json"],
             "would overwrite",
         ),
         (["set", "--model", "base", "--mask", "run/scores.safetensors", "--out", "new"], "not 'mask'"),
-        (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--batch-size", "3"], "even"),
         (["set", "--model", "base", "--mask", "run/mask.safetensors", "--out", "new", "--resume"], "no run to resume"),
         (["set", "--model", "base", "--mask", "other.safetensors", "--out", "new"], "does not fit"),
         (["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "no.csv", "--out", "new"], "no.csv"),
@@ -526,7 +580,6 @@ SPA = ["spa", "--model", "base", "--mask", "run/mask.safetensors", "--data", "be
             ["spa", "--model", "old/model", "--mask", "run/mask.safetensors", "--data", "benign.jsonl", "--out", "old"],
             "would take the place of --model",
         ),
-        ([*SPA, "--rehearsal", "1"], "rehearsal is 1.0"),
         ([*SPA, "--rehearsal", "0", "--harmful", "harmful.jsonl"], "leave them out"),
         ([*SPA, "--harmful", "absent.jsonl"], "cannot be read"),
         (["apply", "--model", "base", "absent.safetensors", "--in-place"], "no such file"),
@@ -544,7 +597,7 @@ def test_refusals(folder, arguments, message, capsys):
     (folder / "mixed").mkdir()
     for name in ("scores", "delta"):
         shutil.copy("run/mask.safetensors", f"mixed/{name}.safetensors")
-    (folder / "run" / "set.json").write_text("[]")
+    (folder / "run" / "set.json").write_text(json.dumps(BENIGN))
     (folder / "mask.link").symlink_to("run/mask.safetensors")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert main(arguments) == 1
@@ -555,9 +608,26 @@ def test_refusals(folder, arguments, message, capsys):
 
 
 @pytest.mark.parametrize(
+    "command",
+    [["set", *SMALL, "--out", "new"], SPA, ["verify", *SMALL, "--out", "new.json"]],
+    ids=lambda given: given[0],
+)
+def test_a_mask_that_cannot_be_read_is_found_before_long_work(folder, monkeypatch, capsys, command):
+    monkeypatch.setattr(options, "load_model", no_model)
+    for mask, message in (("absent.safetensors", "no such file"), ("run/scores.safetensors", "not 'mask'")):
+        assert main([*command, "--model", "base", "--mask", mask]) == 1
+        assert message in capsys.readouterr().err
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
     ("command", "option", "value"),
     [
         ("set", "--seed", "-1"),
+        ("set", "--batch-size", "5"),
+        ("set", "--refusal-weight", "2"),
+        ("spa", "--rehearsal", "1"),
+        ("spa", "--rehearsal", "nan"),
         ("set", "--seed", "9" * 30),
         ("set", "--lr", "nan"),
         ("spa", "--lr", "0"),

@@ -351,13 +351,30 @@ def test_wrong_arguments(model, tokenizer, measure, prompts, options, message):
         measure(model, tokenizer, prompts, **options)
 
 
+class Frame(list):
+    """As a DataFrame of pandas."""
+
+    columns = ("prompt",)
+
+
+def test_a_table_is_not_read_as_the_names_of_its_columns(model, tokenizer):
+    prompts = Frame(["prompt"])
+    for measure in (attack_success_rate, refusal_rate):
+        with pytest.raises(InvalidArgumentError, match=r"prompts cannot be a Frame"):
+            measure(model, tokenizer, prompts)
+    with pytest.raises(InvalidArgumentError, match=r"responses cannot be a Frame"):
+        mean_nll(model, tokenizer, ["Hi"], prompts)
+    with pytest.raises(InvalidArgumentError, match=r"prompts cannot be a Frame"):
+        encode(tokenizer, prompts, ["No."])
+
+
 def test_no_chat_template(model):
     with pytest.raises(InvalidArgumentError, match="no chat template"):
         attack_success_rate(model, byte_tokenizer(None), ["Hi"])
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_is_shown_on_a_terminal_only(model, tokenizer, monkeypatch, capsys, terminal):
+def test_a_bar_is_shown_on_a_terminal_only(model, tokenizer, monkeypatch, capsys, terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
     attack_success_rate(model, tokenizer, PROMPTS, max_new_tokens=1)
     assert ("3/3" in capsys.readouterr().err) == terminal

@@ -6,7 +6,7 @@ import pytest
 
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
 from safekern.evaluation import is_degenerate, is_refusal
-from safekern.prompts import PROMPT_FIELDS, RESPONSE_FIELDS, builtin, load, load_prompts
+from safekern.prompts import PROMPT_FIELDS, RESPONSE_FIELDS, Pairs, builtin, load, load_prompts, with_refusals
 
 KINDS, SPLITS = ("harmful", "benign"), ("tune", "eval")
 
@@ -217,6 +217,8 @@ def test_what_an_attack_wants_to_hear_is_not_learnt():
         ("a.json", '{"data": []}', r"line 1: holds a dict, but must hold a list"),
         ("a.json", '[{"prompt": "a", "response": "b"}, 3]', r"row 2: a int"),
         ("a.csv", 'prompt,response\na,b\n"a\nb",c,d\n', r"line 4: has not as many fields as the header"),
+        ("a.csv", "prompt;response\na, b;c\n", r"line 1: separates the fields by ';'"),
+        ("a.csv", '"prompt"\t"response"\n"a"\t"b"\n', r"line 1: separates the fields by '\\t'"),
         ("a.csv", "prompt,response\na\n", r"line 2: has not as many fields"),
         ("a.csv", 'prompt,response\n"a"b,c\n', r"line 2: is not valid CSV"),
         ("a.csv", 'prompt,response\na,"b', r"line 2: is not valid CSV"),
@@ -272,6 +274,38 @@ def test_another_encoding(tmp_path, suffix):
 def test_what_is_wrong_in_memory_is_said(rows, message):
     with pytest.raises(InvalidArgumentError, match=message):
         load_prompts(rows)
+
+
+class Frame:
+    """As a DataFrame of pandas: it iterates over the names of its columns."""
+
+    columns = ("prompt", "response")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def __len__(self):
+        return 3
+
+
+@pytest.mark.parametrize("read", [load, load_prompts, with_refusals, lambda frame: Pairs(frame, ["a"] * 3, [""] * 3)])
+def test_a_table_is_not_read_as_the_names_of_its_columns(read):
+    with pytest.raises(InvalidArgumentError, match=r"cannot be a Frame, .*\.tolist\(\).*\.to_dict\('records'\)"):
+        read(Frame())
+
+
+class Column(dict):
+    """As a Series of pandas: it iterates over its values, and is indexed by their labels."""
+
+    def __iter__(self):
+        return iter(self.values())
+
+
+def test_columns_are_read_by_position():
+    shuffled = Column({2: "c", 0: "a", 1: "b"})
+    pairs = Pairs(shuffled, ["C", "A", "B"], Column({5: "x", 6: "y", 7: "z"}))
+    assert pairs == Pairs(["c", "a", "b"], ["C", "A", "B"], ["x", "y", "z"])
+    assert pairs[:1].prompts == ["c"]
 
 
 def test_no_file(tmp_path):

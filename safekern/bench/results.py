@@ -202,6 +202,10 @@ def legend(rows: Iterable[Row]) -> str:
     return "\n".join(dict.fromkeys(f"  {row.contender}: {row.what}" for row in rows))
 
 
+MARKS = {".csv": b",commit,date,allocator\n", ".json": b'{\n "environment": {'}
+"""By suffix, what stands at the beginning of every file that :func:`write` writes."""
+
+
 def write(path: files.StrPath, rows: "Sequence[DataclassInstance]", environment: Mapping[str, str]) -> None:
     """Writes rows with device, versions and commit: JSON for a path that ends in ``.json``, else CSV.
 

@@ -32,10 +32,13 @@ example: the model that `safekern set` made, from the one it started with
   safekern apply --model ./model run/delta.safetensors --out ./aligned
   safekern apply --model smollm2 run/delta.safetensors --out ./aligned
 
-A delta is exact, so --dtype must be what it was for `safekern set`.
+A delta is exact, so --dtype must be what it was for `safekern set` (set.json tells).
 """
-# What folders of models hold beside the safetensors files, by the names that the libraries give.
-_OTHER_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf", "adapter_*")
+# What folders of models hold beside the safetensors files, by the names that the libraries, and `safekern score`, give.
+_OTHERS = (
+    *("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf", "adapter_*"),
+    *("mask.safetensors", "scores.safetensors"),
+)
 
 
 def add_parser(commands: Any) -> None:
@@ -95,11 +98,11 @@ def run(args: argparse.Namespace) -> None:
             with options.stage("apply"):
                 apply_delta(model, args.delta)
                 save(model, tokenizer, out)
-    others = sorted(path.name for pattern in _OTHER_WEIGHTS if on_disk for path in out.glob(pattern))
+    others = sorted(path.name for pattern in _OTHERS if on_disk for path in out.glob(pattern))
     if others:
         print(
-            f"note: {printable(', '.join(others))} in {printable(str(out))}: perhaps the same weights in another form, "
-            "not changed; remove what could be loaded in place of the tuned ones",
+            f"note: {printable(', '.join(others))} in {printable(str(out))}: perhaps of the base, in another form or "
+            "as a ranking, and not changed; remove what could be used in place of the tuned model's own",
             file=sys.stderr,
         )
     if args.json:

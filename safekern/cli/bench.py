@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safekern import files
 from safekern.cli import options
 from safekern.errors import BenchmarkError, InvalidArgumentError
 from safekern.tables import Column, Table, counted
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """
     # Imported here, so that other commands start without them.
     from safekern import plots
-    from safekern.bench import measure
+    from safekern.bench import measure, results
 
     mode = next((mode for mode in ("scaling", "memory", "compare") if getattr(args, mode)), "usual")
     given = [option for option in _MEANT_FOR if not any(getattr(args, option) is absent for absent in (None, False))]
@@ -112,7 +111,11 @@ def run(args: argparse.Namespace) -> int:
         )
     options.device(args.device)
     if args.out:
-        files.check_writable(args.out)
+        if args.out.suffix not in results.MARKS:
+            raise InvalidArgumentError(
+                f"--out {args.out}: the name must end in {' or '.join(results.MARKS)}, which says how it is written"
+            )
+        options.check_output("--out", args.out, (), results.MARKS[args.out.suffix])
     if args.plot:
         plots.check_available()
         options.prepare_folder(args.plot, "plot.png")

@@ -124,12 +124,11 @@ def run(args: argparse.Namespace) -> None:
     if args.save_scores and args.out is None:
         raise InvalidArgumentError("--save-scores needs a folder to write to: add --out DIR")
     if args.out is not None:
-        for name in ("model", "mask.png"):
+        for name in ("model", "mask.png", "report.json"):
             options.check_replaceable(args.out / name, args.out / "report.json")
         options.prepare_folder(args.out, "mask.safetensors", "mask")
         if args.save_scores:
             files.check_writable(args.out / "scores.safetensors", "scores")
-        options.check_report(args.out / "report.json")
         files.check_writable(args.out / "report.json")
     device = options.device(args.device)
     effort = _QUICK if args.quick else _FULL

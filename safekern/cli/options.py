@@ -37,6 +37,30 @@ def number(text: str) -> int:
     return int(value)
 
 
+def even(text: str) -> int:
+    """A whole number that halves."""
+    value = number(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(f"a multiple of 2 is needed, for half of each kind, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is needed, got {text}")
+    return value
+
+
+def less_than_all(text: str) -> float:
+    """A share in [0, 1)."""
+    value = share(text)
+    if value == 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to less than 1 is needed, got {text}")
+    return value
+
+
 def ratio(text: str) -> float:
     """A share in (0, 1]."""
     value = float(text)
@@ -123,7 +147,7 @@ def _note_slow_products(model: "PreTrainedModel") -> None:
         print(
             f"note: this processor has no instructions for products of {name} numbers, which take several times as "
             "long as those of float32: --dtype float32, for every command on this model, is faster, for 2 bytes more "
-            "per weight",
+            "per weight and per gradient that is held",
             file=sys.stderr,
         )
 
@@ -149,17 +173,16 @@ def note_left_out(model: "PreTrainedModel") -> None:
         )
 
 
-def load_mask(path: Path, model: "PreTrainedModel") -> tuple[Mask, str]:
-    """A mask that fits the model, and the fingerprint of the model's weights.
+def check_mask(mask: Mask, model: "PreTrainedModel") -> str:
+    """Makes sure that a mask fits the model, and returns the fingerprint of the model's weights.
 
     Raises:
-        SafekernError: the mask cannot be read or does not fit.
+        MaskMismatchError: it does not fit.
     """
-    mask = Mask.load(path)
     mask.check(model)
     found = fingerprint(model)
     note_other_weights(mask, found)
-    return mask, found
+    return found
 
 
 def device(name: str | None) -> torch.device:
@@ -198,17 +221,18 @@ def prepare_folder(folder: Path, file: str, kind: str | None = None) -> None:
     files.check_writable(folder / file, kind)
 
 
-def check_output(option: str, path: Path, inputs: Iterable[Path | str | None]) -> None:
-    """Makes sure that a file can be written, and that it takes the place of none that the command reads.
+def check_output(option: str, path: Path, inputs: Iterable[Path | str | None], mark: bytes | None = None) -> None:
+    """Makes sure that a file can be written, and takes the place of nothing but what the command wrote there before.
 
     Args:
         option: which names the file.
         path: the file.
-        inputs: files, and folders with files; None and what is not there are passed over.
+        inputs: files, and folders with files, that the command reads; None and what is not there are passed over.
+        mark: what stands in the first 8 KiB of every file that the command writes there; without it, of any.
 
     Raises:
-        InvalidArgumentError: it is one of them.
-        FileAccessError: it cannot be written.
+        InvalidArgumentError: it is one that the command reads.
+        FileAccessError: it is something else, or cannot be written.
     """
     given = [Path(source) for source in inputs if source is not None]
     files_in = [file for source in given for file in (source.iterdir() if source.is_dir() else [source])]
@@ -218,14 +242,22 @@ def check_output(option: str, path: Path, inputs: Iterable[Path | str | None]) -
                 f"{option} {path}: would overwrite {file}, which the command reads; give another"
             )
     files.check_writable(path)
+    if mark is not None and path.exists():
+        with files.reading(path) as old:
+            start = old.read(8192)
+        if start and mark not in start:
+            raise FileAccessError(
+                f"{path}: exists already and is nothing that this command wrote, so it is not replaced; give another "
+                f"{option}, or move it away"
+            )
 
 
 def check_replaceable(path: Path, report: Path) -> None:
     """Makes sure that what stands where a result goes may be replaced: nothing, or what the command wrote there before.
 
     Args:
-        path: where the model, or a picture, goes.
-        report: the JSON file that the command writes beside it; under ``"written"`` it lists what it wrote.
+        path: where the model, a picture, or the report itself goes.
+        report: the JSON file that the command writes there, too; under ``"written"`` it lists what it wrote.
 
     Raises:
         FileAccessError: it is something else.
@@ -233,22 +265,10 @@ def check_replaceable(path: Path, report: Path) -> None:
     if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
         return
     if (f"{path.name}/" if path.is_dir() else path.name) not in written_before(report):
+        says = "it" if path == report else report
         raise FileAccessError(
-            f"{path}: exists already, and {report} does not say that this command wrote it, so it is not replaced; "
+            f"{path}: exists already, and {says} does not say that this command wrote it, so it is not replaced; "
             "give another --out, or move it away"
-        )
-
-
-def check_report(path: Path) -> None:
-    """Makes sure that a report takes the place of nothing but one.
-
-    Raises:
-        FileAccessError: something else is there.
-    """
-    if path.exists() and not written_before(path):
-        raise FileAccessError(
-            f"{path}: exists already and is no report of this command, so it is not replaced; give another --out, or "
-            "move it away"
         )
 
 

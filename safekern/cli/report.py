@@ -8,7 +8,7 @@ from typing import Any
 from safekern import files
 from safekern.cli import options
 from safekern.report import Audit
-from safekern.report_page import to_html
+from safekern.report_page import MARK, to_html
 from safekern.tables import printable
 
 _DESCRIPTION = """\
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: a file cannot be read or written, or the files do not belong together.
     """
     if args.html is not None:
-        options.check_output("--html", args.html, (args.mask, args.scores, *args.compare))
+        options.check_output("--html", args.html, (args.mask, args.scores, *args.compare), MARK.encode())
     audit = Audit.load(args.mask, args.scores, args.compare)
     if args.html is not None:
         page = to_html(audit).encode()

@@ -9,6 +9,7 @@ from typing import Any
 from safekern import files
 from safekern.checkpoint import fingerprint
 from safekern.cli import options
+from safekern.errors import InvalidArgumentError
 from safekern.objectives import refusal
 from safekern.prompts import Pairs, builtin, load, load_prompts, with_refusals
 from safekern.scores import TopScores
@@ -100,6 +101,11 @@ def run(args: argparse.Namespace) -> None:
     mask_path, scores_path = _outputs(args.out)
     if args.save_scores:
         files.check_writable(scores_path, "scores")
+    elif scores_path.exists():
+        raise InvalidArgumentError(
+            f"{scores_path}: exists already, and would stay beside a mask of other scores; add --save-scores to "
+            "replace it, or give another --out"
+        )
     pairs = _pairs(args)
     model, tokenizer = options.load_model(args)
     with options.stage(f"score on {len(pairs)} pairs"):

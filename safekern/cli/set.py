@@ -8,10 +8,11 @@ from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import options, tuning
 from safekern.delta import save_delta
 from safekern.errors import InvalidArgumentError, SafekernError
+from safekern.mask import Mask
 from safekern.models import save
 from safekern.optim import SETAdamW
 from safekern.resume import Weights
-from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced, check_balance
+from safekern.training import LEARNING_RATE, REFUSAL_WEIGHT, TUNING_BATCH_SIZE, balanced
 
 _DESCRIPTION = """\
 Makes a model refuse harmful prompts by updating the weights of a mask alone (SET, arXiv 2604.08297); every other weight
@@ -51,13 +52,16 @@ def add_parser(commands: Any) -> None:
     tuning.add_pairs(parser)
     parser.add_argument(
         "--refusal-weight",
-        type=float,
+        type=options.share,
         default=REFUSAL_WEIGHT,
         metavar="W",
         help="share of the refusals in the loss, from 0 to 1; more of it refuses more, also what is harmless "
         f"(default: {REFUSAL_WEIGHT})",
     )
-    tuning.add_training(parser, iterations=100, lr=LEARNING_RATE, batch_size=TUNING_BATCH_SIZE, every=25)
+    # Half of each batch is of each kind.
+    tuning.add_training(
+        parser, iterations=100, lr=LEARNING_RATE, batch_size=TUNING_BATCH_SIZE, every=25, size=options.even
+    )
     parser.add_argument("--save-model", action="store_true", help="also write the whole tuned model")
     parser.set_defaults(run=run)
 
@@ -68,15 +72,16 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
     """
-    tuning.prepare(args, "set.json", saves_model=args.save_model)
-    files.check_writable(args.out / "delta.safetensors", "delta")
+    mask = Mask.load(args.mask)
     harmful, benign = tuning.read_pairs(args)
-    check_balance(args.batch_size, args.refusal_weight)
+    settings = {"command": "set", "mask": mask.fingerprint, "refusal_weight": args.refusal_weight}
+    tuning.prepare(args, "set.json", settings, saves_model=args.save_model)
+    files.check_writable(args.out / "delta.safetensors", "delta")
     model, tokenizer = options.load_model(args)
     if args.save_model:
         options.note_left_out(model)
+    base = options.check_mask(mask, model)
     digests = tuning.check_pairs(model, tokenizer, {"--harmful": harmful, "--benign": benign})
-    mask, base = options.load_mask(args.mask, model)
     selected = mask.parameters(model)
     weights = Weights(selected)
     original = weights.read()
@@ -96,13 +101,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             skip=skip,
         ),
-        {
-            "command": "set",
-            "model": base,
-            "mask": mask.fingerprint,
-            **digests,
-            "refusal_weight": args.refusal_weight,
-        },
+        {**settings, "model": base, **digests},
     )
     before: dict[str, Any] = dict(model.named_parameters())
     before |= {
@@ -122,11 +121,12 @@ def run(args: argparse.Namespace) -> None:
             save(model, tokenizer, args.out / "model")
     tuning.finish(
         args,
+        model,
         base,
         tuned,
         mask,
         losses,
-        {"refusal_weight": args.refusal_weight},
+        {**tuning.named_pairs(args), "refusal_weight": args.refusal_weight},
         checked="Every weight outside the mask was checked to be bit-identical.",
         written=["delta.safetensors", *["model/"] * args.save_model, "set.json"],
     )

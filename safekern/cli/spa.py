@@ -10,6 +10,7 @@ import torch
 from safekern.checkpoint import fingerprint
 from safekern.cli import options, tuning
 from safekern.errors import InvalidArgumentError, ProtectionError
+from safekern.mask import Mask
 from safekern.models import save
 from safekern.optim import SPAAdamW
 from safekern.prompts import load
@@ -18,7 +19,6 @@ from safekern.training import (
     REFUSAL_WEIGHT,
     REHEARSAL,
     TUNING_BATCH_SIZE,
-    check_rehearsal,
     rehearsed_per_step,
     with_rehearsal,
 )
@@ -39,7 +39,8 @@ Writes to --out:
   spa.json    settings and losses
 
 Memory: the model, for every weight a gradient and two moments in fp32, and the activations of a batch. Weights of 16
-bits round most steps of a usual learning rate away: --dtype float32 learns more, for 4 bytes more per weight.
+bits round most steps of a usual learning rate away: --dtype float32 learns more, for 2 bytes more per
+weight and per gradient.
 """
 _EPILOG = """\
 example: keep what makes a model safe while it learns grade-school math
@@ -70,7 +71,7 @@ def add_parser(commands: Any) -> None:
     tuning.add_pairs(parser)
     parser.add_argument(
         "--rehearsal",
-        type=float,
+        type=options.less_than_all,
         default=REHEARSAL,
         metavar="W",
         help=f"share of these two in the loss, from 0 (none) to less than 1 (default: {REHEARSAL})",
@@ -85,24 +86,30 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         SafekernError: an option or a file is wrong, found out before the long work starts; or training failed.
     """
-    tuning.prepare(args, "spa.json", saves_model=True)
+    mask = Mask.load(args.mask)
     pairs = load(args.data)
     if (args.harmful or args.benign) and not args.rehearsal:
         raise InvalidArgumentError("--harmful and --benign mean nothing with --rehearsal 0: leave them out")
     harmful, benign = tuning.read_pairs(args)
-    check_rehearsal(args.rehearsal)
+    settings = {
+        "command": "spa",
+        "mask": mask.fingerprint,
+        "rehearsal": args.rehearsal,
+        "refusal_weight": REFUSAL_WEIGHT,
+    }
+    tuning.prepare(args, "spa.json", settings, saves_model=True)
     rehearsed = {"benign": benign, "harmful": harmful} if args.rehearsal else {}
     for kind, those in rehearsed.items():
         _note_passes(args, kind, len(those))
     model, tokenizer = options.load_model(args)
     options.note_left_out(model)
+    base = options.check_mask(mask, model)
     sources = {"--data": pairs, **{f"--{kind}": those for kind, those in rehearsed.items()}}
     digests = tuning.check_pairs(model, tokenizer, sources)
-    mask, base = options.load_mask(args.mask, model)
     if any(param.dtype.itemsize < 4 for param in model.parameters()):
         print(
             f"note: 16-bit weights round most steps of --lr {args.lr:g} away, so the model learns little; --dtype "
-            "float32 keeps them, for 4 bytes more per weight",
+            "float32 keeps them, for 2 bytes more per weight and per gradient",
             file=sys.stderr,
         )
     protected = Weights(mask.parameters(model))
@@ -124,14 +131,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             skip=skip,
         ),
-        {
-            "command": "spa",
-            "model": base,
-            "mask": mask.fingerprint,
-            **digests,
-            "rehearsal": args.rehearsal,
-            "refusal_weight": REFUSAL_WEIGHT,
-        },
+        {**settings, "model": base, **digests},
     )
     for name in protected.changed(original):
         raise ProtectionError(f"protected weights of {name} have changed; nothing was written. Please report this")
@@ -140,11 +140,17 @@ def run(args: argparse.Namespace) -> None:
         save(model, tokenizer, args.out / "model")
     tuning.finish(
         args,
+        model,
         base,
         tuned,
         mask,
         losses,
-        {"data": options.without_folders(args.data), "pairs": len(pairs), "rehearsal": args.rehearsal},
+        {
+            "data": options.without_folders(args.data),
+            "pairs": len(pairs),
+            "rehearsal": args.rehearsal,
+            **({**tuning.named_pairs(args), "refusal_weight": REFUSAL_WEIGHT} if args.rehearsal else {}),
+        },
         checked="Every weight of the mask was checked to be bit-identical.",
         written=["model/", "spa.json"],
     )

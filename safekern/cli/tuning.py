@@ -4,13 +4,13 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from safekern import resume
 from safekern.chat import answer_logits, encode
@@ -18,6 +18,7 @@ from safekern.cli import options
 from safekern.errors import FileAccessError, InvalidArgumentError
 from safekern.mask import Mask
 from safekern.modes import frozen
+from safekern.progress import Progress
 from safekern.prompts import Pairs, builtin, load
 from safekern.tables import printable
 from safekern.training import Batch, pair_named, tune
@@ -36,8 +37,16 @@ def add_pairs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benign", type=Path, metavar="FILE", help="prompts with helpful answers (default: built-in)")
 
 
-def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float, batch_size: int, every: int) -> None:
-    """Adds the options of a training run with a mask, with the defaults of the command."""
+def add_training(
+    parser: argparse.ArgumentParser,
+    *,
+    iterations: int,
+    lr: float,
+    batch_size: int,
+    every: int,
+    size: Callable[[str], int] = options.number,
+) -> None:
+    """Adds the options of a training run with a mask, with the defaults of the command and its type of batch size."""
     parser.add_argument("--mask", type=Path, required=True, metavar="FILE", help="a mask file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -48,7 +57,7 @@ def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float,
     group.add_argument("--lr", type=options.positive, default=lr, help=f"learning rate (default: {lr:g})")
     group.add_argument(
         "--batch-size",
-        type=options.number,
+        type=size,
         default=batch_size,
         metavar="N",
         help=f"pairs per step (default: {batch_size})",
@@ -64,12 +73,13 @@ def add_training(parser: argparse.ArgumentParser, *, iterations: int, lr: float,
     group.add_argument("--resume", action="store_true", help="go on with the interrupted run in --out")
 
 
-def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None:
+def prepare(args: argparse.Namespace, report: str, settings: dict[str, Any], *, saves_model: bool) -> None:
     """Makes sure that the run can be written, replaces nothing else, and neither loses nor misses an interrupted one.
 
     Args:
         args: the options of `add_training`.
         report: the name of the report in ``--out``.
+        settings: of the run, beside those of `add_training`, as far as they are known without the model.
         saves_model: whether the whole model is written there, too.
 
     Raises:
@@ -92,7 +102,7 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
         )
     options.prepare_folder(args.out, _FILE)
     options.check_output("--out", args.out / report, inputs.values())
-    options.check_report(args.out / report)
+    options.check_replaceable(args.out / report, args.out / report)
     exists = (args.out / _FILE).exists()
     if args.resume and not exists:
         raise FileAccessError(f"{args.out / _FILE}: no such file, so there is no run to resume; leave --resume out")
@@ -100,6 +110,16 @@ def prepare(args: argparse.Namespace, report: str, *, saves_model: bool) -> None
         raise InvalidArgumentError(
             f"{args.out / _FILE}: an interrupted run; add --resume to go on with it, or remove the file"
         )
+    if args.resume:
+        taken = resume.check(args.out / _FILE, _with_training(args, settings))
+        if taken > args.iterations:
+            raise InvalidArgumentError(
+                f"{args.out / _FILE}: has taken {taken} of --iterations {args.iterations} already"
+            )
+
+
+def _with_training(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, **{name: getattr(args, name) for name in ("lr", "batch_size", "seed")}}
 
 
 def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
@@ -107,6 +127,11 @@ def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     harmful = load(args.harmful) if args.harmful else builtin("harmful", "tune")
     benign = load(args.benign) if args.benign else builtin("benign", "tune")
     return harmful, benign
+
+
+def named_pairs(args: argparse.Namespace) -> dict[str, str]:
+    """What reports say of where the pairs of `read_pairs` come from."""
+    return {name: options.without_folders(getattr(args, name) or "built-in") for name in ("harmful", "benign")}
 
 
 def check_pairs(
@@ -130,11 +155,13 @@ def check_pairs(
     for source, pairs in sources.items():
         digest = hashlib.sha256()
         rows = zip(pairs.prompts, pairs.responses, strict=True)
-        for number, pair in enumerate(tqdm(rows, f"check {source}", len(pairs), leave=False, disable=None), 1):
-            with pair_named(number, source):
-                batch = encode(tokenizer, *pair)
-            lengths[source, number] = batch["labels"].shape[1]
-            digest.update(json.dumps([batch[name].tolist() for name in ("input_ids", "labels")]).encode())
+        with Progress(f"check {source}", "pair", len(pairs), leave=False) as bar:
+            for number, pair in enumerate(rows, 1):
+                with pair_named(number, source):
+                    batch = encode(tokenizer, *pair)
+                lengths[source, number] = batch["labels"].shape[1]
+                digest.update(json.dumps([batch[name].tolist() for name in ("input_ids", "labels")]).encode())
+                bar.update()
         digests[source] = digest.hexdigest()
     source, number = max(lengths, key=lambda row: lengths[row])
     most = getattr(model.config, "max_position_embeddings", None)
@@ -172,11 +199,9 @@ def train(
         SafekernError: the run to resume is another one, or something of training.
     """
     path = args.out / _FILE
-    settings = {**settings, **{name: getattr(args, name) for name in ("lr", "batch_size", "seed")}}
+    settings = _with_training(args, settings)
     run = resume.load(path, settings) if args.resume else None
     if run is not None:
-        if len(run.losses) > args.iterations:
-            raise InvalidArgumentError(f"{path}: has taken {len(run.losses)} of --iterations {args.iterations} already")
         weights.write(run.weights)
     optimizer = make_optimizer()
     if run is not None:
@@ -187,16 +212,22 @@ def train(
             resume.save(path, weights.read(), optimizer, losses, settings)
 
     done = [] if run is None else run.losses
-    # Of embeddings above all: the gradient of what training leaves alone may be the largest.
-    with (
-        frozen(weights.others(model)),
-        options.stage(f"tune, {len(done)} of {args.iterations} steps done" if done else "tune"),
-    ):
-        return tune(model, optimizer, make_parts(len(done)), args.iterations, done=done, after_step=checkpoint)
+    try:
+        # Of embeddings above all: the gradient of what training leaves alone may be the largest.
+        with (
+            frozen(weights.others(model)),
+            options.stage(f"tune, {len(done)} of {args.iterations} steps done" if done else "tune"),
+        ):
+            return tune(model, optimizer, make_parts(len(done)), args.iterations, done=done, after_step=checkpoint)
+    except KeyboardInterrupt:
+        if path.exists():
+            print(f"note: the same command with --resume goes on from {printable(str(path))}", file=sys.stderr)
+        raise
 
 
 def finish(
     args: argparse.Namespace,
+    model: "PreTrainedModel",
     base: str,
     tuned: str,
     mask: Mask,
@@ -210,6 +241,7 @@ def finish(
 
     Args:
         args: the options of `add_training`.
+        model: the tuned one.
         base: the fingerprint of the model as it was.
         tuned: that of the tuned one, taken before it was saved: a model without its report is not replaced by
             ``--resume``, so nothing that takes time may come between them.
@@ -223,6 +255,7 @@ def finish(
         "model": options.without_folders(args.model),
         "model_fingerprint": base,
         "tuned_fingerprint": tuned,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "mask": options.without_folders(args.mask),
         "mask_fingerprint": mask.fingerprint,
         "mask_numel": mask.numel,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safekern.cli import options
+from safekern.mask import Mask
 from safekern.prompts import builtin, load, load_prompts
 from safekern.report import load_all, top_beside
 from safekern.tables import printable
@@ -36,6 +37,8 @@ attacks succeeded under five on one mask): repeat it with --seed 1 and --seed 2 
 """
 _QUICK_LIMIT, _LIMIT = 16, 64
 _QUICK_NOISE = (0.1, 0.38)
+# With which a result begins.
+_MARK = b'{\n  "command": "verify",'
 
 
 def add_parser(commands: Any) -> None:
@@ -86,13 +89,13 @@ def run(args: argparse.Namespace) -> None:
         SafekernError: an option or a file is wrong, found out before the long work starts.
     """
     if args.out is not None:
-        options.check_output("--out", args.out, (args.mask, args.scores, args.harmful, args.benign, args.model))
+        inputs = (args.mask, args.scores, args.harmful, args.benign, args.model)
+        options.check_output("--out", args.out, inputs, _MARK)
+    mask = Mask.load(args.mask)
     limit = args.limit or (_QUICK_LIMIT if args.quick else _LIMIT)
     harmful = builtin("harmful", "eval").prompts if args.harmful is None else load_prompts(args.harmful)
     benign = builtin("benign", "eval") if args.benign is None else load(args.benign)
     scores = None if args.scores is None else load_all(args.scores)
-    model, tokenizer = options.load_model(args)
-    mask, fingerprint = options.load_mask(args.mask, model)
     ranked = None if scores is None else top_beside(mask, scores).equal
     if ranked is False:
         print(
@@ -100,6 +103,8 @@ def run(args: argparse.Namespace) -> None:
             "way. The bottom is that of --scores",
             file=sys.stderr,
         )
+    model, tokenizer = options.load_model(args)
+    fingerprint = options.check_mask(mask, model)
 
     with options.stage("verify"):
         found = verify(
@@ -115,6 +120,7 @@ def run(args: argparse.Namespace) -> None:
             report=_say,
         )
     result = {
+        "command": "verify",
         "model": options.without_folders(args.model),
         "model_fingerprint": fingerprint,
         "mask": options.without_folders(args.mask),
