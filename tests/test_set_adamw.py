@@ -1053,6 +1053,24 @@ def test_state_of_another_mask_or_model_is_refused():
     optimizer = SETAdamW(bfloat16.named_parameters(), mask)
     model, before = bfloat16, snapshot(bfloat16, optimizer)
     refused(state, "no master")
+    with_masters = optimizer.state_dict()
+    optimizer = SETAdamW(bfloat16.named_parameters(), mask, master_weights=False)
+    before = snapshot(bfloat16, optimizer)
+    refused(with_masters, "a master, of which this optimizer keeps none")
+    model = Net()
+    optimizer = SETAdamW(model.named_parameters(), mask)
+    before = snapshot(model, optimizer)
+    refused(with_masters, "a master, of which this optimizer keeps none")
+
+
+def test_a_state_loads_where_that_of_a_parameter_was_cleared():
+    model = Net(torch.bfloat16)
+    optimizer = SETAdamW(model.named_parameters(), random_mask(model))
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.state[model.first.weight].clear()
+    optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), saved)
 
 
 @pytest.mark.parametrize("flat", [False, True])

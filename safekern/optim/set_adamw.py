@@ -456,16 +456,19 @@ class SETAdamW(MaskedOptimizer):
     def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
         count = self._mask.compact(self._masked[name]).numel() if name in self._masked else 0
         loaded = copy.deepcopy(others_of(saved, _FIELDS))
-        for field in [field for field in _FIELDS if field in self._states[name]]:
-            current = self._states[name][field]
+        # It says what is to be loaded, and may have been cleared.
+        self._ensure_state(name, param)
+        own = self._states[name]
+        for field in [field for field in _FIELDS if field in own or field in saved]:
             value, shape = saved.get(field), () if field == "step" else (count,)
-            if not isinstance(value, Tensor) or value.shape != shape:
+            if field not in own or not isinstance(value, Tensor) or value.shape != shape:
+                has = f"no {field} that fits" if field in own else f"a {field}, of which this optimizer keeps none"
                 raise MaskMismatchError(
-                    f"the saved state of parameter {name} has no {field} that fits: it was saved for other parameters, "
-                    "or with another dtype or master_weights"
+                    f"the saved state of parameter {name} has {has}: it was saved for other parameters, or with "
+                    "another dtype or master_weights"
                 )
             mine = value if field == "step" else at(value, self._selections[name].places)
-            loaded[field] = mine.to(current.device, current.dtype, copy=True)
+            loaded[field] = mine.to(own[field].device, own[field].dtype, copy=True)
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:
