@@ -962,6 +962,17 @@ def test_what_is_no_state_is_refused(make):
     assert_same(snapshot(model, optimizer), before)
 
 
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_a_learning_rate_that_a_step_accepts_loads(make):
+    model = Net()
+    optimizer = make(model.named_parameters(), random_mask(model))
+    optimizer.param_groups[0]["lr"] = -1e-20
+    train(model, optimizer, [0])
+    restored = make(model.named_parameters(), random_mask(model))
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.param_groups[0]["lr"] == -1e-20
+
+
 RESUME = """
 import sys, torch
 sys.path.insert(0, {folder!r})

@@ -235,7 +235,7 @@ class MaskedOptimizer(Optimizer):
         for group, (saved, keys) in zip(self.param_groups, self._match(state_dict["param_groups"]), strict=True):
             saved = copy.deepcopy({field: value for field, value in saved.items() if field != "params"})
             groups.append({**saved, "params": group["params"], "param_names": group["param_names"]})
-            check_hyperparameters(groups[-1])
+            check_in_step(groups[-1])
             for name, param, key in zip(group["param_names"], group["params"], keys, strict=True):
                 values = state_dict["state"].get(key)
                 if values is None and not param.requires_grad:
