@@ -1,6 +1,7 @@
 """SETAdamW against torch.optim.AdamW, and as a torch.optim.Optimizer among the tools that use one."""
 
 import collections
+import contextlib
 import copy
 import functools
 import gc
@@ -920,6 +921,29 @@ def test_loading_continues_bit_for_bit(dtype):
     for pair in ((model, optimizer), (copied, restored)):
         train(*pair, range(3, 6))
     assert_same(snapshot(copied, restored), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW, functools.partial(SETAdamW, in_backward=True)])
+def test_a_run_goes_on_after_what_was_done_under_inference_mode(make):
+    def run(context):
+        model = Net(torch.bfloat16)
+        with context():
+            optimizer = make(model.named_parameters(), random_mask(model))
+        train(model, optimizer, range(2))
+        saved = copy.deepcopy(optimizer.state_dict())
+        with context():
+            optimizer.load_state_dict(saved)
+        train(model, optimizer, range(2, 4))
+        optimizer.state[model.second.weight].clear()
+        with context():
+            assert optimizer.state[model.second.weight]["step"] == 0
+        train(model, optimizer, range(4, 6))
+        loss_of(model, 6).backward()
+        with context():
+            optimizer.step()
+        return snapshot(model, optimizer)
+
+    assert_same(run(torch.inference_mode), run(contextlib.nullcontext))
 
 
 @pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])

@@ -27,6 +27,7 @@ from safekern.optim.masked import (
     check_strided,
     cut,
     held,
+    making_state,
     named_groups,
     others_of,
     settled_gradient,
@@ -148,7 +149,6 @@ class SETAdamW(MaskedOptimizer):
         for _, name, param in self._named():
             self._hooks.place(name, param)
 
-    @torch.no_grad()
     def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
         if name in self._masked:
             selection = self._select(name, param)
@@ -164,7 +164,10 @@ class SETAdamW(MaskedOptimizer):
         # An empty one was cleared, which resets the parameter.
         if not self._states.get(name):
             selection = self._selections.get(name)
-            self._states[name] = _initial_step() if selection is None else self._initial_state(local(param), selection)
+            with making_state():
+                self._states[name] = (
+                    _initial_step() if selection is None else self._initial_state(local(param), selection)
+                )
 
     def _select(self, name: str, param: Tensor) -> Selection:
         masked, piece = self._masked[name], local(param)
