@@ -222,7 +222,6 @@ class SETAdamW(MaskedOptimizer):
             return
         if grad.requires_grad:
             raise StepError("in_backward=True frees the gradients that backward(create_graph=True) is to keep")
-        check_strided(name, local(grad))
         if name not in self._masked:
             if any(other in owner._masked for owner, other in self._others(param)):
                 raise StepError(
@@ -231,8 +230,10 @@ class SETAdamW(MaskedOptimizer):
                 )
             # An empty one, since another optimizer would take None for nothing to do, and refuses this. In a process
             # group DistributedDataParallel would have to copy it.
-            param.grad = None if in_process_group() else SelectedGrad.empty(grad)
-        elif not (is_sharded(grad) and is_sharded(param)) or grad.placements == param.placements:
+            param.grad = None if in_process_group() else SelectedGrad.empty(param, grad.dtype)
+            return
+        check_strided(name, local(grad))
+        if not (is_sharded(grad) and is_sharded(param)) or grad.placements == param.placements:
             # Gradients of other placements are partial sums: step() adds them up, as a hook must not communicate.
             param.grad = None
             piece, indices = local(param), self._selections[name].indices
