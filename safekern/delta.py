@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -269,10 +269,7 @@ def _locate(parameters: Mapping[str, _Parameter], weights: Collection[str]) -> d
     own_names = Counter(map(names.canonical, weights))
     given = {names.canonical(name): name for name in weights if own_names[names.canonical(name)] == 1}
     every = [alias for name, parameter in parameters.items() for alias in (name, *parameter.aliases)]
-    try:
-        found = names.resolve(every, weights)
-    except MaskMismatchError as error:
-        raise DeltaMismatchError(str(error)) from error
+    found = _resolve(every, weights)
     located = {
         name: [found[alias] for alias in (name, *parameter.aliases) if alias in found]
         for name, parameter in parameters.items()
@@ -288,7 +285,7 @@ def _locate(parameters: Mapping[str, _Parameter], weights: Collection[str]) -> d
     renamed += [{name: own.removeprefix(prefix) for name, own in missing.items()} for prefix in fewer]
     taken = {match for matches in located.values() for match in matches}
     fitting = [
-        {name: given[own] for name, own in trial.items()}
+        trial
         for trial in renamed
         if all(own in given and given[own] not in taken for own in trial.values())
         and len(set(trial.values())) == len(trial)
@@ -300,7 +297,15 @@ def _locate(parameters: Mapping[str, _Parameter], weights: Collection[str]) -> d
             + "use the model that the delta was made for. If it is a checkpoint whose experts are stored one by one, "
             "load it with from_pretrained and apply the delta in memory, which safekern apply does with --out"
         )
-    return located | {name: [match] for name, match in fitting[0].items()}
+    found = _resolve(fitting[0].values(), weights)
+    return located | {name: [found[own]] for name, own in fitting[0].items()}
+
+
+def _resolve(wanted: Iterable[str], available: Iterable[str]) -> dict[str, str]:
+    try:
+        return names.resolve(wanted, available)
+    except MaskMismatchError as error:
+        raise DeltaMismatchError(str(error)) from error
 
 
 def _compare(

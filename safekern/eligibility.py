@@ -1,7 +1,7 @@
 """Which parameters of a model are scored."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -101,9 +101,12 @@ def _weights_in(packed: Tensor) -> int:
     return 2 * packed.nbytes if packed.dtype in _PACKED else packed.numel()
 
 
-def own_numel(model: nn.Module) -> int:
-    """How many weights a model has without its adapters: what a ratio is of, whatever is being trained on it."""
-    adapters = {id(param) for param in _adapters(model)}
+def own_numel(model: nn.Module, chosen: Iterable[nn.Parameter] = ()) -> int:
+    """How many weights a model has without its adapters: what a ratio is of, whatever is being trained on it.
+
+    Adapters that were chosen to be scored are among the weights that the ratio selects, and count.
+    """
+    adapters = {id(param) for param in _adapters(model)} - {id(param) for param in chosen}
     return sum(param.numel() for param in model.parameters() if id(param) not in adapters)
 
 

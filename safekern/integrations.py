@@ -170,7 +170,12 @@ def merge_lora(peft_model: Any, mask: Mask) -> nn.Module:
                 "that those to keep are not there: turn it into a plain LoRA adapter by save_pretrained(..., "
                 "path_initial_model_for_weight_conversion=...), and load that on the base model"
             )
-    params = dict(peft_model.named_parameters(remove_duplicate=False))
+    # Without the copies that modules_to_save trains: the mask means the base, whose bits are to take their place.
+    params = {
+        name: param
+        for name, param in peft_model.named_parameters(remove_duplicate=False)
+        if "modules_to_save" not in name.split(".")
+    }
     kept = {}
     for name, given in mask.resolve(params).items():
         param = params[given]

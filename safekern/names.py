@@ -38,7 +38,8 @@ def canonical(name: str) -> str:
 def resolve(wanted: Iterable[str], available: Iterable[str]) -> dict[str, str]:
     """Finds each wanted name among the available ones.
 
-    An exact match wins; else the one available name that is equal up to wrappers.
+    An exact match wins; else the one available name that is equal up to wrappers. A module that PEFT trains whole
+    (``modules_to_save``) is there twice, and a name from before does not say which one it means.
 
     Args:
         wanted: Names to look for.
@@ -57,17 +58,28 @@ def resolve(wanted: Iterable[str], available: Iterable[str]) -> dict[str, str]:
     """
     exact = dict.fromkeys(available)
     unwrapped: dict[str, list[str]] = {}
+    trained: dict[str, list[str]] = {}
     for name in exact:
         unwrapped.setdefault(canonical(name), []).append(name)
+        if "modules_to_save" in name.split("."):
+            trained.setdefault(canonical(_untrained(name)), []).append(name)
 
     found: dict[str, str] = {}
     claims: dict[str, str] = {}
     for name in dict.fromkeys(wanted):
         candidates = [name] if name in exact else unwrapped.get(canonical(name), [])
-        if len(candidates) > 1:
-            raise MaskMismatchError(
-                f"{name!r} is ambiguous: it may be {' or '.join(map(repr, candidates))}. Use the full name."
+        # Whoever names the original in full means it.
+        says_which = name in exact or "original_module" in name.split(".")
+        copies = [] if says_which else trained.get(canonical(name), [])
+        way_out = "Use the full name."
+        if candidates and copies:
+            candidates = [*candidates, *copies]
+            way_out = (
+                "PEFT trains a copy (modules_to_save) in place of the original, which stays beside it: merge the "
+                "adapter, or make the mask on the model with it."
             )
+        if len(candidates) > 1:
+            raise MaskMismatchError(f"{name!r} is ambiguous: it may be {' or '.join(map(repr, candidates))}. {way_out}")
         for candidate in candidates:
             if candidate in claims:
                 raise MaskMismatchError(
@@ -76,6 +88,13 @@ def resolve(wanted: Iterable[str], available: Iterable[str]) -> dict[str, str]:
             claims[candidate] = name
             found[name] = candidate
     return found
+
+
+def _untrained(name: str) -> str:
+    """The name of the original that a parameter in PEFT's ``modules_to_save`` is the copy of, for one adapter."""
+    parts = name.split(".")
+    position = parts.index("modules_to_save")
+    return ".".join([*parts[:position], "original_module", *parts[position + 2 :]])
 
 
 def layer(name: str) -> int | None:

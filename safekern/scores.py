@@ -50,7 +50,7 @@ class Scores(Mapping[str, Tensor]):
         sigma: name -> fp32 tensor on the CPU, the unbiased standard deviation of the parameter when it was scored: 0-d,
             or under ``sigma_per="expert"``, for a fused tensor of E experts, (E, 1, 1).
         num_batches: how many batches were averaged.
-        model_numel: the number of weights in the whole model, eligible or not, adapters apart.
+        model_numel: the number of weights in the whole model, eligible or not, adapters apart unless they are.
         meta: where the scores come from (objective, reduction, versions).
 
     Raises:

@@ -131,7 +131,7 @@ def score(
     # Not by its truth: an objective may be a list of what it has seen.
     compute = _model_loss if objective is None else objective
     with failing_together("score", together=everyone.size > 1) as check_others:
-        params, parts, k = everyone.alike(
+        params, parts, k, model_numel = everyone.alike(
             partial(
                 _planned, model, loader, objective, reduction, select, memory, keep, offload, sigma_per, sharded.size
             ),
@@ -167,7 +167,7 @@ def score(
                 top.add(accs, sigma)
     details: dict[str, Any] = {
         "num_batches": sum(counts),
-        "model_numel": own_numel(model),
+        "model_numel": model_numel,
         "meta": {
             "objective": "model loss"
             if objective is None
@@ -194,8 +194,8 @@ def _planned(
     offload: bool,
     sigma_per: str,
     holders: int,
-) -> tuple[dict[str, nn.Parameter], list[list[str]], int]:
-    """What is to be scored: the parameters, the part of them for each sweep, and how many candidates to keep."""
+) -> tuple[dict[str, nn.Parameter], list[list[str]], int, int]:
+    """What is to be scored: the parameters, those of each sweep, how many candidates to keep of how many weights."""
     if reduction not in ("mean", "abs"):
         raise InvalidArgumentError(f"reduction must be 'mean' or 'abs', got {reduction!r}")
     if sigma_per not in ("tensor", "expert"):
@@ -223,14 +223,15 @@ def _planned(
             "memory= sweeps over a model that one process holds; this one is sharded over processes. To keep the "
             "accumulators of each in its CPU memory, use offload=True"
         )
-    k = count_of(_positive("keep", keep, most=1), own_numel(model), sum(param.numel() for param in params.values()))
+    model_numel = own_numel(model, params.values())
+    k = count_of(_positive("keep", keep, most=1), model_numel, sum(param.numel() for param in params.values()))
     parts = [list(params)] if memory is None else _parts(params, _positive("memory", memory), k, offload)
     if len(parts) > 1 and isinstance(loader, Iterator):
         raise InvalidArgumentError(
             f"memory={memory} takes {len(parts)} sweeps over the loader, but a {type(loader).__name__} can be read "
             "only once: pass a list or a DataLoader, or more memory"
         )
-    return params, parts, k
+    return params, parts, k, model_numel
 
 
 def _check_replaceable_grads(model: nn.Module) -> None:

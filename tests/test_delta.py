@@ -48,6 +48,17 @@ def case(path):
 
 
 class TestModels:
+    @pytest.mark.parametrize("nested", [False, True])
+    def test_a_module_that_an_adapter_trains_whole(self, path, case, nested):
+        peft = pytest.importorskip("peft")
+        base, _, _ = case
+        config = peft.LoraConfig(target_modules=["first"], modules_to_save=["second"])
+        adapted = peft.get_peft_model(nn.ModuleDict({"net": base}) if nested else base, config)
+        before = weights(adapted)
+        with pytest.raises(DeltaMismatchError, match=r"second\.weight' is ambiguous"):
+            apply_delta(adapted, path)
+        assert_same(weights(adapted), before)
+
     @pytest.mark.parametrize("with_base", [False, True])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_round_trip_is_exact(self, path, dtype, with_base):

@@ -231,6 +231,41 @@ def test_parameters_that_get_no_gradient_or_are_frozen_for_a_while():
     assert_same_training(pairs)
 
 
+def test_sparse_gradients_outside_the_mask():
+    def make():
+        return nn.Sequential(nn.Embedding(7, 13, sparse=True), Net())
+
+    pairs = pair(make, functools.partial(random_mask, names=[f"1.{name}" for name in MASKED]))
+    for model, optimizer in pairs:
+        for tokens in ([1, 2], [3], [0, 6, 6]):
+            for _ in range(2):
+                model(torch.tensor(tokens)).square().mean().backward()
+            optimizer.step()
+            grad = model[0].weight.grad
+            optimizer.zero_grad()
+    assert_same_training(pairs)
+    # Refused by whoever wants it.
+    assert isinstance(grad, SelectedGrad) and not grad.selected.numel()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_parameters_outside_the_mask_that_were_made_under_inference_mode(trained):
+    pairs = []
+    for in_backward in (False, True):
+        model = Net()
+        with torch.inference_mode():
+            model.first.bias = nn.Parameter(torch.ones(37), requires_grad=trained)
+        mask = random_mask(model, names=["first.weight", "second.weight"])
+        optimizer = SETAdamW(model.named_parameters(), mask, lr=1e-2, in_backward=in_backward)
+        pairs.append((model, optimizer))
+        accumulate(model, 0, 2)
+        optimizer.step()
+        grad = model.first.bias.grad
+        train(model, optimizer, [1])
+    assert_same_training(pairs)
+    assert grad.selected.numel() == 0 if trained else grad is None
+
+
 def test_parameters_frozen_at_construction():
     def make():
         model = Net()

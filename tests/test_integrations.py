@@ -236,6 +236,24 @@ def test_merging_keeps_the_base_of_a_module_that_was_trained_whole():
     assert torch.equal(merged.lm_head.weight.flatten()[1:5], before["lm_head.weight"].flatten()[1:5] + 1)
 
 
+def test_a_plain_mask_does_not_say_which_copy_of_a_module_trained_whole_it_means():
+    model = tiny_llama()
+    mask = Mask.from_indices({"lm_head.weight": [0, 5]}, {"lm_head.weight": (259, 32)})
+    adapted = with_adapter(model, ["q_proj"], modules_to_save=["lm_head"]).requires_grad_(True)
+    optimizer = torch.optim.AdamW(adapted.parameters())
+    for use in (
+        lambda: safekern.protect(optimizer, mask, adapted.named_parameters()),
+        lambda: safekern.SPAAdamW(adapted.named_parameters(), mask),
+        lambda: safekern.SETAdamW(adapted.named_parameters(), mask),
+        lambda: safekern.integrations.leave_to_set(adapted, mask),
+        safekern.perturb(adapted, mask).__enter__,
+    ):
+        with pytest.raises(MaskMismatchError, match=r"ambiguous.*original_module.*modules_to_save.*merge the"):
+            use()
+    # What the message says to do.
+    mask.check(adapted.merge_and_unload())
+
+
 def test_merging_refuses_before_anything_is_changed():
     model = tiny_llama()
     with pytest.raises(InvalidArgumentError, match="LlamaForCausalLM"):

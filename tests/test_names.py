@@ -96,6 +96,27 @@ class TestResolve:
         wanted = ["model.layers.0.q_proj.weight", "model.norm.weight"]
         assert list(names.resolve(wanted, available).values()) == [available[0], available[2]]
 
+    def test_a_module_that_peft_trains_whole(self):
+        original, copy = (
+            "base_model.model.head.original_module.weight",
+            "base_model.model.head.modules_to_save.a.weight",
+        )
+        kept = [original, copy, "base_model.model.norm.weight"]
+        for wanted in ("head.weight", "_orig_mod.head.weight"):
+            with pytest.raises(
+                MaskMismatchError, match=f"'{wanted}' is ambiguous.*'{original}' or '{copy}'.*merge the adapter"
+            ):
+                names.resolve([wanted], kept)
+        assert names.resolve(["norm.weight"], kept) == {"norm.weight": kept[2]}
+        # Names that say which.
+        assert names.resolve(kept, kept) == dict(zip(kept, kept, strict=True))
+        wrapped = [f"_orig_mod.{name}" for name in kept]
+        assert list(names.resolve(kept, wrapped).values()) == wrapped
+        assert list(names.resolve(wrapped, kept).values()) == kept
+        assert names.resolve(["weight"], ["original_module.weight"]) == {"weight": "original_module.weight"}
+        with pytest.raises(MaskMismatchError, match="ambiguous"):
+            names.resolve(["weight"], ["original_module.weight", "modules_to_save.a.weight"])
+
     @settings(max_examples=100, deadline=None)
     @given(
         st.sets(st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map(".".join), max_size=6),

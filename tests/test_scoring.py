@@ -91,6 +91,16 @@ def test_equals_full_gradients_in_fp64(build, objective, reduction):
     assert_equals_the_definition(scores, model, batches, objective, reduction)
 
 
+def test_adapters_that_are_chosen_count_among_the_models_weights():
+    model = Weights(w=torch.randn(3, 3), lora_A=torch.randn(8, 4), lora_B=torch.randn(2, 2))
+    batches = [{name: torch.randn(p.shape) for name, p in model.named_parameters()}]
+    assert score(model, batches, linear).model_numel == 9
+    scores = score(model, batches, linear, select=lambda name, _: name in ("w", "lora_A"))
+    assert scores.model_numel == 9 + 32
+    assert scores.top(0.5).numel == 20
+    assert scores.top(1.0).numel == 41
+
+
 def test_a_tied_head_can_be_chosen_and_counts_both_of_its_uses():
     model, batches = toy(), token_batches()
     scores = score(model, batches, select=every)

@@ -1,6 +1,7 @@
 """SETAdamW against torch.optim.AdamW, and as a torch.optim.Optimizer among the tools that use one."""
 
 import collections
+import contextlib
 import copy
 import functools
 import gc
@@ -922,6 +923,29 @@ def test_loading_continues_bit_for_bit(dtype):
     assert_same(snapshot(copied, restored), snapshot(model, optimizer))
 
 
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW, functools.partial(SETAdamW, in_backward=True)])
+def test_a_run_goes_on_after_what_was_done_under_inference_mode(make):
+    def run(context):
+        model = Net(torch.bfloat16)
+        with context():
+            optimizer = make(model.named_parameters(), random_mask(model))
+        train(model, optimizer, range(2))
+        saved = copy.deepcopy(optimizer.state_dict())
+        with context():
+            optimizer.load_state_dict(saved)
+        train(model, optimizer, range(2, 4))
+        optimizer.state[model.second.weight].clear()
+        with context():
+            assert optimizer.state[model.second.weight]["step"] == 0
+        train(model, optimizer, range(4, 6))
+        loss_of(model, 6).backward()
+        with context():
+            optimizer.step()
+        return snapshot(model, optimizer)
+
+    assert_same(run(torch.inference_mode), run(contextlib.nullcontext))
+
+
 @pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
 def test_what_wrappers_keep_in_the_state_is_saved_and_loaded(make):
     # As timm's Lookahead does.
@@ -960,6 +984,17 @@ def test_what_is_no_state_is_refused(make):
     with pytest.raises(MaskMismatchError):
         optimizer.load_state_dict({**whole, "state": broken})
     assert_same(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_a_learning_rate_that_a_step_accepts_loads(make):
+    model = Net()
+    optimizer = make(model.named_parameters(), random_mask(model))
+    optimizer.param_groups[0]["lr"] = -1e-20
+    train(model, optimizer, [0])
+    restored = make(model.named_parameters(), random_mask(model))
+    restored.load_state_dict(optimizer.state_dict())
+    assert restored.param_groups[0]["lr"] == -1e-20
 
 
 RESUME = """
@@ -1053,6 +1088,24 @@ def test_state_of_another_mask_or_model_is_refused():
     optimizer = SETAdamW(bfloat16.named_parameters(), mask)
     model, before = bfloat16, snapshot(bfloat16, optimizer)
     refused(state, "no master")
+    with_masters = optimizer.state_dict()
+    optimizer = SETAdamW(bfloat16.named_parameters(), mask, master_weights=False)
+    before = snapshot(bfloat16, optimizer)
+    refused(with_masters, "a master, of which this optimizer keeps none")
+    model = Net()
+    optimizer = SETAdamW(model.named_parameters(), mask)
+    before = snapshot(model, optimizer)
+    refused(with_masters, "a master, of which this optimizer keeps none")
+
+
+def test_a_state_loads_where_that_of_a_parameter_was_cleared():
+    model = Net(torch.bfloat16)
+    optimizer = SETAdamW(model.named_parameters(), random_mask(model))
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.state[model.first.weight].clear()
+    optimizer.load_state_dict(saved)
+    assert_same(optimizer.state_dict(), saved)
 
 
 @pytest.mark.parametrize("flat", [False, True])

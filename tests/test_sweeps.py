@@ -82,6 +82,14 @@ def test_tied_unused_and_frozen_parameters(select, keep):
     assert_same_masks(swept(model, batches, 1, keep=keep, select=select), want, keep)
 
 
+def test_adapters_that_are_chosen():
+    torch.manual_seed(0)
+    model = Weights(w=torch.randn(33, 65), lora_A=torch.randn(80, 30))
+    batches = [{name: torch.randn(p.shape) for name, p in model.named_parameters()} for _ in range(3)]
+    got = swept(model, batches, 1, select=every, objective=linear)
+    assert_same_masks(got, score(model, batches, linear, select=every), 0.05)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_every_dtype_and_layout(dtype):
     torch.manual_seed(0)

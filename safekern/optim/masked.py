@@ -77,6 +77,14 @@ def named_groups(named_parameters: NamedParameters) -> list[dict[str, Any]]:
     return groups
 
 
+@contextmanager
+def making_state() -> Iterator[None]:
+    """Lets a block make tensors that steps can write to, also where the caller is in ``torch.inference_mode``."""
+    # Leaving inference mode turns gradients on.
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 class MaskedOptimizer(Optimizer):
     """An optimizer that matches its parameters with a mask by name, and keeps its state by name too.
 
@@ -159,13 +167,15 @@ class MaskedOptimizer(Optimizer):
             before, now = self._seen.get(name), _look_of(param)
             if before != now:
                 found.append((name, param, before, now))
-        if found:
-            self._check_apart()
-        for name, param, before, now in found:
-            swapped = before is not None and before[0] != now[0]
-            if before is None or before[:2] != now[:2]:
-                self._follow(name, param, swapped=swapped)
-            self._seen[name] = now
+        if not found:
+            return
+        self._check_apart()
+        with making_state():
+            for name, param, before, now in found:
+                swapped = before is not None and before[0] != now[0]
+                if before is None or before[:2] != now[:2]:
+                    self._follow(name, param, swapped=swapped)
+                self._seen[name] = now
 
     def _check_apart(self) -> None:
         """Refuses masked parameters in whose memory another one lies, through which they would be updated too."""
@@ -220,6 +230,7 @@ class MaskedOptimizer(Optimizer):
             state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
+    @making_state()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not isinstance(state_dict, Mapping):
             raise InvalidArgumentError(_NO_STATE)
@@ -235,7 +246,7 @@ class MaskedOptimizer(Optimizer):
         for group, (saved, keys) in zip(self.param_groups, self._match(state_dict["param_groups"]), strict=True):
             saved = copy.deepcopy({field: value for field, value in saved.items() if field != "params"})
             groups.append({**saved, "params": group["params"], "param_names": group["param_names"]})
-            check_hyperparameters(groups[-1])
+            check_in_step(groups[-1])
             for name, param, key in zip(group["param_names"], group["params"], keys, strict=True):
                 values = state_dict["state"].get(key)
                 if values is None and not param.requires_grad:

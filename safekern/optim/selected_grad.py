@@ -93,10 +93,10 @@ class SelectedGrad(Tensor):
         return grad
 
     @classmethod
-    def empty(cls, grad: Tensor) -> Self:
-        """Of a gradient of which nothing is kept."""
-        positions = torch.empty(0, dtype=torch.int32, device=grad.device)
-        return cls(grad, positions, positions.float())
+    def empty(cls, param: Tensor, dtype: torch.dtype) -> Self:
+        """Of a parameter's gradient of that dtype of which nothing is kept."""
+        positions = torch.empty(0, dtype=torch.int32, device=param.device)
+        return cls(param, positions, positions.float(), dtype=dtype)
 
     def __repr__(self, **options: Any) -> str:  # type: ignore[override]
         return (
@@ -159,7 +159,8 @@ class SelectedGrad(Tensor):
 
     def _selected_of(self, grad: Tensor) -> Tensor:
         if not isinstance(grad, SelectedGrad):
-            return gather_selected(grad, self, self.positions)
+            # Where nothing is, nothing need be looked up, which a sparse gradient does not allow.
+            return gather_selected(grad, self, self.positions) if self.positions.numel() else self.selected
         if not _same(grad.positions, self.positions):
             raise _unsupported("adding a gradient selected by another mask")
         return grad.selected
@@ -229,14 +230,17 @@ class GradientHooks:
             if before() is param:
                 return
             _release(before, handle)
-        if not param.is_floating_point():
+        # What was made under inference_mode and is frozen can never have a gradient.
+        if not param.is_floating_point() or (param.is_inference() and not param.requires_grad):
             return
         # torch hooks only what requires grad, but a frozen parameter may be trained later.
-        requires_grad = param.requires_grad
-        param.requires_grad_(True)
+        frozen = not param.requires_grad
+        if frozen:
+            param.requires_grad_(True)
         hook = functools.partial(self._call, name)
         handle = param.register_post_accumulate_grad_hook(hook)
-        param.requires_grad_(requires_grad)
+        if frozen:
+            param.requires_grad_(False)
         self._placed[name] = weakref.ref(param), handle
 
     def others(self, param: Tensor) -> list[tuple[Any, str]]:

@@ -27,6 +27,7 @@ from safekern.optim.masked import (
     check_strided,
     cut,
     held,
+    making_state,
     named_groups,
     others_of,
     settled_gradient,
@@ -148,7 +149,6 @@ class SETAdamW(MaskedOptimizer):
         for _, name, param in self._named():
             self._hooks.place(name, param)
 
-    @torch.no_grad()
     def _follow(self, name: str, param: Tensor, *, swapped: bool) -> None:
         if name in self._masked:
             selection = self._select(name, param)
@@ -164,7 +164,10 @@ class SETAdamW(MaskedOptimizer):
         # An empty one was cleared, which resets the parameter.
         if not self._states.get(name):
             selection = self._selections.get(name)
-            self._states[name] = _initial_step() if selection is None else self._initial_state(local(param), selection)
+            with making_state():
+                self._states[name] = (
+                    _initial_step() if selection is None else self._initial_state(local(param), selection)
+                )
 
     def _select(self, name: str, param: Tensor) -> Selection:
         masked, piece = self._masked[name], local(param)
@@ -219,7 +222,6 @@ class SETAdamW(MaskedOptimizer):
             return
         if grad.requires_grad:
             raise StepError("in_backward=True frees the gradients that backward(create_graph=True) is to keep")
-        check_strided(name, local(grad))
         if name not in self._masked:
             if any(other in owner._masked for owner, other in self._others(param)):
                 raise StepError(
@@ -228,8 +230,10 @@ class SETAdamW(MaskedOptimizer):
                 )
             # An empty one, since another optimizer would take None for nothing to do, and refuses this. In a process
             # group DistributedDataParallel would have to copy it.
-            param.grad = None if in_process_group() else SelectedGrad.empty(grad)
-        elif not (is_sharded(grad) and is_sharded(param)) or grad.placements == param.placements:
+            param.grad = None if in_process_group() else SelectedGrad.empty(param, grad.dtype)
+            return
+        check_strided(name, local(grad))
+        if not (is_sharded(grad) and is_sharded(param)) or grad.placements == param.placements:
             # Gradients of other placements are partial sums: step() adds them up, as a hook must not communicate.
             param.grad = None
             piece, indices = local(param), self._selections[name].indices
@@ -456,16 +460,19 @@ class SETAdamW(MaskedOptimizer):
     def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
         count = self._mask.compact(self._masked[name]).numel() if name in self._masked else 0
         loaded = copy.deepcopy(others_of(saved, _FIELDS))
-        for field in [field for field in _FIELDS if field in self._states[name]]:
-            current = self._states[name][field]
+        # It says what is to be loaded, and may have been cleared.
+        self._ensure_state(name, param)
+        own = self._states[name]
+        for field in [field for field in _FIELDS if field in own or field in saved]:
             value, shape = saved.get(field), () if field == "step" else (count,)
-            if not isinstance(value, Tensor) or value.shape != shape:
+            if field not in own or not isinstance(value, Tensor) or value.shape != shape:
+                has = f"no {field} that fits" if field in own else f"a {field}, of which this optimizer keeps none"
                 raise MaskMismatchError(
-                    f"the saved state of parameter {name} has no {field} that fits: it was saved for other parameters, "
-                    "or with another dtype or master_weights"
+                    f"the saved state of parameter {name} has {has}: it was saved for other parameters, or with "
+                    "another dtype or master_weights"
                 )
             mine = value if field == "step" else at(value, self._selections[name].places)
-            loaded[field] = mine.to(current.device, current.dtype, copy=True)
+            loaded[field] = mine.to(own[field].device, own[field].dtype, copy=True)
         return loaded
 
     def __getstate__(self) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from safekern.optim.masked import (
     check_memory,
     check_strided,
     held,
+    making_state,
     named_groups,
     others_of,
     settled_gradient,
@@ -159,7 +160,7 @@ class SPAAdamW(MaskedOptimizer):
         # An empty one was cleared, which resets the parameter.
         if not state or not _lie_like(param, [state[moment] for moment in _MOMENTS]):
             _check_usable(name, param)
-            with torch.no_grad():
+            with making_state():
                 self._states[name] = self._state_of(param, state or {})
 
     def _state_of(self, param: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -231,7 +232,6 @@ class SPAAdamW(MaskedOptimizer):
         """
         return super().state_dict()
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what ``state_dict()`` returned for an optimizer with the same mask.
 
