@@ -90,20 +90,8 @@ def write_selected(params: Sequence[Tensor], indices: Sequence[Tensor], values: 
     """
     pieces = [local(param) for param in params]
     for here in by_device(pieces):
-        write_memories(
-            [params[t] for t in here],
-            [memory(pieces[t]) for t in here],
-            [indices[t] for t in here],
-            [values[t] for t in here],
-        )
-
-
-def write_memories(
-    params: Sequence[Tensor], memories: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
-) -> None:
-    """:func:`write_selected` for parameters on one device, with the :func:`memory` of each."""
-    ops.restore_(memories, indices, values)
-    mark_written(params)
+        ops.restore_([memory(pieces[t]) for t in here], [indices[t] for t in here], [values[t] for t in here])
+        mark_written([params[t] for t in here])
 
 
 def mark_written(params: Sequence[Tensor]) -> None:

@@ -654,6 +654,22 @@ def test_accelerate_wraps_the_optimizer():
     assert (model[0].bias != before["0.bias"]).all()
 
 
+@pytest.mark.parametrize("held", [["a", "b"], ["a", "b", "c"]])
+def test_graphs_stay_valid_over_a_step_that_left_their_weights_alone(held):
+    nets = nn.ModuleDict({name: nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)) for name in "abc"})
+    mask = Mask.from_indices({f"{name}.2.weight": [1] for name in nets}, {f"{name}.2.weight": (1, 8) for name in nets})
+    optimizer = torch.optim.AdamW([param for name in held for param in nets[name].parameters()])
+    handle = protect(optimizer, mask, nets.named_parameters())
+    losses = {name: net(torch.ones(4, 8)).mean() for name, net in nets.items()}
+    losses["a"].backward(retain_graph=True)
+    optimizer.step()
+    losses["b"].backward()
+    losses["c"].backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses["a"].backward()
+    handle.verify()
+
+
 def test_schedulers_and_scalers_go_through_the_hooks():
     model, mask, optimizer, handle = protected()
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)

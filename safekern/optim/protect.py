@@ -15,7 +15,7 @@ from safekern import ops
 from safekern.eligibility import check_plain
 from safekern.errors import InvalidArgumentError, MaskMismatchError, ProtectionError
 from safekern.faults import put_back
-from safekern.layout import by_device, memory, overlaps_itself, read_selected, write_memories, write_selected
+from safekern.layout import by_device, mark_written, memory, overlaps_itself, read_selected, write_selected
 from safekern.mask import Mask, check_mask
 from safekern.names import listed
 from safekern.optim.masked import NamedParameters, Places, check_names, cut, held, named_groups
@@ -149,18 +149,16 @@ class _Batch:
 
     def restore(self, *, everything: bool) -> None:
         """Writes the values back, those of parameters that the optimizer does not hold if it is to be everything."""
-        if everything or len(self._held) == len(self._saved):
-            write_memories(self._params, self._memories(), self._indices, self._values)
-            self._versions = list(map(_version, self._params))
-        else:
-            written = [self._saved[t] for t in self._held]
-            write_selected(
-                [saved.param for saved in written],
-                [saved.indices for saved in written],
-                [saved.values for saved in written],
-            )
-            for t in self._held:
-                self._versions[t] = self._params[t]._version
+        params, memories, indices, values = self._params, self._memories(), self._indices, self._values
+        restored: Sequence[int] = range(len(params))
+        if not everything and len(self._held) < len(params):
+            restored = self._held
+            memories, indices, values = ([all_of[t] for t in restored] for all_of in (memories, indices, values))
+        ops.restore_(memories, indices, values)
+        # What torch did not see a step write to holds what it held, and graphs that saved it stay valid.
+        mark_written([params[t] for t in restored if everything or params[t]._version != self._versions[t]])
+        for t in restored:
+            self._versions[t] = params[t]._version
 
     def _memories(self) -> list[Tensor]:
         return self._params if self._are_memories else [memory(saved.piece) for saved in self._saved]
