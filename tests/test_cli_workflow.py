@@ -368,6 +368,16 @@ class TestSet:
         assert main(RESCORE) == 0
         assert "score: batch 2 of 2\n" in capsys.readouterr().err
 
+    def test_a_mask_of_a_model_of_another_size_is_refused(self, folder, capsys):
+        mask = Mask.load("run/mask.safetensors")
+        numel = mask.model_numel
+        bigger = Mask.from_indices(dict(mask), mask.shapes, model_numel=numel + 64, meta=mask.meta)
+        bigger.save("bigger.safetensors")
+        assert set_command("--mask", "bigger.safetensors", out="other") == 1
+        said = f"ranked on another model, of {numel + 64:,} weights where this one has {numel:,}: score this one"
+        assert said in capsys.readouterr().err
+        assert not (folder / "other" / "delta.safetensors").exists()
+
     def test_a_mask_of_other_weights_is_noted(self, folder, capsys):
         assert set_command("--dtype", "float32") == 0
         assert "ranked on other weights" in capsys.readouterr().err

@@ -17,7 +17,8 @@ from safekern import files
 from safekern._version import __version__
 from safekern.chat import require_template
 from safekern.checkpoint import fingerprint
-from safekern.errors import FileAccessError, InvalidArgumentError
+from safekern.eligibility import own_numel
+from safekern.errors import FileAccessError, InvalidArgumentError, MaskMismatchError
 from safekern.mask import Mask
 from safekern.models import left_out, load, multiplies_slowly
 from safekern.names import listed
@@ -177,9 +178,15 @@ def check_mask(mask: Mask, model: "PreTrainedModel") -> str:
     """Makes sure that a mask fits the model, and returns the fingerprint of the model's weights.
 
     Raises:
-        MaskMismatchError: it does not fit.
+        MaskMismatchError: it does not fit, or was ranked on a model of another size, whose names and shapes may be
+            among these: of the layers that only one of them has, nothing would be said.
     """
     mask.check(model)
+    if "model_fingerprint" in mask.meta and mask.model_numel != (numel := own_numel(model)):
+        raise MaskMismatchError(
+            f"the mask was ranked on another model, of {mask.model_numel:,} weights where this one has {numel:,}: "
+            "score this one"
+        )
     found = fingerprint(model)
     note_other_weights(mask, found)
     return found
