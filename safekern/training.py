@@ -120,7 +120,10 @@ def balanced(
         >>> harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")                # doctest: +SKIP
         >>> losses = tune(model, opt, balanced(tokenizer, harmful, benign), 100)                   # doctest: +SKIP
     """
-    check_balance(batch_size, refusal_weight)
+    if not is_whole_number(batch_size) or batch_size < 2 or batch_size % 2:
+        raise InvalidArgumentError(f"batch_size is {batch_size}, but must be even: half of each batch is of each kind")
+    if not is_number(refusal_weight) or not 0 <= refusal_weight <= 1:
+        raise InvalidArgumentError(f"refusal_weight is {refusal_weight}, but must be from 0 to 1")
     for pairs in (harmful, benign):
         _check(pairs, batch_size)
     refusals, answers = (shuffled(tokenizer, pairs, batch_size // 2, seed, skip=skip) for pairs in (harmful, benign))
@@ -177,7 +180,8 @@ def with_rehearsal(
         >>> harmful, benign = builtin("harmful", "tune"), builtin("benign", "tune")                # doctest: +SKIP
         >>> losses = tune(model, opt, with_rehearsal(tokenizer, pairs, harmful, benign), 200)      # doctest: +SKIP
     """
-    check_rehearsal(rehearsal)
+    if not is_number(rehearsal) or not 0 <= rehearsal < 1:
+        raise InvalidArgumentError(f"rehearsal is {rehearsal}, but must be at least 0 and less than 1")
     _check(pairs, batch_size)
     task = shuffled(tokenizer, pairs, batch_size, seed, skip=skip)
     if not rehearsal:
@@ -192,45 +196,6 @@ def with_rehearsal(
         skip=skip,
     )
     return [(1 - rehearsal, task), *((rehearsal * weight, batches) for weight, batches in both)]
-
-
-def check_rehearsal(rehearsal: float) -> None:
-    """Raises what `with_rehearsal` would raise, to be called before long work starts.
-
-    Args:
-        rehearsal: how much of the loss it is.
-
-    Raises:
-        InvalidArgumentError: a share outside [0, 1).
-
-    Example:
-        >>> check_rehearsal(1.0)
-        Traceback (most recent call last):
-        safekern.errors.InvalidArgumentError: rehearsal is 1.0, but must be at least 0 and less than 1
-    """
-    if not is_number(rehearsal) or not 0 <= rehearsal < 1:
-        raise InvalidArgumentError(f"rehearsal is {rehearsal}, but must be at least 0 and less than 1")
-
-
-def check_balance(batch_size: int, refusal_weight: float) -> None:
-    """Raises what `balanced` would raise, to be called before long work starts.
-
-    Args:
-        batch_size: pairs per iteration.
-        refusal_weight: how much of the loss the refusals are.
-
-    Raises:
-        InvalidArgumentError: an odd batch size or one below 2, or a weight outside [0, 1].
-
-    Example:
-        >>> check_balance(batch_size=5, refusal_weight=0.2)
-        Traceback (most recent call last):
-        safekern.errors.InvalidArgumentError: batch_size is 5, but must be even: half of each batch is of each kind
-    """
-    if not is_whole_number(batch_size) or batch_size < 2 or batch_size % 2:
-        raise InvalidArgumentError(f"batch_size is {batch_size}, but must be even: half of each batch is of each kind")
-    if not is_number(refusal_weight) or not 0 <= refusal_weight <= 1:
-        raise InvalidArgumentError(f"refusal_weight is {refusal_weight}, but must be from 0 to 1")
 
 
 def tune(

@@ -224,7 +224,15 @@ PAIRS = Pairs(["a", "b"], ["x", "y"], ["", ""])
         (lambda: next(shuffled(byte_tokenizer(), PAIRS, 1, 0, skip=-1)), "skip is -1, but must be a whole number"),
         (lambda: balanced(byte_tokenizer(), PAIRS, None), "Pairs are needed, got NoneType"),
         (lambda: balanced(byte_tokenizer(), PAIRS, PAIRS, refusal_weight="0.1"), "refusal_weight is 0.1, but must be"),
+        (
+            lambda: balanced(byte_tokenizer(), PAIRS, PAIRS, batch_size=5, refusal_weight=0.2),
+            "batch_size is 5, but must be even: half of each batch is of each kind",
+        ),
         (lambda: with_rehearsal(byte_tokenizer(), PAIRS, PAIRS, PAIRS, rehearsal=None), "rehearsal is None, but must"),
+        (
+            lambda: with_rehearsal(byte_tokenizer(), PAIRS, PAIRS, PAIRS, rehearsal=1.0),
+            r"rehearsal is 1\.0, but must be at least 0 and less than 1",
+        ),
         (lambda: safekern.models.load(None), "path is needed, got NoneType"),
         (lambda: safekern.integrations.for_trainer("SETAdamW"), "optimizer_class must be one such as SETAdamW"),
     ],

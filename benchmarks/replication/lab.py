@@ -264,7 +264,9 @@ class Lab:
 
     def computing(self) -> Any:
         """The precision of forward passes; as a context, weights are cast once for all passes in it."""
-        return bf16_products(self.device) if self._precision == "bf16" else torch.autocast("cpu", enabled=False)
+        if self._precision == "bf16":
+            return bf16_products(self.device)
+        return torch.autocast(self.device.type, enabled=False)
 
     def _first_token(self, prompt: Prompt, response: str) -> int:
         labels = encode(self.tokenizer, prompt, response)["labels"]

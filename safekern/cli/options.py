@@ -143,8 +143,9 @@ def load_model(args: argparse.Namespace, *, chats: bool = True) -> tuple["PreTra
 
 
 def _note_slow_products(model: "PreTrainedModel") -> None:
-    slow = {param.dtype for param in model.parameters() if multiplies_slowly(param.dtype)}
-    for name in (name for name, dtype in _DTYPES.items() if dtype in slow):
+    dtypes = {param.dtype for param in model.parameters()}
+    slow = [name for name, dtype in _DTYPES.items() if dtype in dtypes and multiplies_slowly(dtype)]
+    for name in slow:
         print(
             f"note: this processor has no instructions for products of {name} numbers, which take several times as "
             "long as those of float32: --dtype float32, for every command on this model, is faster, for 2 bytes more "
