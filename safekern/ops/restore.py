@@ -20,9 +20,10 @@ def reference(params: Sequence[Tensor], indices: Sequence[Tensor], values: Seque
         values: [k_t], of the parameter's dtype.
     """
     for param, index, value in zip(params, indices, values, strict=True):
-        # As integers: torch's CUDA assignment by index gives 16-bit NaNs other bits.
+        # As integers: torch's CUDA assignment by index gives 16-bit NaNs other bits. Through `data`, as autograd sees
+        # nothing of what kernels write either: `mark_written` says what a graph that saved the tensor has to know.
         integer = INTEGERS[param.element_size()]
-        param.view(-1).view(integer)[index] = value.view(integer)
+        param.data.view(-1).view(integer)[index] = value.view(integer)
 
 
 def fake(params: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]) -> None:
