@@ -156,7 +156,7 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     # Of 20 pairs.
     monkeypatch.setattr(masks, "SIZES", (8, 16))
     gsm8k = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}."} for i in range(40)]
-    folder = None
+    folder, write = None, report.write
     for experiment, only in {
         "set": "balanced",
         "ratio": "esi-0.1",
@@ -167,13 +167,15 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
         "spa": "set-gsm8k-lr2e-05",
         "judge": "16",
     }.items():
-        more = []
+        # Pictures take as long as the runs: `table` draws them all at the end.
+        monkeypatch.setattr(report, "write", lambda every, folder, name=experiment: write({name: every[name]}, folder))
+        more = ["--precision", "fp32"]
         if experiment == "spa":
             path = folder.parent / "gsm8k.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in gsm8k))
-            more = ["--gsm8k", str(path)]
             # GSM8K may come later.
-            replicate("spa", "--only", "aligned-set")
+            replicate("spa", "--only", "aligned-set", *more)
+            more += ["--gsm8k", str(path)]
             replicate("spa", "--only", "aligned-set", *more)
         folder = replicate(experiment, "--only", only, *more)
         found = results(folder, experiment)
@@ -182,6 +184,7 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
         assert (folder / f"{experiment}.csv").read_text().count("\n") > len(found)
         assert (folder / f"{experiment}.png").stat().st_size > 1000
 
+    monkeypatch.setattr(report, "write", write)
     readme = folder / "README.md"
     mark = "<!-- replication: set, balanced, lr 3e-05 -->"
     readme.write_text(f"before\n{mark}\nold\n<!-- end of replication -->\nafter\n")
@@ -194,11 +197,9 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
     assert set(last) == {"esi", "random", "full", "bottom", "gradient", "per-tensor", "magnitude"}
     assert all(row["step"] == 2 for row in last.values())
     # All weights learn faster than 1% of them, and those of the largest ESI faster than those of the smallest. Of these
-    # two bf16 cannot tell: after two steps they are 0.0002 nats apart, and its roundings 0.002.
-    exact = replicate("set", "--only", "lr0.0001-balanced", "--precision", "fp32", out="exact")
-    nll = {run["settings"]["method"]: run["rows"][-1]["refusal_nll"][0] for run in results(exact, "set").values()}
+    # two bf16 could not tell: after two steps they are 0.0002 nats apart, and its roundings 0.002.
+    nll = {method: row["refusal_nll"][0] for method, row in last.items()}
     assert nll["full"] < nll["esi"] < nll["bottom"]
-    assert last["full"]["refusal_nll"][0] < last["esi"]["refusal_nll"][0]
     for row in last.values():
         for key, answers, letter in (
             ("attack_success", "harmful_answers", "a"),
