@@ -428,8 +428,10 @@ def test_a_step_that_calls_the_step_of_its_parent(fails):
                 for param in group["params"]:
                     param.mul_(0.5)
 
+    # torch gives the hooks to the `step` of a class when its first instance is made: here, to both.
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])
     model, mask, optimizer, handle = protected(lambda params: Decaying(params, lr=0.1))
-    # Without an outer hook, this would prove nothing.
+    # Without hooks of the inner step, this would prove nothing.
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append(1))
     before = snapshot(model)
