@@ -1,10 +1,13 @@
 import importlib.util
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from language_models import byte_tokenizer, smollm2_once, tiny_llama, with_adapter
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -12,6 +15,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
@@ -65,6 +69,71 @@ def test_no_reader(monkeypatch, tmp_path, package):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else spec)
     with pytest.raises(MissingDependencyError, match=rf"{package}.* pip install 'safekern\[demo\]'"):
         load_smollm2()
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    """A llama of one layer in fp32, and its matrix of embeddings."""
+    gguf = pytest.importorskip("gguf")
+    generator = torch.Generator().manual_seed(0)
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ", "<|im_start|>", "<|im_end|>"]
+    embeddings = torch.randn(len(tokens), 32, generator=generator)
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * (len(tokens) - 2) + [3, 3])
+    writer.add_token_merges(["Ċ Ċ"])
+    writer.add_bos_token_id(len(tokens) - 2)
+    writer.add_eos_token_id(len(tokens) - 1)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48), "attn_norm": (32,), "ffn_norm": (32,)}
+    tensors = {f"blk.0.{name}.weight": torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors |= {"token_embd.weight": embeddings, "output_norm.weight": torch.ones(32)}
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "tiny.gguf", embeddings
+
+
+def test_what_reads_gguf_files_is_put_back(gguf_file, tmp_path):
+    import gguf
+
+    path, embeddings = gguf_file
+    (tmp_path / "damaged.gguf").write_bytes(path.read_bytes()[:300])
+    before = {**vars(gguf), "stderr": sys.stderr}
+    with ThreadPoolExecutor(4) as threads:
+        loaded = [threads.submit(load, path) for _ in range(3)]
+        damaged = threads.submit(load, tmp_path / "damaged.gguf")
+    for one in loaded:
+        model, tokenizer = one.result()
+        assert torch.equal(model.get_input_embeddings().weight, embeddings)
+        assert tokenizer.eos_token == "<|im_end|>"
+    with pytest.raises(FileFormatError, match=r"damaged.gguf: cannot be loaded"):
+        damaged.result()
+    assert {**vars(gguf), "stderr": sys.stderr} == before
+
+
+def test_a_gguf_file_is_read_as_transformers_reads_it(gguf_file):
+    path, _ = gguf_file
+    model, tokenizer = load(path)
+    options = {"gguf_file": path.name, "local_files_only": True}
+    expected = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **options).state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    backend = PreTrainedTokenizerFast.from_pretrained(path.parent, **options).backend_tokenizer
+    assert tokenizer.backend_tokenizer.to_str() == backend.to_str()
 
 
 def test_loading_prints_nothing_and_tries_no_network(loaded):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -150,13 +151,13 @@ def stop_at(monkeypatch, run, step):
     monkeypatch.setattr(tuning, "tune", interrupted)
 
 
-def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
+def test_every_experiment_runs_and_is_reported(replicate, monkeypatch, capsys):
     for method in protection.REFRESHED:
         monkeypatch.setitem(protection.REFRESHED, method, 1)
     # Of 20 pairs.
     monkeypatch.setattr(masks, "SIZES", (8, 16))
     gsm8k = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}."} for i in range(40)]
-    folder, write = None, report.write
+    folder = None
     for experiment, only in {
         "set": "balanced",
         "ratio": "esi-0.1",
@@ -167,8 +168,6 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
         "spa": "set-gsm8k-lr2e-05",
         "judge": "16",
     }.items():
-        # Pictures take as long as the runs: `table` draws them all at the end.
-        monkeypatch.setattr(report, "write", lambda every, folder, name=experiment: write({name: every[name]}, folder))
         more = ["--precision", "fp32"]
         if experiment == "spa":
             path = folder.parent / "gsm8k.jsonl"
@@ -184,7 +183,10 @@ def test_every_experiment_runs_and_is_reported(replicate, monkeypatch):
         assert (folder / f"{experiment}.csv").read_text().count("\n") > len(found)
         assert (folder / f"{experiment}.png").stat().st_size > 1000
 
-    monkeypatch.setattr(report, "write", write)
+    capsys.readouterr()
+    replicate("set", "--only", "untouched", "--precision", "fp32")
+    assert re.findall(r"(\w+)\.md", capsys.readouterr().out) == ["set", "ratio", "judge"]
+
     readme = folder / "README.md"
     mark = "<!-- replication: set, balanced, lr 3e-05 -->"
     readme.write_text(f"before\n{mark}\nold\n<!-- end of replication -->\nafter\n")

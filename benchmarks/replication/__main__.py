@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     failed = _perform(names, args, folder, sys.argv[1:] if arguments is None else arguments) if names else ""
     # By one process where several measure, and also where a run failed that others do not depend on.
     if not args.worker and (not failed or any(folder.glob("*/*.json"))):
-        report.write(EXPERIMENTS, folder)
+        report.write(EXPERIMENTS, EXPERIMENTS if "table" in args.experiment else names, folder)
         if args.readme:
             report.update(EXPERIMENTS, args.readme, folder)
     if failed:

@@ -131,4 +131,4 @@ def _figure(found: Sequence[Found], folder: Path) -> "Figure | None":
     return figure
 
 
-JUDGE = Experiment(_judge_runs, _tables, _figure)
+JUDGE = Experiment(_judge_runs, _tables, _figure, plots_too=("set",))

@@ -5,7 +5,7 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,8 +30,13 @@ _INTERVALS = (
 _Kind = TypeVar("_Kind")
 
 
-def write(experiments: Mapping[str, Experiment], folder: Path) -> None:
-    """Writes ``NAME.md``, ``NAME.csv`` and the plots of every experiment that has results.
+def write(experiments: Mapping[str, Experiment], names: Collection[str], folder: Path) -> None:
+    """Writes ``NAME.md``, ``NAME.csv`` and the plots of experiments, and of those that have theirs in a plot.
+
+    Args:
+        experiments: all there are.
+        names: those to write, where they have results.
+        folder: the results of a model.
 
     Raises:
         InvalidArgumentError: None has.
@@ -40,7 +45,7 @@ def write(experiments: Mapping[str, Experiment], folder: Path) -> None:
     if not any(folder.glob("*/*.json")):
         raise InvalidArgumentError(f"{folder}: there are no results; run an experiment first")
     for name, experiment in experiments.items():
-        found = read(folder, name)
+        found = read(folder, name) if not {name, *experiment.plots_too}.isdisjoint(names) else []
         if not found:
             continue
         finished = sum(run["finished"] for run in found)

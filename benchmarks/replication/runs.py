@@ -81,11 +81,13 @@ class Experiment(NamedTuple):
         runs: those of a plan, in the order of what they tell.
         tables: titles and tables of what was found, in the short form of a README or with every column.
         figure: a plot of what was found in the results of a model, None where there is nothing to plot yet.
+        plots_too: experiments whose results are in the plot as well.
     """
 
     runs: Callable[[Plan], list[Run]]
     tables: Callable[[Sequence[Found], bool], Iterable[tuple[str, Table]]]
     figure: Callable[[Sequence[Found], Path], "Figure | None"]
+    plots_too: tuple[str, ...] = ()
 
 
 class Record:

@@ -307,5 +307,5 @@ def _weight_figure(found: Sequence[Found], folder: Path) -> "Figure | None":
 
 
 SET = Experiment(_set_runs, _set_tables, _set_figure)
-RATIOS_TRIED = Experiment(_ratio_runs, _ratio_tables, _ratio_figure)
+RATIOS_TRIED = Experiment(_ratio_runs, _ratio_tables, _ratio_figure, plots_too=("set",))
 WEIGHT = Experiment(_weight_runs, _weight_tables, _weight_figure)
