@@ -17,6 +17,10 @@ pytest.register_assert_rewrite(
 )
 
 
+# One test of each takes minutes: processes that share the files begin with them, so as to end together.
+_LONG = {"test_cli_memory.py", "test_cuda_build.py", "test_triton_interpreted.py"}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the tests marked full, which take minutes")
 
@@ -27,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)
     if not config.getoption("--full"):
         for item in items:
             if item.get_closest_marker("full"):

@@ -39,7 +39,8 @@ def peak(command: list[str], folder: Path) -> int:
 
 
 def test_scoring_takes_the_model_its_accumulators_and_one_gradient(tmp_path):
-    write_rows(tmp_path / "harmful.jsonl", PAIRS)
+    # Two batches: the second one's gradients come where accumulators are.
+    write_rows(tmp_path / "harmful.jsonl", PAIRS[:2])
     byte_tokenizer().save_pretrained(tmp_path / "small")
     byte_tokenizer().save_pretrained(tmp_path / "large")
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "small")
@@ -53,7 +54,7 @@ def test_scoring_takes_the_model_its_accumulators_and_one_gradient(tmp_path):
     del model
 
     def run(name: str) -> int:
-        arguments = ["--model", name, "--pairs", "harmful.jsonl", "--batch-size", "2", "--out", f"{name}-run"]
+        arguments = ["--model", name, "--pairs", "harmful.jsonl", "--batch-size", "1", "--out", f"{name}-run"]
         return peak([sys.executable, "-m", "safekern", "score", *arguments], tmp_path)
 
     taken = run("large") - run("small")
