@@ -49,8 +49,6 @@ _PROCESSOR = ("processor_config.json", "preprocessor_config.json", "video_prepro
 _PROCESSORS: "weakref.WeakKeyDictionary[torch.nn.Module, dict[str, bytes]]" = weakref.WeakKeyDictionary()
 # Of a process: while a GGUF file is read, standard error and what reads it are other ones.
 _ONE_FILE = threading.Lock()
-# What PyTorch asks its library of CPU kernels before it leaves products to it.
-_HAS_INSTRUCTIONS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
 def load(
@@ -130,26 +128,6 @@ def left_out(model: torch.nn.Module) -> list[str]:
         >>> print("without", *safekern.models.left_out(model))  # doctest: +SKIP
     """
     return list(_LEFT_OUT.get(model, ()))
-
-
-def multiplies_slowly(dtype: torch.dtype) -> bool:
-    """Whether this machine's processor has no instructions for products of numbers of a 16-bit type.
-
-    PyTorch then takes much longer for them than for those of fp32 numbers: 60.7 against 5.5 s for forward and backward
-    of 267 tokens through 135M weights under autocast to bf16, on one core with AVX2.
-
-    Args:
-        dtype: The type.
-
-    Returns:
-        False also where nothing is known: for another type, or a PyTorch without oneDNN.
-
-    Example:
-        >>> multiplies_slowly(torch.float32)
-        False
-    """
-    supported = getattr(torch.ops.mkldnn, _HAS_INSTRUCTIONS.get(dtype, ""), None)
-    return supported is not None and not supported()
 
 
 def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: StrPath) -> None:

@@ -12,7 +12,7 @@ from cli_folder import PAIRS, write_rows
 from language_models import byte_tokenizer, tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safekern.models import multiplies_slowly
+from safekern.products import multiplies_slowly
 
 MB = 1 << 20
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from cli_folder import BENIGN, SMALL, write_rows
 from language_models import CHATML, byte_tokenizer, tiny_llama
+from multiplied import Multiplied
 from safetensors.torch import load_file, save_file
 from small_scores import scores as small_scores
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from safekern import Mask, Scores, models, progress, training
+from safekern import Mask, Scores, models, products, progress, training
 from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import main, options, tuning
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
@@ -105,13 +106,12 @@ class TestScore:
             assert main([*command, "--scores", "less/scores.safetensors"]) == 1
             assert f"safekern {command[0]}: {said}" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("dtype", ["auto", "float32"])
-    def test_slow_products_are_noted(self, folder, monkeypatch, capsys, dtype):
-        monkeypatch.setattr(options, "multiplies_slowly", lambda dtype: dtype == torch.bfloat16)
-        arguments = ["--pairs", "harmful.jsonl", "--limit", "1", "--out", "small.safetensors", "--dtype", dtype]
-        assert main(["score", "--model", "base", *arguments]) == 0
-        noted = "no instructions for products of bfloat16 numbers" in capsys.readouterr().err
-        assert noted == (dtype == "auto")
+    @pytest.mark.parametrize("slow", [True, False])
+    def test_slow_products_are_those_of_float32(self, folder, monkeypatch, slow):
+        monkeypatch.setattr(products, "multiplies_slowly", lambda dtype: slow)
+        with Multiplied() as multiplied:
+            assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--out", "small.safetensors"]) == 0
+        assert multiplied.dtypes == {torch.float32 if slow else torch.bfloat16}
 
     def test_scores_of_an_earlier_run_do_not_stay_beside_another_mask(self, folder, capsys):
         before = (folder / "run" / "mask.safetensors").read_bytes()

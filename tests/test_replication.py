@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from language_models import byte_tokenizer, tiny_llama
+from multiplied import Multiplied
 
 import safekern
 from safekern.eligibility import eligible_parameters
@@ -76,9 +77,9 @@ def test_bf16_products_are_those_of_autocast_where_a_processor_has_none(monkeypa
     model = tiny_llama()
 
     def outcome(*contexts):
-        products = []
+        multiplied = Multiplied()
         with contextlib.ExitStack() as stack:
-            for context in (torch.set_grad_enabled(training), *contexts, Recorded(products)):
+            for context in (torch.set_grad_enabled(training), *contexts, multiplied):
                 stack.enter_context(context)
             logits = model(torch.arange(60).view(3, 20), use_cache=False).logits
         if training:
@@ -86,7 +87,7 @@ def test_bf16_products_are_those_of_autocast_where_a_processor_has_none(monkeypa
         grads = [param.grad for param in model.parameters() if param.grad is not None]
         assert len(grads) == training * len(list(model.parameters()))
         model.zero_grad()
-        return [logits.detach().float(), *grads], set(products), logits.dtype
+        return [logits.detach().float(), *grads], multiplied.dtypes, logits.dtype
 
     cpu = torch.device("cpu")
     exact, *_ = outcome()
@@ -115,19 +116,6 @@ def test_one_bf16_product_without_instructions_is_rounded_once(monkeypatch):
     assert ((found.double() - exact).abs() <= 2**-8 * 1.001 * exact.abs() + 1e-6).all()
     found.sum().backward()
     assert torch.equal(layer.weight.grad, layer.weight.grad.bfloat16().float())
-
-
-class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the types of numbers that are multiplied."""
-
-    def __init__(self, products):
-        super().__init__()
-        self.products = products
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu):
-            self.products.append(args[0].dtype)
-        return func(*args, **(kwargs or {}))
 
 
 def results(folder, experiment):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from safekern.models import multiplies_slowly
+from safekern.products import multiplies_slowly
 
 _PRODUCTS: set[Callable[..., Any]] = {functional.linear, functional.scaled_dot_product_attention}
 

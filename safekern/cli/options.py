@@ -20,8 +20,9 @@ from safekern.checkpoint import fingerprint
 from safekern.eligibility import own_numel
 from safekern.errors import FileAccessError, InvalidArgumentError, MaskMismatchError
 from safekern.mask import Mask
-from safekern.models import left_out, load, multiplies_slowly
+from safekern.models import left_out, load
 from safekern.names import listed
+from safekern.products import in_float32
 from safekern.tables import printable
 
 if TYPE_CHECKING:
@@ -136,22 +137,10 @@ def load_model(args: argparse.Namespace, *, chats: bool = True) -> tuple["PreTra
         if chats:
             require_template(tokenizer)
         model.to(where)  # type: ignore[arg-type]
-    # One that does not chat is not run.
-    if chats and where.type == "cpu":
-        _note_slow_products(model)
+    if where.type == "cpu":
+        # Or such checkpoints would take ten times as long as in fp32.
+        model.forward = in_float32()(model.forward)
     return model, tokenizer
-
-
-def _note_slow_products(model: "PreTrainedModel") -> None:
-    dtypes = {param.dtype for param in model.parameters()}
-    slow = [name for name, dtype in _DTYPES.items() if dtype in dtypes and multiplies_slowly(dtype)]
-    for name in slow:
-        print(
-            f"note: this processor has no instructions for products of {name} numbers, which take several times as "
-            "long as those of float32: --dtype float32, for every command on this model, is faster, for 2 bytes more "
-            "per weight and per gradient that is held",
-            file=sys.stderr,
-        )
 
 
 def note_other_weights(mask: Mask, model_fingerprint: str) -> None:
