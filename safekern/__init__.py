@@ -5,7 +5,7 @@
 >>> opt = safekern.SETAdamW(model.named_parameters(), mask, lr=1e-4)        # doctest: +SKIP
 """
 
-from safekern import integrations, models, objectives, products, prompts, training
+from safekern import integrations, models, objectives, prompts, training
 from safekern._version import __version__
 from safekern.delta import apply_delta, save_delta
 from safekern.diagnosis import selftest
@@ -73,7 +73,6 @@ __all__ = [
     "models",
     "objectives",
     "perturb",
-    "products",
     "prompts",
     "protect",
     "refusal_rate",

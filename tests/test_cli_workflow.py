@@ -107,11 +107,24 @@ class TestScore:
             assert f"safekern {command[0]}: {said}" in capsys.readouterr().err
 
     @pytest.mark.parametrize("slow", [True, False])
-    def test_slow_products_are_those_of_float32(self, folder, monkeypatch, slow):
-        monkeypatch.setattr(products, "multiplies_slowly", lambda dtype: slow)
+    def test_slow_products_are_those_of_float32(self, folder, monkeypatch, capsys, slow):
+        for module in (products, options):
+            monkeypatch.setattr(module, "multiplies_slowly", lambda dtype: slow and dtype == torch.bfloat16)
         with Multiplied() as multiplied:
             assert main(["score", "--model", "base", "--pairs", "harmful.jsonl", "--out", "small.safetensors"]) == 0
         assert multiplied.dtypes == {torch.float32 if slow else torch.bfloat16}
+        assert "no instructions" not in capsys.readouterr().err
+
+    @pytest.mark.parametrize("dtype", ["auto", "float32"])
+    def test_products_that_stay_slow_are_noted(self, folder, monkeypatch, capsys, dtype):
+        monkeypatch.setattr(options, "multiplies_slowly", lambda dtype: dtype == torch.bfloat16)
+        config = GPT2Config(vocab_size=259, n_positions=256, n_embd=32, n_layer=1, n_head=2)
+        GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained("conv")
+        byte_tokenizer().save_pretrained("conv")
+        arguments = ["--pairs", "harmful.jsonl", "--limit", "1", "--out", "small.safetensors", "--dtype", dtype]
+        assert main(["score", "--model", "conv", *arguments]) == 0
+        noted = "no instructions for products of bfloat16 numbers" in capsys.readouterr().err
+        assert noted == (dtype == "auto")
 
     def test_scores_of_an_earlier_run_do_not_stay_beside_another_mask(self, folder, capsys):
         before = (folder / "run" / "mask.safetensors").read_bytes()

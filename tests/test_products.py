@@ -28,8 +28,8 @@ def test_linear_rounds_once(shape, dtype, wanted):
     given = {name: value.to(dtype).requires_grad_(name in wanted.split()) for name, value in values.items()}
     exact = {name: value.detach().double().requires_grad_(value.requires_grad) for name, value in given.items()}
     with in_float32(), Multiplied() as multiplied:
-        found = functional.linear(given["input"], given["weight"], bias=given["bias"])
-    many = given["input"].numel() >= 8 * 37
+        found = functional.linear(*given.values())
+    many = len(shape) > 1 and shape[0] > 0
     assert multiplied.dtypes == ({torch.float32} if many else multiplied.dtypes - {torch.float32})
     expected = functional.linear(**exact)
     weights = torch.randn(expected.shape).to(dtype)
@@ -45,11 +45,16 @@ def test_linear_rounds_once(shape, dtype, wanted):
     assert all((given[name].grad is None) == (name not in wanted.split()) for name in given)
 
 
-def test_a_layer_keeps_no_copies():
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_layer_keeps_what_it_needs_and_no_copies(first, frozen):
     layer, values = torch.nn.Linear(37, 11, dtype=torch.bfloat16), torch.randn(9, 37).bfloat16()
+    layer.weight.requires_grad_(not frozen)
+    values.requires_grad_(not first)
     with in_float32():
         kept = layer(values).grad_fn.saved_tensors
-    assert [one.data_ptr() for one in kept] == [values.data_ptr(), layer.weight.data_ptr()]
+    addresses = [one if one is None else one.data_ptr() for one in kept]
+    assert addresses == [None if frozen else values.data_ptr(), None if first else layer.weight.data_ptr()]
 
 
 def test_a_layer_has_second_derivatives():
@@ -113,5 +118,13 @@ def test_what_is_left_alone(monkeypatch):
         assert multiplied(layer.bfloat16(), values) == {torch.bfloat16}
     with in_float32(), pytest.raises(RuntimeError, match="dtype"):
         layer.float()(values)
+    # A weight of one dimension, and names.
+    assert multiplied(lambda x: functional.linear(x, x[0]), values) <= {torch.bfloat16}
+    assert multiplied(lambda x: functional.linear(input=x, weight=x), values) == {torch.bfloat16}
+    queries = values.view(1, 1, 9, 37)
+    mask = torch.ones(9, 9, dtype=torch.bool)
+    with in_float32():
+        named = functional.scaled_dot_product_attention(attn_mask=mask, query=queries, key=queries, value=queries)
+    assert named.dtype == torch.bfloat16
     monkeypatch.setattr(products, "multiplies_slowly", lambda dtype: False)
     assert multiplied(layer.bfloat16(), values) == {torch.bfloat16}

@@ -22,7 +22,7 @@ from safekern.errors import FileAccessError, InvalidArgumentError, MaskMismatchE
 from safekern.mask import Mask
 from safekern.models import left_out, load
 from safekern.names import listed
-from safekern.products import in_float32
+from safekern.products import in_float32, multiplies_slowly
 from safekern.tables import printable
 
 if TYPE_CHECKING:
@@ -137,10 +137,26 @@ def load_model(args: argparse.Namespace, *, chats: bool = True) -> tuple["PreTra
         if chats:
             require_template(tokenizer)
         model.to(where)  # type: ignore[arg-type]
-    if where.type == "cpu":
-        # Or such checkpoints would take ten times as long as in fp32.
-        model.forward = in_float32()(model.forward)
+    # One that does not chat is not run.
+    if chats and where.type == "cpu":
+        _multiply_quickly(model)
     return model, tokenizer
+
+
+def _multiply_quickly(model: "PreTrainedModel") -> None:
+    slow = [name for name, dtype in _DTYPES.items() if dtype == model.dtype and multiplies_slowly(dtype)]
+    for name in slow:
+        # Or it would take ten times as long as in fp32.
+        model.forward = in_float32()(model.forward)
+        layers = (torch.nn.Linear, torch.nn.Embedding)
+        others = [module for module in model.modules() if not isinstance(module, layers)]
+        if any(param.ndim > 1 for module in others for param in module.parameters(recurse=False)):
+            print(
+                f"note: this processor has no instructions for products of {name} numbers, which in some layers of "
+                "this model take several times as long as those of float32: --dtype float32, for every command on this "
+                "model, is faster, for 2 bytes more per weight and per gradient that is held",
+                file=sys.stderr,
+            )
 
 
 def note_other_weights(mask: Mask, model_fingerprint: str) -> None:
