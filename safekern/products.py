@@ -67,9 +67,10 @@ class _InFloat32(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        # Layers and models name what is multiplied by its place.
         if func is functional.linear and not kwargs and self._is_slow(args) and args[1].ndim == 2:
             return _Linear.apply(*args, *[None] * (3 - len(args)))  # type: ignore[no-untyped-call]
-        if func is functional.scaled_dot_product_attention and self._is_slow([*args, *kwargs.values()]):
+        if func is functional.scaled_dot_product_attention and args and self._is_slow([*args, *kwargs.values()]):
             wide = {name: _widened(value) for name, value in kwargs.items()}
             return func(*map(_widened, args), **wide).to(args[0].dtype)
         return func(*args, **kwargs)

@@ -123,8 +123,9 @@ def test_what_is_left_alone(monkeypatch):
     assert multiplied(lambda x: functional.linear(input=x, weight=x), values) == {torch.bfloat16}
     queries = values.view(1, 1, 9, 37)
     mask = torch.ones(9, 9, dtype=torch.bool)
-    with in_float32():
-        named = functional.scaled_dot_product_attention(attn_mask=mask, query=queries, key=queries, value=queries)
-    assert named.dtype == torch.bfloat16
+    named = {"query": queries, "key": queries, "value": queries}
+    for order in ({"attn_mask": mask, **named}, {**named, "attn_mask": mask}):
+        with in_float32():
+            assert functional.scaled_dot_product_attention(**order).dtype == torch.bfloat16
     monkeypatch.setattr(products, "multiplies_slowly", lambda dtype: False)
     assert multiplied(layer.bfloat16(), values) == {torch.bfloat16}
