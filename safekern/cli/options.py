@@ -144,19 +144,21 @@ def load_model(args: argparse.Namespace, *, chats: bool = True) -> tuple["PreTra
 
 
 def _multiply_quickly(model: "PreTrainedModel") -> None:
-    slow = [name for name, dtype in _DTYPES.items() if dtype == model.dtype and multiplies_slowly(dtype)]
-    for name in slow:
-        # Or it would take ten times as long as in fp32.
-        model.forward = in_float32()(model.forward)
-        layers = (torch.nn.Linear, torch.nn.Embedding)
-        others = [module for module in model.modules() if not isinstance(module, layers)]
-        if any(param.ndim > 1 for module in others for param in module.parameters(recurse=False)):
-            print(
-                f"note: this processor has no instructions for products of {name} numbers, which in some layers of "
-                "this model take several times as long as those of float32: --dtype float32, for every command on this "
-                "model, is faster, for 2 bytes more per weight and per gradient that is held",
-                file=sys.stderr,
-            )
+    slow = {dtype for dtype in {param.dtype for param in model.parameters()} if multiplies_slowly(dtype)}
+    if not slow:
+        return
+    # Or it would take ten times as long as in fp32.
+    model.forward = in_float32()(model.forward)
+    layers = (torch.nn.Linear, torch.nn.Embedding)
+    others = [module for module in model.modules() if not isinstance(module, layers)]
+    left = {param.dtype for module in others for param in module.parameters(recurse=False) if param.ndim > 1}
+    for dtype in slow & left:
+        print(
+            f"note: this processor has no instructions for products of {str(dtype).removeprefix('torch.')} numbers, "
+            "which in some layers of this model take several times as long as those of float32: --dtype float32, for "
+            "every command on this model, is faster, for 2 bytes more per weight and per gradient that is held",
+            file=sys.stderr,
+        )
 
 
 def note_other_weights(mask: Mask, model_fingerprint: str) -> None:
