@@ -268,10 +268,10 @@ def large_cases(count):
     }
 
 
-EASY_CASES = ("normal", "constant", "half_zero")
+MIXED_CASE = "half_zero"
 
 
-@pytest.mark.parametrize("case", [*EASY_CASES, *in_full(*(case for case in large_cases(1) if case not in EASY_CASES))])
+@pytest.mark.parametrize("case", [MIXED_CASE, *in_full(*(case for case in large_cases(1) if case != MIXED_CASE))])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_select_on_large_tensors(backend, case):
     count = SAMPLED if backend == COMPILED else SAMPLED // 10
@@ -395,8 +395,11 @@ def set_adamw_arguments(dtype, *, master, seed=0):
     }
 
 
-@pytest.mark.parametrize(("dtype", "master"), [(dtype, False) for dtype in DTYPES] + [(d, True) for d in DTYPES[:2]])
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[2], *in_full(DTYPES[1], DTYPES[3])])
+@pytest.mark.parametrize("master", [False, True])
 def test_set_adamw_kernel_equals_the_reference_bit_for_bit(dtype, master):
+    if master and dtype not in DTYPES[:2]:
+        pytest.skip("these weights are their own masters")
     results = []
     for backend in BACKENDS:
         arguments = set_adamw_arguments(dtype, master=master)
@@ -519,7 +522,7 @@ SPA_DTYPES = [
     for moment in dict.fromkeys((dtype, DTYPES[2]))
     for grad in dict.fromkeys((dtype, DTYPES[2]))
 ]
-SPA_UNIFORM = [(dtype, dtype, dtype) for dtype in DTYPES]
+SPA_UNIFORM = [(dtype, dtype, dtype) for dtype in (DTYPES[0], DTYPES[2])]
 EXTREMES = (float("nan"), float("inf"), float("-inf"), -0.0, 0.0, DENORMAL, -DENORMAL, 3e38, 6e-8, 65504.0)
 
 
@@ -569,7 +572,7 @@ def test_spa_adamw_kernel_equals_the_reference(dtypes, extremes):
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, *in_full(torch.int64)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [DTYPES[0], *in_full(*DTYPES[1:])])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_spa_adamw_keeps_the_spared_weights_and_updates_the_others(backend, dtype, index_dtype):
     arguments = spa_adamw_arguments(dtype, index_dtype=index_dtype)

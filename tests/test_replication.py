@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from safekern.prompts import Pairs
 # Last, so that an installed safekern is the one that is tested.
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.replication import judge, masks, precision, protection, report, spa, tuning
+from benchmarks.replication import judge, lab, masks, precision, protection, report, spa, tuning
 from benchmarks.replication import set as set_experiment
 from benchmarks.replication.__main__ import main
 from benchmarks.replication.lab import Data, LeakError, label
@@ -37,7 +38,10 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture
-def replicate(tiny, tmp_path):
+def replicate(tiny, tmp_path, monkeypatch):
+    # Its answers go on for as long as they may, and what they are does not matter.
+    for name in ("attack_success_rate", "refusal_rate"):
+        monkeypatch.setattr(lab, name, partial(getattr(lab, name), max_new_tokens=8))
     # Fewer than the built-in ones, to be scored in less time.
     refusals = [{"prompt": f"Do harm number {i}", "response": f"I can't help with harm {i}."} for i in range(20)]
     pairs = tmp_path / "pairs.json"
