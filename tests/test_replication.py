@@ -235,7 +235,7 @@ def test_finished_runs_are_not_repeated(replicate, monkeypatch):
 
 
 def test_a_long_run_goes_on_with_the_same_bits(replicate, monkeypatch):
-    monkeypatch.setattr(tuning, "_WORTH_SAVING", 1)
+    monkeypatch.setattr(tuning, "_SAVED_EVERY_SECONDS", 0.0)
     one = ["set", "--only", "full-1-lr0.0001"]
     whole = results(replicate(*one, steps=(1, 2, 4), out="whole"), "set")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -248,13 +248,13 @@ def test_a_long_run_goes_on_with_the_same_bits(replicate, monkeypatch):
             tuning, "tune", lambda *args, done, **more: steps.append(len(done)) or tune(*args, done=done, **more)
         )
         parts = results(replicate(*one, steps=(1, 2, 4)), "set")
-    assert steps == [2]
+    assert steps == [3]
     assert [run["rows"] for run in parts.values()] == [run["rows"] for run in whole.values()]
     assert [len(run["attempts"]) for run in parts.values()] == [1]
 
 
 def test_a_training_belongs_to_its_results(replicate, monkeypatch):
-    monkeypatch.setattr(tuning, "_WORTH_SAVING", 1)
+    monkeypatch.setattr(tuning, "_SAVED_EVERY_SECONDS", 0.0)
     one = ["set", "--only", "full-1-lr0.0001"]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, run=1, step=3)
@@ -268,7 +268,7 @@ def test_a_training_belongs_to_its_results(replicate, monkeypatch):
 
 
 def test_a_mask_that_is_ranked_anew_is_the_same_after_an_interruption(replicate, monkeypatch):
-    monkeypatch.setattr(tuning, "_WORTH_SAVING", 1)
+    monkeypatch.setattr(tuning, "_SAVED_EVERY_SECONDS", 0.0)
     monkeypatch.setitem(protection.REFRESHED, "refresh-10", 2)
     one = ["spa", "--only", "^set-chat-lr2e-05-refresh-10-0.05"]
     whole = results(replicate(*one, steps=(2, 3, 4), out="whole"), "spa")

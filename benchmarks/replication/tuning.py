@@ -1,5 +1,6 @@
 """Training that is measured on the way, and goes on where it was interrupted."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,8 +15,8 @@ from .runs import Record, Row
 
 # Between the steps at which everything is measured; at these, forward passes only.
 WATCHED = (20, 50, 70, 200, 500, 700)
-# A run of fewer steps starts anew, which takes less than writing all its state.
-_WORTH_SAVING = 100
+# Between two files of all that a run goes on from: seconds to write, and what an interruption loses at most.
+_SAVED_EVERY_SECONDS = 300.0
 
 Parts = Sequence[tuple[float, Iterable[Batch]]]
 
@@ -72,16 +73,18 @@ def tune_and_measure(
     optimizer = make_optimizer(len(done))
     if run is not None:
         run.restore(optimizer)
+    saved = time.monotonic()
 
     def after(losses: list[float]) -> None:
+        nonlocal saved
         step = len(losses)
-        if step not in steps and step not in watched:
-            return
-        measured = lab.measure() if step in steps else lab.watch()
-        recent = losses[-10:]
-        record.add({"step": step, "loss": round(sum(recent) / len(recent), 4), **measured, **extra(measured)})
-        if _WORTH_SAVING <= step < steps[-1] and step % saved_every == 0:
+        if step in steps or step in watched:
+            measured = lab.measure() if step in steps else lab.watch()
+            recent = losses[-10:]
+            record.add({"step": step, "loss": round(sum(recent) / len(recent), 4), **measured, **extra(measured)})
+        if step < steps[-1] and step % saved_every == 0 and time.monotonic() - saved >= _SAVED_EVERY_SECONDS:
             resume.save(path, weights.read(), optimizer, losses, record.settings)
+            saved = time.monotonic()
 
     with frozen(weights.others(lab.model)):
         tune(lab.model, optimizer, make_parts(len(done)), steps[-1], done=done, after_step=after)
