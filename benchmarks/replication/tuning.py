@@ -15,7 +15,7 @@ from .runs import Record, Row
 
 # Between the steps at which everything is measured; at these, forward passes only.
 WATCHED = (20, 50, 70, 200, 500, 700)
-# Between two files of all that a run goes on from: seconds to write, and what an interruption loses at most.
+# Between two files of all that a run goes on from, each of which takes seconds; about what an interruption loses.
 _SAVED_EVERY_SECONDS = 300.0
 
 Parts = Sequence[tuple[float, Iterable[Batch]]]
