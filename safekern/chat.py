@@ -5,6 +5,7 @@ import inspect
 from collections import UserDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 
 import torch
@@ -22,6 +23,14 @@ Prompt: TypeAlias = str | Sequence[Message]
 
 IGNORED = -100
 _PROBE = "safekern probe"
+# Templates ask strftime_now for the date, and with today's a run could not be resumed tomorrow. This one is that of
+# Llama's templates where none is to be had. A macro, since transformers passes no functions on.
+_DATE = date(2024, 7, 26)
+_FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format | replace('%-', '%')"
+    + "".join(f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in "YymBbdjAaHIMSp")
+    + " }}{% endmacro %}"
+)
 _TEXT = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids"}
 
 
@@ -37,6 +46,8 @@ def encode(
     Models that can reason are asked not to: what the template writes before an answer, such as an empty block of
     thoughts, ends the prompt. So labels, and the responses of `safekern.attack_success_rate`, hold no thoughts.
 
+    Templates that write today's date get 26 Jul 2024, which Llama's fall back to: the same rows on every day.
+
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
         prompt: One prompt, or a sequence of them. A prompt is a user message, or a list of messages, each with
@@ -49,7 +60,8 @@ def encode(
         end-of-turn token. The result fits ``model(**batch)`` and `safekern.objectives.refusal`.
 
     Raises:
-        InvalidArgumentError: No chat template, an empty answer, no rows, or sequences of different length.
+        InvalidArgumentError: No chat template, an empty answer, an answer with thoughts where the template has closed
+            them, a message that the template does not show, no rows, or sequences of different length.
 
     Example:
         >>> batch = encode(tokenizer, "How do I pick a lock?", "I can't help with that.")  # doctest: +SKIP
@@ -62,6 +74,11 @@ def encode(
                 f"response {number} is empty, so it has no token to learn from: leave the pair out or give it a text"
             )
         head, tail = _render_pair(tokenizer, question, answer)
+        if head.rstrip().endswith("</think>") and "</think>" in answer:
+            raise InvalidArgumentError(
+                f"response {number} holds thoughts, but the chat template closes an empty block of them before an "
+                "answer: leave out what comes before the answer, up to </think>"
+            )
         rows.append((token_ids(tokenizer, head), continuation_ids(tokenizer, head, tail)))
     return join(rows, padding_id(tokenizer))
 
@@ -355,10 +372,13 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], re
     turns = [dict(message) for message in messages]
     if response is not None:
         turns.append({"role": "assistant", "content": response})
+    asking = response is None
     try:
-        text = apply_template(tokenizer, turns, asking=response is None)
-        if turns[-1]["content"].strip() not in text and not _shows(tokenizer):
-            text = apply_template(tokenizer, turns, asking=response is None, in_parts=True)
+        text = apply_template(tokenizer, turns, asking=asking)
+        in_parts = turns[-1]["content"].strip() not in text and not _shows(tokenizer)
+        if in_parts:
+            text = apply_template(tokenizer, turns, asking=asking, in_parts=True)
+        _check_shown(tokenizer, turns, text, asking=asking, in_parts=in_parts)
     except TemplateError as error:
         roles = ", ".join(turn["role"] for turn in turns)
         raise InvalidArgumentError(
@@ -366,6 +386,22 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], re
             "without a system message above all, or set tokenizer.chat_template"
         ) from error
     return text
+
+
+def _check_shown(
+    tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], text: str, *, asking: bool, in_parts: bool
+) -> None:
+    for number, turn in enumerate(turns):
+        # Thoughts of the assistant are often left out.
+        if turn["role"] == "assistant" or turn["content"].strip() in text:
+            continue
+        # Shown as something else, such as JSON, or without the flags that it held.
+        probed = [*turns[:number], {**turn, "content": _PROBE}, *turns[number + 1 :]]
+        if _PROBE not in apply_template(tokenizer, probed, asking=asking, in_parts=in_parts):
+            raise InvalidArgumentError(
+                f"the tokenizer's chat template does not show messages of the role {turn['role']!r}, so the model "
+                "would not see them: use the roles that it knows, such as system and user"
+            )
 
 
 def opening(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -> tuple[str, str]:
@@ -385,7 +421,7 @@ def opening(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message]) -
 def apply_template(
     tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], *, asking: bool, in_parts: bool = False
 ) -> str:
-    """Return what the chat template makes of turns, without thoughts where it can be told so.
+    """Return what the chat template makes of turns: without thoughts where it can be told so, and on no other day.
 
     Args:
         tokenizer: A tokenizer with a chat template.
@@ -396,8 +432,10 @@ def apply_template(
     Raises:
         Exception: What the template raises.
     """
-    # Only where it is known, since tokenizers that render without Jinja refuse other options.
+    # Only where they are known, since tokenizers that render without Jinja refuse other options.
     options: dict[str, Any] = {"enable_thinking": False} if "enable_thinking" in str(tokenizer.chat_template) else {}
+    if "strftime_now" in str(tokenizer.chat_template):
+        options["chat_template"] = _FIXED_DATE + tokenizer.get_chat_template()
     shown: Any = turns
     if in_parts:
         shown = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]

@@ -767,15 +767,21 @@ class Summary(tuple[SummaryRow, ...]):
                     layer 0
             q_proj  █        100.0% of the mask, 12.50% of its weights
         """
+        # Experts of a layer are one cell.
+        cells: dict[tuple[str, int | None], list[int]] = {}
+        for row in self:
+            cell = cells.setdefault((row.component, row.layer), [0, 0])
+            cell[0] += row.selected
+            cell[1] += row.numel
+        densities = {key: selected / numel for key, (selected, numel) in cells.items()}
         layers = sorted({row.layer for row in self if row.layer is not None})
-        densest = max((row.density for row in self), default=0.0)
+        densest = max(densities.values(), default=0.0)
         width = max((len(printable(row.component)) for row in self), default=0)
         scale = f"layer {layers[0]}" + (f" to {layers[-1]}" if len(layers) > 1 else "") if layers else ""
         span = max(len(layers), len(scale))
         lines = [f"{'':{width}}  {scale}".rstrip()]
         for component, _, _, density, share, _ in self.table("component").rows:
-            cells = {row.layer: row.density for row in self if row.component == component}
-            shades = "".join(_shade(cells.get(layer, 0.0) / densest) for layer in layers)
+            shades = "".join(_shade(densities.get((component, layer), 0.0) / densest) for layer in layers)
             label = printable(component)
             lines.append(f"{label:{width}}  {shades:{span}}  {share:.1%} of the mask, {density:.2%} of its weights")
         return "\n".join(lines)

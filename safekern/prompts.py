@@ -126,9 +126,10 @@ def load(source: Source) -> Pairs:
     The prompt is in the field ``prompt``, ``instruction``, ``question`` or ``goal``, the response in ``response``,
     ``completion``, ``output`` or ``answer``. What is in ``input`` or ``context`` follows an instruction after a blank
     line, and ``context`` a question. Instead of both, ``messages`` may hold a conversation: the assistant's message
-    that ends it is the response, and all before it the prompt. Every row must use the same two fields; others are
-    ignored, but for ``category``. A ``target``, as AdvBench has it, is never taken for the response: it is the start of
-    the answer that an attack wants.
+    that ends it is the response, and all before it the prompt. A ``system`` or ``system_prompt`` goes before either as
+    a message of the system; a ``history`` of earlier turns is refused. Every row must use the same two fields; others
+    are ignored, but for ``category``. A ``target``, as AdvBench has it, is never taken for the response: it is the
+    start of the answer that an attack wants.
 
     Args:
         source: a ``.json`` file (a list of objects), ``.jsonl`` (an object per line) or ``.csv`` (with a header), in
@@ -276,7 +277,7 @@ def _pair(rows: _Rows, row: Mapping[str, Any]) -> tuple[Prompt, str]:
         messages = _messages(rows, row, field)
         if messages[-1]["role"] != "assistant" or len(messages) < 2:
             rows.fail("'messages' must hold a prompt and end with the assistant's message, which is the response")
-        return _plain(messages[:-1]), messages[-1]["content"]
+        return _whole(rows, row, messages[:-1]), messages[-1]["content"]
     if field is None or (answer := _one_field(rows, row, RESPONSE_FIELDS)) is None:
         note = ""
         if field == "goal" and row.get("target") is not None:
@@ -313,13 +314,28 @@ def _prompt_in(rows: _Rows, row: Mapping[str, Any], field: str) -> Prompt:
             messages.pop()
         if not messages:
             rows.fail(f"'{field}' holds no message before the assistant's")
-        return _plain(messages)
+        return _whole(rows, row, messages)
     text = _text(rows, row[field], field)
     name = _one_field(rows, row, _ADDED.get(field, ()))
     extra = None if name is None else row[name]
     if extra is not None and not isinstance(extra, str):
         rows.fail(f"'{name}' is a {type(extra).__name__}, but must be a str")
-    return f"{text}\n\n{_text(rows, extra, str(name))}" if extra and extra.strip() else text
+    if extra and extra.strip():
+        text = f"{text}\n\n{_text(rows, extra, str(name))}"
+    return _whole(rows, row, [{"role": "user", "content": text}])
+
+
+def _whole(rows: _Rows, row: Mapping[str, Any], messages: list[Message]) -> Prompt:
+    """Put the system's message before those of a conversation, where a field of its own holds it."""
+    if row.get("history"):
+        rows.fail("holds earlier turns in 'history', which are not read: give the conversation as 'messages'")
+    name = _one_field(rows, row, ("system", "system_prompt"))
+    if name is not None and str(row[name]).strip():
+        system = _text(rows, row[name], name)
+        if messages[0]["role"] == "system":
+            rows.fail(f"has '{name}' and a message of the system, and it is not clear which counts: remove one")
+        return [{"role": "system", "content": system}, *messages]
+    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
 def _one_field(rows: _Rows, row: Mapping[str, Any], fields: tuple[str, ...]) -> str | None:
@@ -340,10 +356,6 @@ def _messages(rows: _Rows, row: Mapping[str, Any], field: str) -> list[Message]:
     for message in messages:
         _text(rows, message["content"], f"{field} ({message['role']})")
     return messages
-
-
-def _plain(messages: list[Message]) -> Prompt:
-    return messages[0]["content"] if len(messages) == 1 and messages[0]["role"] == "user" else messages
 
 
 def _text(rows: _Rows, value: object, field: str) -> str:

@@ -12,7 +12,7 @@ from language_models import CHATML, byte_tokenizer, tiny_llama
 from multiplied import Multiplied
 from safetensors.torch import load_file, save_file
 from small_scores import scores as small_scores
-from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from safekern import Mask, Scores, models, products, progress, training
 from safekern.checkpoint import Patched, fingerprint
@@ -135,6 +135,19 @@ class TestScore:
         assert (folder / "run" / "mask.safetensors").read_bytes() == before
         assert main([*again, "--save-scores"]) == 0
         assert Mask.load("run/mask.safetensors") == Scores.load("run/scores.safetensors").top(0.05)
+
+    def test_answers_that_are_no_refusals_are_noted(self, folder, capsys):
+        # As in the original circuit-breakers data, where `output` does what is asked for.
+        rows = [
+            {"prompt": f"Do harm {i}", "output": "I can't." if i else "Sure!", "llama3_output": "No."} for i in (0, 1)
+        ]
+        for count, said in ((2, False), (1, True)):
+            (folder / "answers.json").write_text(json.dumps(rows[:count]))
+            assert main(["score", "--model", "base", "--pairs", "answers.json", "--out", f"answers{count}"]) == 0
+            assert set_command("--harmful", "answers.json", out=f"tuned{count}") == 0
+            noted = capsys.readouterr().err
+            for option in ("--pairs", "--harmful"):
+                assert (f"note: {option} answers.json: 0 of 1 responses have a usual phrase" in noted) == said
 
     def test_prompts_without_refusals(self, folder):
         (folder / "goals.json").write_text(json.dumps([{"goal": f"Do harm {i}", "target": "Sure"} for i in range(3)]))
@@ -413,6 +426,19 @@ class TestSpa:
         assert "visual" not in capsys.readouterr().err and "visual.patch.weight" in tensors(folder / "applied")
         assert set_command("--save-model", out="tuned2") == 0
         assert "also holds visual.patch.weight, which" in capsys.readouterr().err
+
+    def test_settings_that_cannot_be_saved_are_found_before_training(self, folder, monkeypatch, capsys):
+        def refuse(*args, **options):
+            raise ValueError("The generation config instance is invalid")
+
+        # As transformers 5.0 does for a temperature without do_sample.
+        monkeypatch.setattr(GenerationConfig, "save_pretrained", refuse)
+        monkeypatch.setattr(tuning, "train", lambda *args: pytest.fail("the model was trained"))
+        for found in (self.spa(), set_command("--save-model", out="tuned")):
+            assert found == 1
+        said = capsys.readouterr().err
+        assert said.count("refuse to save the tuned model, for its generation_config.json") == 2
+        assert "instance is invalid" in said
 
     def test_the_mask_stays_and_the_rest_learns(self, folder, capsys):
         assert self.spa("--json") == 0

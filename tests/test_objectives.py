@@ -127,6 +127,56 @@ def test_templates_of_models_that_reason(asking):
     assert tokenizer.decode(prompt).endswith(end)
 
 
+def test_thoughts_in_an_answer_are_refused_where_the_template_has_closed_them():
+    # As Qwen3's, which takes thoughts out of finished turns.
+    template = CHATML.replace("m['content'] + ", "m['content'].split('</think>')[-1].lstrip('\n') + ").replace(
+        "'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n\n</think>\n\n'"
+    )
+    assert template.count("think>") == 3
+    answers = ["No.", "<think>\nAdd.\n</think>\n\n4."]
+    with pytest.raises(InvalidArgumentError, match="response 1 holds thoughts"):
+        encode(byte_tokenizer(template), ["Hi", "2+2?"], answers)
+    batch = encode(byte_tokenizer(), ["Hi", "2+2?"], answers)
+    labels = batch["labels"][1]
+    assert byte_tokenizer().decode(labels[labels != -100]) == answers[1] + "<|im_end|>"
+
+
+def test_a_template_that_writes_the_date_writes_the_same_one_every_day(monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    class Tomorrow(chat_template_utils.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2099, 1, 1)
+
+    tokenizer = byte_tokenizer(
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') + '\n' }}{% endif %}" + CHATML
+    )
+    today = encode(tokenizer, "Hi", "No.")["input_ids"]
+    assert tokenizer.decode(today[0]).startswith("26 Jul 2024\n<|im_start|>user\nHi")
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith("01 Jan 2099")
+    assert torch.equal(encode(tokenizer, "Hi", "No.")["input_ids"], today)
+
+
+def test_messages_that_the_template_does_not_show():
+    shows_two = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}")
+    assert shows_two != CHATML
+    tokenizer, question = byte_tokenizer(shows_two), {"role": "user", "content": "Hi"}
+    encode(tokenizer, [question], "No.")
+    for turns in ([{"role": "developer", "content": "In French."}, question], [{"role": "human", "content": "Hi"}]):
+        with pytest.raises(InvalidArgumentError, match=f"does not show messages of the role '{turns[0]['role']}'"):
+            encode(tokenizer, turns, "No.")
+        with pytest.raises(InvalidArgumentError, match=f"does not show messages of the role '{turns[0]['role']}'"):
+            prompt_ids(tokenizer, turns)
+
+
+def test_messages_that_the_template_changes_are_shown():
+    as_json = byte_tokenizer(CHATML.replace("m['content'] + ", "(m['content'] | tojson) + "))
+    for prompt in ('Say "hi".', [{"role": "tool", "content": '{"a": 1}'}, {"role": "user", "content": "Hi"}]):
+        assert prompt_ids(as_json, prompt)
+
+
 def test_a_template_that_shows_contents_in_parts():
     # As those of models of images do.
     in_parts = CHATML.replace(

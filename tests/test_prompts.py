@@ -140,6 +140,15 @@ def test_messages(tmp_path):
     assert load([{"prompt": TURNS, "completion": [LAST]}]) == load(rows)[:1]
 
 
+@pytest.mark.parametrize("field", ["system", "system_prompt"])
+def test_what_the_system_says_goes_before_the_prompt(field):
+    system, user = {"role": "system", "content": "In French."}, {"role": "user", "content": "Hi"}
+    # As OpenOrca and LLaMA-Factory have it, with and without messages.
+    for prompt in ({"question": "Hi", "response": "No."}, {"messages": [user, LAST]}):
+        rows = [{**prompt, field: "In French."}, {**prompt, field: " "}, {**prompt, field: None}]
+        assert load(rows).prompts == load_prompts(rows) == [[system, user], "Hi", "Hi"]
+
+
 def test_prompts_alone(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes("Hi\r\n\r\n  東京は \nEnd".encode())
@@ -267,6 +276,11 @@ def test_another_encoding(tmp_path, suffix):
         (["a", ""], "row 2: 'prompt' is empty"),
         ([{"id": 3}], r"row 1: needs one of the fields prompt, instruction, question, goal or messages; found id"),
         ([{"messages": [LAST]}], r"row 1: 'messages' holds no message before the assistant's"),
+        ([{"prompt": "a", "history": [["b", "c"]]}], "row 1: holds earlier turns in 'history', .* as 'messages'"),
+        (
+            [{"messages": [{"role": "system", "content": "x"}, *TURNS], "system": "y"}],
+            "row 1: has 'system' and a message",
+        ),
         ({"train": [], "test": []}, "a dict of train, test was given: pass one of them"),
         (3, "a int was given"),
     ],

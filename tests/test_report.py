@@ -112,6 +112,14 @@ class TestSummaryTables:
         assert "lm_head" in outside
         assert Mask.from_indices({}, {"w": (4,)}).summary().heat_map() == ""
 
+    def test_heat_map_adds_up_the_experts_of_a_layer(self):
+        shapes = {f"layers.{i}.mlp.experts.down_proj": (2, 2, 2) for i in range(2)}
+        # In layer 0 all of the first expert and nothing of the last.
+        mask = Mask.from_indices({name: [0, 1, 2, 3] if "0" in name else [7] for name in shapes}, shapes)
+        for summary in (mask.summary(), mask.expert_summary()):
+            _, line = summary.heat_map().splitlines()
+            assert "  █░ " in line and line.endswith("100.0% of the mask, 31.25% of its weights")
+
 
 class TestDistribution:
     @settings(max_examples=40, deadline=None)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,10 +20,13 @@ from safekern.chat import require_template
 from safekern.checkpoint import fingerprint
 from safekern.eligibility import own_numel
 from safekern.errors import FileAccessError, InvalidArgumentError, MaskMismatchError
+from safekern.evaluation import is_refusal
 from safekern.mask import Mask
 from safekern.models import left_out, load
 from safekern.names import listed
 from safekern.products import in_float32, multiplies_slowly
+from safekern.prompts import Pairs
+from safekern.prompts import load as load_pairs
 from safekern.tables import printable
 
 if TYPE_CHECKING:
@@ -180,6 +184,42 @@ def note_left_out(model: "PreTrainedModel") -> None:
             "has no place for: the one that is written is without them",
             file=sys.stderr,
         )
+
+
+def check_savable(model: "PreTrainedModel") -> None:
+    """Makes sure that what goes beside the weights can be written: some versions of transformers refuse settings.
+
+    Raises:
+        InvalidArgumentError: it cannot.
+    """
+    if not model.can_generate() or (settings := model.generation_config) is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            settings.save_pretrained(folder)
+        except ValueError as error:
+            raise InvalidArgumentError(
+                "transformers would refuse to save the tuned model, for its generation_config.json: correct that file, "
+                f"or update transformers: {error}"
+            ) from error
+
+
+def load_refusals(option: str, path: Path) -> Pairs:
+    """Reads harmful prompts with refusals, and says on stderr if most responses are none.
+
+    Raises:
+        SafekernError: the file is not as `safekern.prompts.load` wants it.
+    """
+    pairs = load_pairs(path)
+    refused = sum(map(is_refusal, pairs.responses))
+    if 2 * refused < len(pairs):
+        print(
+            f"note: {option} {printable(str(path))}: {refused:,} of {len(pairs):,} responses have a usual phrase of a "
+            "refusal. They are what the model should say to a harmful prompt: make sure that none does what it asks "
+            "for, as 'output' in the original circuit-breakers data does",
+            file=sys.stderr,
+        )
+    return pairs
 
 
 def check_mask(mask: Mask, model: "PreTrainedModel") -> str:

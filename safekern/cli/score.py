@@ -11,7 +11,7 @@ from safekern.checkpoint import fingerprint
 from safekern.cli import options
 from safekern.errors import InvalidArgumentError
 from safekern.objectives import refusal
-from safekern.prompts import Pairs, builtin, load, load_prompts, with_refusals
+from safekern.prompts import Pairs, builtin, load_prompts, with_refusals
 from safekern.scores import TopScores
 from safekern.scoring import score
 from safekern.tables import printable
@@ -164,6 +164,8 @@ def _outputs(out: Path) -> tuple[Path, Path]:
 def _pairs(args: argparse.Namespace) -> Pairs:
     if args.prompts is not None:
         pairs = with_refusals(load_prompts(args.prompts))
+    elif args.pairs is not None:
+        pairs = options.load_refusals("--pairs", args.pairs)
     else:
-        pairs = builtin("harmful", "tune") if args.pairs is None else load(args.pairs)
+        pairs = builtin("harmful", "tune")
     return pairs[: args.limit]

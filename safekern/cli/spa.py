@@ -37,6 +37,8 @@ our experiments. The mask has to be that of the aligned model: score that one.
 Writes to --out:
   model/      the whole fine-tuned model; all but the mask has changed, so a delta would be no smaller
   spa.json    settings and losses
+  training.safetensors, while it runs: what --resume needs, every weight and two moments in fp32, so 10 to 12 bytes
+              per weight, and twice that while one takes the other's place; a larger --checkpoint-every writes less
 
 Memory: the model, for every weight a gradient and two moments in fp32, and the activations of a batch. Weights of 16
 bits round most steps of a usual learning rate away: --dtype float32 learns more, for 2 bytes more per
@@ -103,6 +105,7 @@ def run(args: argparse.Namespace) -> None:
         _note_passes(args, kind, len(those))
     model, tokenizer = options.load_model(args)
     options.note_left_out(model)
+    options.check_savable(model)
     base = options.check_mask(mask, model)
     sources = {"--data": pairs, **{f"--{kind}": those for kind, those in rehearsed.items()}}
     digests = tuning.check_pairs(model, tokenizer, sources)

@@ -124,7 +124,7 @@ def _with_training(args: argparse.Namespace, settings: dict[str, Any]) -> dict[s
 
 def read_pairs(args: argparse.Namespace) -> tuple[Pairs, Pairs]:
     """Refusals and helpful answers, from the files that the options of `add_pairs` name or built-in."""
-    harmful = load(args.harmful) if args.harmful else builtin("harmful", "tune")
+    harmful = options.load_refusals("--harmful", args.harmful) if args.harmful else builtin("harmful", "tune")
     benign = load(args.benign) if args.benign else builtin("benign", "tune")
     return harmful, benign
 
