@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 import safekern.ops.triton as kernels  # noqa: E402
 from safekern.ops import registry  # noqa: E402
+from safekern.ops.triton import select  # noqa: E402
 from safekern.ops.triton.common import launch_options  # noqa: E402
 
 if registry.INTERPRETED:
@@ -91,3 +92,12 @@ def test_every_kernel_has_a_spec():
     assert {name.rstrip("_") for name in registry.OPS} == {module.__name__.rpartition(".")[2] for module in MODULES} - {
         "common"
     }
+
+
+@pytest.mark.parametrize("ratio", [1e-6, 1e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize("numel", [2**22, 2**28, 2**33])
+def test_select_has_room_for_what_reaches_its_guess(numel, ratio):
+    k = max(1, int(numel * ratio))
+    reached = select.sample_rank(k, numel) / (select.SAMPLE_RUNS * select.SAMPLE_RUN) * numel
+    # A guess is right to within a few per cent.
+    assert 1.05 * reached < select.capacity(k, numel)

@@ -231,7 +231,7 @@ else:
         assert emitted == [("candidates", False), ("everything", True)] * 2
 
     def test_select_recovers_from_too_few_candidates(emitted, monkeypatch):
-        monkeypatch.setattr(select_module, "_guess_cutoff", lambda problem, numel: torch.tensor([2**31 - 1]).int())
+        monkeypatch.setattr(select_module, "_guess_cutoff", lambda problem: torch.tensor([2**31 - 1]).int())
         assert_selects("triton", [torch.arange(10_000.0)], torch.ones(1), [200])
         assert emitted == [("candidates", False), ("everything", True)] * 2
 

@@ -1,8 +1,8 @@
 // The exact k largest (or smallest) ESI keys over a list of tensors, ties to the earlier element.
 //
 // A sample gives a low guess of the k-th key, one streaming pass keeps what reaches it, and histograms over those
-// candidates find the exact key. The sample decides only how much is kept: when it guessed badly, the same histograms
-// run over all the data instead, in bounded memory. Where it guessed well and too many elements have that very key, as
+// candidates find the exact key. The sample decides only how much is kept: when it guessed badly, or very many are
+// selected, the same histograms run over all the data instead, in bounded memory. Where it guessed well and too many elements have that very key, as
 // zeros have, what is above it is kept instead, and the first of these ties are looked up. Blocks have a fixed size and
 // counters are integers, so the result does not depend on the number of threads.
 #include <atomic>
@@ -24,6 +24,8 @@ constexpr int64_t kBlock = 1 << 16;  // a position inside a block fits 16 bits
 constexpr int64_t kLine = 16;        // fp32 elements in a cache line
 constexpr int64_t kMostSampleLines = 1 << 14, kFewestSampleLines = 1 << 8;
 constexpr int64_t kSampleShare = 16;                    // at most one in so many lines
+// Of more than one element in so many, the candidates would take nearly as much memory as the scores.
+constexpr int64_t kCandidateShare = 4;
 constexpr int kHighBins = 1 << 15, kLowBins = 1 << 16;  // a 31-bit key in two digits
 
 struct Problem {
@@ -169,10 +171,11 @@ std::vector<SampledLine> sample_lines(const Problem& problem, int64_t count) {
   return lines;
 }
 
-// A key that, going by a sample of cache lines, somewhat more than k elements reach; none when a sample cannot tell.
+// A key that, going by a sample of cache lines, somewhat more than k elements reach; none when a sample would be too
+// small, or the candidates too many.
 std::optional<uint32_t> guess_cutoff(const Problem& problem) {
   const int64_t number = std::min(kMostSampleLines, problem.numel / (kSampleShare * kLine));
-  if (number < kFewestSampleLines) return std::nullopt;
+  if (number < kFewestSampleLines || problem.k > problem.numel / kCandidateShare) return std::nullopt;
   const std::vector<SampledLine> lines = sample_lines(problem, number);
   Candidates sample;
   std::vector<uint32_t>& keys = sample.keys.emplace_back(number * kLine);
@@ -189,7 +192,6 @@ std::optional<uint32_t> guess_cutoff(const Problem& problem) {
       static_cast<double>(problem.k) / static_cast<double>(problem.numel) * static_cast<double>(keys.size());
   // The lines of a sample are correlated: eight standard deviations of an independent sample leave room for that.
   const auto rank = static_cast<int64_t>(1.1 * expected + 8 * std::sqrt(expected) + 17);
-  if (rank > static_cast<int64_t>(keys.size())) return std::nullopt;
   return find_cutoff(sample, 1, rank).key;
 }
 
@@ -392,7 +394,8 @@ Tensors select(Tensors grads, Tensor sigma, int64_t k, bool largest) {
   for (const Tensor& grad : grads) problem.numel += grad.numel();
   const auto blocks = static_cast<int64_t>(problem.blocks.size());
   if (const std::optional<uint32_t> guess = guess_cutoff(problem)) {
-    const int64_t capacity = k + k / 3 + kBlock;
+    // Small ratios are guessed least well: at 0.1%, 1.66 k elements reach the guess.
+    const int64_t capacity = std::max(problem.numel / 80, k + k / 3) + kBlock;
     Candidates candidates;
     // Everything reaches 0.
     int64_t reached = *guess > 0 ? filter(problem, *guess, capacity, candidates) : capacity + 1;

@@ -1,9 +1,10 @@
 """``select`` in Triton: the algorithm of the CPU kernel.
 
 A sample gives a low guess of the k-th key, one streaming pass keeps what reaches it, and a histogram per 8-bit digit
-over those candidates finds the exact key. The sample decides only how much is kept: when it guessed badly, the same
-histograms run over all the data instead, in bounded memory. Only integers are added up, so the result does not depend
-on the order in which programs run. The host waits once, for the sizes of the results; once more after a bad guess.
+over those candidates finds the exact key. The sample decides only how much is kept: when it guessed badly, or very many
+are selected, the same histograms run over all the data instead, in bounded memory. Only integers are added up, so the
+result does not depend on the order in which programs run. The host waits once, for the sizes of the results; once more
+after a bad guess.
 """
 
 from collections.abc import Sequence
@@ -42,8 +43,10 @@ KEPT_TILE, KEPT_THREADS = 64, 32
 SAMPLE_RUNS, SAMPLE_RUN, SAMPLED_FROM = 1 << 16, 16, 4
 # Runs per program that takes the sample.
 SAMPLE_EACH = 64
-# How many more candidates than 5/4 k there is room for.
+# How many more candidates there is room for than one in 80 elements, or 5/4 k.
 SLACK = 8 * BLOCK
+# Of more than one element in so many, the candidates would take up to as much memory as the scores.
+CANDIDATE_SHARE = 8
 # Programs that share the work when a histogram is made: more of them would add to the same counters more often.
 HISTOGRAM_PROGRAMS = 2048
 HISTOGRAM_TILE, HISTOGRAM_THREADS = 2048, 128
@@ -61,6 +64,7 @@ class _Problem:
 
     grads: Sequence[Tensor]
     sigma: Tensor
+    numel: int
     k: int
     flip: int
     present: list[int]
@@ -103,6 +107,7 @@ def select(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> lis
         problem = _Problem(
             grads,
             sigma,
+            numel,
             k,
             0 if largest else _KEY_MASK,
             present,
@@ -120,7 +125,7 @@ def select(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> lis
             aligned(*grads),
             torch.zeros(1, dtype=torch.int64, device=device),
         )
-        guess = _guess_cutoff(problem, numel)
+        guess = _guess_cutoff(problem)
         if guess is not None:
             candidates = _filter(problem, guess)
             selected = _emit(problem, candidates)
@@ -131,23 +136,19 @@ def select(grads: Sequence[Tensor], sigma: Tensor, k: int, largest: bool) -> lis
     return selected
 
 
-def _guess_cutoff(problem: _Problem, numel: int) -> Tensor | None:
-    """A key that, going by a sample, somewhat more than k elements reach; None when a sample cannot tell."""
+def _guess_cutoff(problem: _Problem) -> Tensor | None:
+    """A key that, going by a sample, somewhat more than k elements reach; None of few elements, or if k is large."""
     size = SAMPLE_RUNS * SAMPLE_RUN
-    if numel < SAMPLED_FROM * size:
+    if problem.numel < SAMPLED_FROM * size or problem.k > problem.numel // CANDIDATE_SHARE:
         return None
-    expected = problem.k / numel * size
-    # The elements of a run are correlated: eight standard deviations of an independent sample leave room for that.
-    rank = int(1.1 * expected + 8 * expected**0.5 + 16)
-    if rank >= size:
-        return None
+    rank = sample_rank(problem.k, problem.numel)
     keys = torch.empty(size, dtype=torch.int32, device=problem.sigma.device)
     sample_kernel[(triton.cdiv(SAMPLE_RUNS, SAMPLE_EACH),)](
         problem.entries,
         len(problem.present),
         problem.sigma,
         keys,
-        numel,
+        problem.numel,
         FLIP=problem.flip,
         RUN=SAMPLE_RUN,
         RUNS=SAMPLE_RUNS,
@@ -157,15 +158,27 @@ def _guess_cutoff(problem: _Problem, numel: int) -> Tensor | None:
     return keys.sort(descending=True).values[rank : rank + 1]
 
 
+def sample_rank(k: int, numel: int) -> int:
+    """Where in the sample, sorted from the largest, the guess is."""
+    expected = k / numel * SAMPLE_RUNS * SAMPLE_RUN
+    # The elements of a run are correlated: eight standard deviations of an independent sample leave room for that.
+    return int(1.1 * expected + 8 * expected**0.5 + 16)
+
+
+def capacity(k: int, numel: int) -> int:
+    """How many candidates there is room for. Small ratios are guessed least well: at 0.1% take 1.36 k."""
+    return max(numel // 80, k + k // 4) + SLACK
+
+
 def _filter(problem: _Problem, guess: Tensor) -> _Candidates:
-    capacity = problem.k + problem.k // 4 + SLACK
+    room = capacity(problem.k, problem.numel)
 
     def empty(size: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device=problem.sigma.device)
 
     candidates = _Candidates(
-        keys=empty(capacity, torch.int32),
-        positions=empty(capacity, torch.int16),
+        keys=empty(room, torch.int32),
+        positions=empty(room, torch.int16),
         starts=empty(problem.blocks, torch.int64),
         counts=empty(problem.blocks, torch.int32),
         total=torch.zeros_like(problem.nan),
@@ -181,7 +194,7 @@ def _filter(problem: _Problem, guess: Tensor) -> _Candidates:
         candidates.counts,
         candidates.total,
         problem.nan,
-        capacity,
+        room,
         FLIP=problem.flip,
         ALIGNED=problem.is_aligned,
         BLOCK=BLOCK,
@@ -214,14 +227,14 @@ def _emit(problem: _Problem, candidates: _Candidates | None) -> list[Tensor] | N
     histogram = torch.zeros(256, dtype=torch.int64, device=device)
     for shift in (24, 16, 8, 0):
         if candidates:
-            capacity = candidates.keys.numel()
-            programs = min(triton.cdiv(capacity, HISTOGRAM_TILE), HISTOGRAM_PROGRAMS)
+            room = candidates.keys.numel()
+            programs = min(triton.cdiv(room, HISTOGRAM_TILE), HISTOGRAM_PROGRAMS)
             kept_histogram_kernel[(programs,)](
                 candidates.keys,
                 candidates.total,
                 state,
                 histogram,
-                capacity,
+                room,
                 programs,
                 SHIFT=shift,
                 TILE=HISTOGRAM_TILE,
