@@ -8,6 +8,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from safekern.errors import InvalidArgumentError
 from safekern.faults import put_back
 from safekern.layout import memory_indices, read_selected, write_selected
 from safekern.mask import Mask, check_mask
+from safekern.optim.replicas import LEFT_TO_SET
 from safekern.sharding import in_process_group
 
 # Ways of PEFT to initialise an adapter that subtract it from the base weight.
@@ -64,7 +66,7 @@ def for_trainer(optimizer_class: Callable[..., Optimizer]) -> Callable[[], Calla
 
 
 @torch.no_grad()
-def leave_to_set(model: nn.Module, mask: Mask) -> None:
+def leave_to_set(model: nn.Module, mask: Mask) -> "LeftToSet":
     """Keeps ``DistributedDataParallel`` away from the masked parameters, which `SETAdamW` then looks after.
 
     With ``in_backward=True`` no dense gradient is left for DDP to average, and it would write zeros back. So it is told
@@ -72,13 +74,20 @@ def leave_to_set(model: nn.Module, mask: Mask) -> None:
     all-reduce of 4 bytes per selected weight. DDP does not send ignored parameters to the other processes at the start
     either: this does, from process 0.
 
-    DDP goes on averaging gradients of the other parameters that train, whoever uses them. Freeze those that nobody
-    trains. Where none is left, DDP has nothing to do and refuses the model: train it without, each process on its own
-    batches.
+    DDP goes on averaging gradients of the other parameters that train. What is given to `SETAdamW` beyond its mask has
+    gradients of zero, so give it the masked parameters alone where another optimizer trains others. Freeze those that
+    nobody trains. Where none is left, DDP has nothing to do and refuses the model: train it without, each process on
+    its own batches.
 
     Args:
-        model: before it is wrapped; the same in all processes, which call this together.
+        model: about to be wrapped: `torch.compile` and wrappers for checkpointing, which rename parameters, come
+            before. The same in all processes, which call this together.
         mask: of the optimizer.
+
+    Returns:
+        What ends it. The model is marked until then, also when the optimizer is gone, and wrapped in DDP for another
+        optimizer, its masked parameters would be averaged by nobody. The masked optimizers and `protect` refuse that;
+        others cannot know.
 
     Raises:
         MaskMismatchError: the mask does not fit the model.
@@ -86,9 +95,11 @@ def leave_to_set(model: nn.Module, mask: Mask) -> None:
             though the environment says that there are several processes.
 
     Example:
-        >>> safekern.integrations.leave_to_set(model, mask)                                         # doctest: +SKIP
-        >>> opt = safekern.SETAdamW(model.named_parameters(), mask, in_backward=True)               # doctest: +SKIP
-        >>> model = DistributedDataParallel(model)                                                  # doctest: +SKIP
+        >>> left = safekern.integrations.leave_to_set(model, mask)                                  # doctest: +SKIP
+        >>> masked = [(name, param) for name, param in model.named_parameters() if name in mask]    # doctest: +SKIP
+        >>> opt = safekern.SETAdamW(masked, mask, in_backward=True)                                 # doctest: +SKIP
+        >>> train(DistributedDataParallel(model), opt)                                              # doctest: +SKIP
+        >>> left.remove()                                                                           # doctest: +SKIP
 
     The Trainer and ``Accelerator.prepare`` wrap the model themselves: call this after ``TrainingArguments`` or the
     ``Accelerator`` was made, and before them.
@@ -106,20 +117,44 @@ def leave_to_set(model: nn.Module, mask: Mask) -> None:
             "Trainer's TrainingArguments, which do"
         )
     params = {id(param): param for param, _ in masked.values()}
-    # What DistributedDataParallel asks a model for; torch has no public function to set it.
-    model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
-        *getattr(model, "_ddp_params_and_buffers_to_ignore", []),
+    aliases = [
+        alias
+        for name, param in model.named_parameters(remove_duplicate=False)
+        if id(param) in params
         # The second is what DDP calls a parameter of the model itself.
-        *(
-            alias
-            for name, param in model.named_parameters(remove_duplicate=False)
-            if id(param) in params
-            for alias in ([name] if "." in name else [name, f".{name}"])
-        ),
+        for alias in ([name] if "." in name else [name, f".{name}"])
     ]
+    left = LeftToSet(model, aliases, list(params.values()))
     if together:
         for param in params.values():
             dist.broadcast(param.detach(), src=0)
+    return left
+
+
+class LeftToSet:
+    """What `leave_to_set` returns: the parameters that ``DistributedDataParallel`` is kept away from."""
+
+    def __init__(self, model: nn.Module, names: list[str], params: list[torch.Tensor]) -> None:
+        self._model, self._names, self._params = model, names, params
+        # What DistributedDataParallel asks a model for; torch has no public function to set it.
+        model._ddp_params_and_buffers_to_ignore = [*self._ignored(), *names]  # type: ignore[assignment]
+        for param in params:
+            setattr(param, LEFT_TO_SET, True)
+
+    def remove(self) -> None:
+        """Leaves the parameters to DDP again, of the next time that the model is wrapped."""
+        names = self._ignored()
+        for name in self._names:
+            with suppress(ValueError):
+                names.remove(name)
+        self._model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+        for param in self._params:
+            with suppress(AttributeError):
+                delattr(param, LEFT_TO_SET)
+        self._names, self._params = [], []
+
+    def _ignored(self) -> list[str]:
+        return list(getattr(self._model, "_ddp_params_and_buffers_to_ignore", []))
 
 
 @torch.no_grad()

@@ -95,6 +95,12 @@ def spa_optimizer(model, **options):
     return SPAAdamW(model.named_parameters(), mask_of(), lr=1e-2, eps=1e-5, weight_decay=0.1, **options)
 
 
+def protected_optimizer(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    safekern.protect(optimizer, mask_of(), model.named_parameters())
+    return optimizer
+
+
 def train(model, optimizer, steps=range(STEPS), part=0, parts=1, micro_batches=1, clip=None):
     for step in steps:
         for micro_batch in range(micro_batches):
@@ -574,6 +580,23 @@ def ddp_refusals():
 
     for early in (True, False):
         agreed("leave_to_set", functools.partial(forgot, early), (StepError, InvalidArgumentError))
+
+    # Dense gradients that DDP leaves alone are averaged by nobody, until it is told that it need not.
+    for make in (set_optimizer, spa_optimizer, protected_optimizer):
+        model = Model(seed=rank)
+        left = safekern.integrations.leave_to_set(model, mask_of())
+        run = functools.partial(train, DistributedDataParallel(model), make(model), part=rank, parts=2)
+        before = weights(model)
+        agreed(r"leave parameter \S+ alone, so nobody averages", run, StepError)
+        assert_equal(weights(model), before)
+        left.remove()
+        left.remove()
+        model.zero_grad()
+        train(DistributedDataParallel(model), make(model), part=rank, parts=2)
+        for value in weights(model).values():
+            theirs = value.clone()
+            dist.broadcast(theirs, src=0)
+            assert torch.equal(bits(theirs), bits(value))
 
 
 def two_replicas():

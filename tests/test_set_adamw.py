@@ -968,6 +968,64 @@ def test_what_wrappers_keep_in_the_state_is_saved_and_loaded(make):
 
 
 @pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_what_wrappers_keep_in_the_state_is_loaded_where_the_parameter_is(make):
+    model = Net()
+    optimizer = make(model.named_parameters(), random_mask(model))
+    train(model, optimizer, [0])
+    # No other device is here.
+    for param in model.parameters():
+        optimizer.state[param]["slow"] = param.detach().to("meta")
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
+def test_groups_of_an_optimizer_with_another_mask(make):
+    model = Net()
+    old = make(model.named_parameters(), random_mask(model), lr=0.5)
+    pairs = [zip(group["param_names"], group["params"], strict=True) for group in old.param_groups]
+    groups = [{**group, "params": list(params)} for group, params in zip(old.param_groups, pairs, strict=True)]
+    new = make(groups, random_mask(model, seed=9))
+    assert new.param_groups[0]["lr"] == 0.5
+    new.load_state_dict(new.state_dict())
+    for one, other in ((old, new), (new, old)):
+        with pytest.raises(MaskMismatchError, match="saved with another mask"):
+            one.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_wrappers_that_take_over_the_class(in_backward):
+    class Wrapper:
+        """As `lightning.pytorch.core.optimizer.LightningOptimizer`."""
+
+        def __init__(self, optimizer):
+            self.__class__ = type("Lightning" + type(optimizer).__name__, (Wrapper, type(optimizer)), {})
+            self._optimizer = optimizer
+
+        def __getattr__(self, name):
+            return getattr(self._optimizer, name)
+
+        def step(self):
+            self._optimizer.step()
+
+    def run(wrap):
+        model = Net()
+        optimizer = wrap(SETAdamW(model.named_parameters(), random_mask(model), lr=0.1, in_backward=in_backward))
+        norms = []
+        for step in range(3):
+            loss_of(model, step).backward()
+            norms.append(optimizer.clip_grad_norm_(0.01))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert len(optimizer.state) == len(list(model.parameters()))
+        return norms, snapshot(model, optimizer)
+
+    (norms, end), (wanted, wanted_end) = run(Wrapper), run(lambda optimizer: optimizer)
+    assert norms == wanted
+    assert_same(end, wanted_end)
+
+
+@pytest.mark.parametrize("make", [SETAdamW, SPAAdamW])
 def test_what_is_no_state_is_refused(make):
     model = Net()
     optimizer = make(model.named_parameters(), random_mask(model))

@@ -141,11 +141,13 @@ class MaskedOptimizer(Optimizer):
         *_, group = named_groups([*given, param_group])
         check_hyperparameters({**self.defaults, **group})
         # Without names of its own torch would refuse an empty group beside named ones.
-        return {"param_names": [], **group}
+        # A group of another masked optimizer may bring the fingerprint of another mask.
+        return {"param_names": [], **group, "mask_fingerprint": self.defaults["mask_fingerprint"]}
 
     def _named(self) -> Iterator[Named]:
         """The group, name and tensor of every parameter."""
-        for group in self.__dict__.get("param_groups", ()):
+        # Wrappers that take over the class, as Lightning's, forward what they have not.
+        for group in getattr(self, "param_groups", ()):
             check_names(group)
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 yield group, name, param
@@ -357,6 +359,14 @@ def check_names(group: Mapping[str, Any]) -> None:
 def others_of(state: Mapping[str, Any], own: Sequence[str]) -> dict[str, Any]:
     """What wrappers such as Lookahead keep in the state of a parameter beside the optimizer's own."""
     return {field: value for field, value in state.items() if field not in own}
+
+
+def loaded_others(saved: Mapping[str, Any], own: Sequence[str], param: Tensor) -> dict[str, Any]:
+    """A copy of the same in a saved state, on the parameter's device, as torch's optimizers load it."""
+    return {
+        field: value.to(param.device, copy=True) if type(value) is Tensor else copy.deepcopy(value)
+        for field, value in others_of(saved, own).items()
+    }
 
 
 def _look_of(param: Tensor) -> tuple[int, tuple[Any, ...], int]:

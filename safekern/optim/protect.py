@@ -19,6 +19,7 @@ from safekern.layout import by_device, mark_written, memory, overlaps_itself, re
 from safekern.mask import Mask, check_mask
 from safekern.names import listed
 from safekern.optim.masked import NamedParameters, Places, check_names, cut, held, named_groups
+from safekern.optim.replicas import LEFT_TO_SET, check_averaged
 from safekern.sharding import local
 
 # How many protected weights of a parameter are compared before a step where torch's version counter says that it was
@@ -192,6 +193,8 @@ class Protection:
         # Those of which the values can be compared and written, and the others.
         self._batches: list[_Batch] = []
         self._mistyped: list[_Saved] = []
+        # Those that nobody averages over processes, unless SETAdamW does.
+        self._left: list[_Saved] = []
         self._stepping = False
         self._turn = 0
         # What the optimizer held when the parameters were last looked for: addresses and names, per group.
@@ -295,6 +298,9 @@ class Protection:
         if _is_nested(optimizer):
             return
         self._locate()
+        for saved in self._left:
+            if type(saved.param.grad) is Tensor:
+                check_averaged(saved.name, saved.param)
         self._check(everything=False)
         self._stepping = True
 
@@ -336,6 +342,7 @@ class Protection:
             if id(saved.param) in held:
                 g, i = held[id(saved.param)]
                 saved.place = (g, i, groups[g]["param_names"][i] if "param_names" in groups[g] else None)
+        self._left = [saved for saved in self._saved if saved.place and hasattr(saved.param, LEFT_TO_SET)]
 
     def _follow(self, saved: _Saved, before: tuple[Any, ...], now: tuple[Any, ...]) -> None:
         param, piece = saved.param, saved.piece

@@ -11,10 +11,27 @@ from safekern.layout import by_device
 from safekern.optim.selected_grad import SelectedGrad, is_selected
 from safekern.sharding import in_process_group, is_sharded
 
+# The attribute of the parameters that `safekern.integrations.leave_to_set` was called for.
+LEFT_TO_SET = "_left_to_set"
+
 
 def is_replicated(param: Tensor) -> bool:
     """Whether other processes hold the same parameter whole, each with a gradient of its own."""
     return in_process_group() and dist.get_world_size() > 1 and not is_sharded(param)
+
+
+def check_averaged(name: str, param: Tensor) -> None:
+    """Refuses a dense gradient that `safekern.integrations.leave_to_set` keeps DistributedDataParallel away from.
+
+    Raises:
+        StepError: nobody averages it over the processes, whose weights would drift apart.
+    """
+    if getattr(param, LEFT_TO_SET, False) and is_replicated(param):
+        raise StepError(
+            f"leave_to_set told DistributedDataParallel to leave parameter {name} alone, so nobody averages its dense "
+            "gradient over the processes: make SETAdamW with in_backward=True; or, for another optimizer, call "
+            "remove() of what leave_to_set returned, and wrap the model anew"
+        )
 
 
 def average(replicated: Mapping[str, tuple[Tensor, Tensor]], *, complete: bool) -> None:
@@ -33,8 +50,9 @@ def average(replicated: Mapping[str, tuple[Tensor, Tensor]], *, complete: bool) 
         if param.grad is not None and not is_selected(name, param.grad, positions):
             raise StepError(
                 f"parameter {name} has a dense gradient, where in_backward=True keeps its selected entries only: "
-                "DistributedDataParallel writes one back. Call safekern.integrations.leave_to_set(model, mask) "
-                "before wrapping the model, or do not wrap it: the optimizer averages over the processes"
+                "DistributedDataParallel writes one back. Call safekern.integrations.leave_to_set(model, mask) right "
+                "before wrapping the model, after torch.compile and the like, or do not wrap it: the optimizer "
+                "averages over the processes"
             )
     params, positions_of = [param for param, _ in replicated.values()], [index for _, index in replicated.values()]
     for together in by_device(params):

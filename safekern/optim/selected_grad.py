@@ -176,7 +176,8 @@ def _unsupported(operation: object) -> InvalidArgumentError:
         f"{operation} does not work on a SelectedGrad: with in_backward=True, SETAdamW keeps only the selected entries "
         "of a gradient, and none outside its mask. Use the `selected` values instead, or make the optimizer without "
         "in_backward; if another optimizer wants this gradient, give this one other parameters. For "
-        "DistributedDataParallel, call safekern.integrations.leave_to_set(model, mask) before wrapping the model"
+        "DistributedDataParallel, call safekern.integrations.leave_to_set(model, mask) right before wrapping the "
+        "model, after torch.compile and the like"
     )
 
 

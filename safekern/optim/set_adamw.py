@@ -1,6 +1,5 @@
 """SETAdamW: AdamW on the selected weights only, with state for those only."""
 
-import copy
 import math
 import weakref
 from collections.abc import Callable, Mapping
@@ -27,6 +26,7 @@ from safekern.optim.masked import (
     check_strided,
     cut,
     held,
+    loaded_others,
     making_state,
     named_groups,
     others_of,
@@ -34,7 +34,7 @@ from safekern.optim.masked import (
     step_arguments,
     step_counted,
 )
-from safekern.optim.replicas import average, is_replicated
+from safekern.optim.replicas import average, check_averaged, is_replicated
 from safekern.optim.selected_grad import GradientHooks, SelectedGrad, is_selected
 from safekern.sharding import Processes, Shard, in_process_group, is_sharded, like, local
 
@@ -111,8 +111,9 @@ class SETAdamW(MaskedOptimizer):
         self._master_weights = master_weights
         self._selections: dict[str, Selection] = {}
         self._hooks: GradientHooks | None = None
-        # Whether clipping has averaged the gradients of processes with batches of their own, for step() to come.
-        self._averaged = False
+        # Whether clipping has averaged the gradients of processes with batches of their own, for step() to come. In a
+        # list, which wrappers that take over the class, as Lightning's, share with the optimizer.
+        self._averaged = [False]
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(named_groups(named_parameters), mask, defaults)
         if not any(param.requires_grad for _, name, param in self._named() if name in self._masked):
@@ -141,7 +142,7 @@ class SETAdamW(MaskedOptimizer):
         Args:
             set_to_none: free them, instead of filling them with zeros.
         """
-        self._averaged = False
+        self._averaged[0] = False
         super().zero_grad(set_to_none)
 
     def _place_hooks(self) -> None:
@@ -213,7 +214,7 @@ class SETAdamW(MaskedOptimizer):
     @torch.no_grad()
     def _collect(self, name: str, param: Tensor) -> None:
         """Replaces a gradient that is ready by its selected entries, inside backward."""
-        self._averaged = False
+        self._averaged[0] = False
         grad = param.grad
         if grad is None:
             return
@@ -249,7 +250,7 @@ class SETAdamW(MaskedOptimizer):
         return is_selected(name, grad, None if selection is None else selection.indices)
 
     def _average(self, *, complete: bool = False) -> None:
-        if self._averaged or self._hooks is None:
+        if self._averaged[0] or self._hooks is None:
             return
         mine = {
             name: (param, self._selections[name].indices)
@@ -258,7 +259,7 @@ class SETAdamW(MaskedOptimizer):
         }
         if mine:
             average(mine, complete=complete)
-            self._averaged = True
+            self._averaged[0] = True
 
     def _average_to_read(self) -> None:
         """Before torch's own clipping or a scaler looks at gradients that other processes have other values of."""
@@ -274,6 +275,8 @@ class SETAdamW(MaskedOptimizer):
             grad = param.grad
             if grad is None or name not in self._masked:
                 continue
+            if self._hooks is None:
+                check_averaged(name, param)
             if type(grad) is not SelectedGrad:
                 grad = settled_gradient(param)
             if isinstance(grad, SelectedGrad) and self._is_selected(name, grad):
@@ -340,7 +343,7 @@ class SETAdamW(MaskedOptimizer):
         for group in self.param_groups:
             check_in_step(group)
         check_memory(targets)
-        self._averaged = False
+        self._averaged[0] = False
         flags = [*gather(targets), *check_reduced(targets)]
         # Where no other device or process has a say, the device itself skips the update, and never waits for the host.
         processes = self._processes()
@@ -459,7 +462,7 @@ class SETAdamW(MaskedOptimizer):
 
     def _loaded_state(self, name: str, param: Tensor, saved: Mapping[str, Any]) -> dict[str, Tensor]:
         count = self._mask.compact(self._masked[name]).numel() if name in self._masked else 0
-        loaded = copy.deepcopy(others_of(saved, _FIELDS))
+        loaded = loaded_others(saved, _FIELDS, param)
         # It says what is to be loaded, and may have been cleared.
         self._ensure_state(name, param)
         own = self._states[name]

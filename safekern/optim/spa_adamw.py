@@ -1,6 +1,5 @@
 """SPAAdamW: AdamW on everything except the weights of a mask."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -21,13 +20,14 @@ from safekern.optim.masked import (
     check_memory,
     check_strided,
     held,
+    loaded_others,
     making_state,
     named_groups,
-    others_of,
     settled_gradient,
     step_arguments,
     step_counted,
 )
+from safekern.optim.replicas import check_averaged
 from safekern.sharding import local, part
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -165,7 +165,7 @@ class SPAAdamW(MaskedOptimizer):
 
     def _state_of(self, param: Tensor, values: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that lies in memory as the parameter does, with these values or zeros."""
-        state: dict[str, Tensor] = copy.deepcopy(others_of(values, _FIELDS))
+        state: dict[str, Tensor] = loaded_others(values, _FIELDS, param)
         state["step"] = torch.as_tensor(values.get("step", 0.0), dtype=torch.float32, device="cpu").clone()
         for moment in _MOMENTS:
             state[moment] = torch.zeros_like(param, dtype=self._state_dtype or param.dtype, requires_grad=False)
@@ -179,6 +179,7 @@ class SPAAdamW(MaskedOptimizer):
                 continue
             piece, grad = local(param), settled_gradient(param)
             check_strided(name, grad)
+            check_averaged(name, param)
             self._ensure_state(name, param)
             if grad.dtype not in (piece.dtype, torch.float32):
                 grad = grad.to(piece.dtype)
