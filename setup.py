@@ -2,9 +2,11 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,6 +32,10 @@ except ImportError:
 # The stable ABI of torch 2.11: one binary serves that version and every newer one.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
+# One binary for every Python, but for those without the GIL, which have no stable ABI before 3.15.
+LIMITED = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+digest = runpy.run_path("safekern/_sources.py")["digest"]
 
 HEADERS = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
 
@@ -57,6 +63,10 @@ class BuildKernels(BuildExtension):
             for folder in folders:
                 for library in folder.glob(f"{name.rpartition('.')[2]}.*"):
                     library.unlink()
+        for name in built if self.inplace else ():
+            # Beside sources that will change, for the loader to notice.
+            stem = name.rpartition(".")[2]
+            Path("safekern", f"{stem}.sources").write_text(digest(Path("csrc"), stem.removeprefix("_C_")))
 
     def build_extension(self, ext: Extension) -> None:
         if ext.name != CUDA_NAME:
@@ -81,7 +91,13 @@ class BuildKernels(BuildExtension):
         nvcc = str(home / "bin" / "nvcc")
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        command = [nvcc, "-c", *cuda_flags(nvcc), *(f"-I{path}" for path in cpp_extension.include_paths())]
+        command = [
+            nvcc,
+            "-c",
+            *cuda_flags(nvcc),
+            *dialect(nvcc),
+            *(f"-I{path}" for path in cpp_extension.include_paths()),
+        ]
 
         def compile_one(source: str) -> str:
             # Always: what is there may have been compiled for other GPUs, or with another toolkit.
@@ -128,6 +144,14 @@ def cuda_flags(nvcc: str) -> list[str]:
     return ["-O3", *exact, host, macro, *cpp_extension._get_cuda_arch_flags()]
 
 
+def dialect(nvcc: str) -> list[str]:
+    """C++17 where the host compiler's own is older, as up to GCC 10; newer releases of torch want a newer one."""
+    asked = [nvcc, "-x", "cu", "-E", "-Xcompiler", "-dM", os.devnull]
+    said = subprocess.run(asked, capture_output=True, text=True).stdout
+    found = re.search(r"^#define __cplusplus (\d+)", said, re.MULTILINE)
+    return ["-std=c++17"] if found and int(found[1]) < 201703 else []
+
+
 def cuda_archs(known: list[str]) -> str:
     """Not those of this machine's GPUs alone, as torch has it: it may have none, or the package may go elsewhere.
 
@@ -159,8 +183,8 @@ def cuda_home() -> Path | None:
 
 def builds_cuda() -> bool:
     """Never asks for a GPU: a machine that builds may have none. SAFEKERN_BUILD_CUDA=1 asks for no CUDA in torch."""
-    if os.environ.get("SAFEKERN_BUILD_CUDA") == "1":
-        return True
+    if (wanted := os.environ.get("SAFEKERN_BUILD_CUDA")) in ("0", "1"):
+        return wanted == "1"
     return torch.version.cuda is not None and cuda_home() is not None
 
 
@@ -171,7 +195,7 @@ extensions = [
         CPU_NAME,
         sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp")),
         depends=HEADERS,
-        py_limited_api=True,
+        py_limited_api=LIMITED,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION)],
         extra_compile_args={"cxx": flags()},
     )
@@ -179,10 +203,10 @@ extensions = [
 if builds_cuda():
     # As dependencies, since torch refuses CUDA sources where it has no CUDA; BuildKernels compiles them.
     kernels = sorted(str(path) for path in Path("csrc/cuda").glob("*.cu"))
-    extensions.append(Extension(CUDA_NAME, [], depends=kernels, py_limited_api=True))
+    extensions.append(Extension(CUDA_NAME, [], depends=kernels, py_limited_api=LIMITED))
 
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},
 )

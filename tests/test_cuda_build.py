@@ -63,6 +63,31 @@ def test_a_gpu_that_cannot_be_asked_stops_no_build(monkeypatch):
     assert [flag for flag in flags if "arch" in flag] == ["-gencode=arch=compute_90,code=sm_90"]
 
 
+@pytest.mark.parametrize(("default", "flags"), [("201402L", ["-std=c++17"]), ("201703L", []), ("202002L", [])])
+def test_an_older_compiler_is_told_the_dialect(tmp_path, monkeypatch, default, flags):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '#define OTHER (__cplusplus >= 201103L)\n#define __cplusplus {default}'\n")
+    nvcc.chmod(0o755)
+    assert load_setup(monkeypatch).dialect(str(nvcc)) == flags
+
+
+def test_cuda_can_be_left_out(monkeypatch):
+    setup = load_setup(monkeypatch)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setenv("CUDA_HOME", "/somewhere")
+    monkeypatch.delenv("SAFEKERN_BUILD_CUDA", raising=False)
+    assert setup.builds_cuda()
+    monkeypatch.setenv("SAFEKERN_BUILD_CUDA", "0")
+    assert not setup.builds_cuda()
+
+
+@pytest.mark.parametrize("free_threaded", [0, 1])
+def test_pythons_without_a_stable_abi(monkeypatch, free_threaded):
+    monkeypatch.setattr("sysconfig.get_config_var", lambda name: free_threaded if name == "Py_GIL_DISABLED" else None)
+    setup = load_setup(monkeypatch)
+    assert [extension.py_limited_api for extension in setup.extensions[:1]] == [not free_threaded]
+
+
 @pytest.fixture(scope="module", params=["9.0", pytest.param("8.0", marks=pytest.mark.full)])
 def built(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cuda")

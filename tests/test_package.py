@@ -1,12 +1,17 @@
 """What is installed: what importing costs, and what happens without the compiled kernels."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from safekern._sources import digest
+from safekern.errors import BackendError
+from safekern.ops.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +90,30 @@ def test_broken_kernels_are_named(tmp_path):
     ran = python(code + "import safekern\nprint(safekern.ops.BACKENDS['cpu'].backend)")
     assert ran.stdout == "torch\n"
     assert "_C_cpu.abi3.so failed to load" in ran.stderr
+
+
+def test_kernels_of_other_sources_are_named(tmp_path):
+    if not list((ROOT / "safekern").glob("_C_cpu*.so")):
+        pytest.skip("this checkout has no compiled kernels")
+    # As a `git pull` leaves it.
+    shutil.copytree(ROOT / "safekern", tmp_path / "safekern")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    backend = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport safekern, safekern.ops as ops\n"
+    backend += "assert safekern.__file__.startswith(sys.path[0]); print(ops.BACKENDS['cpu'].backend)"
+    (tmp_path / "safekern" / "_C_cpu.sources").write_text(digest(tmp_path / "csrc", "cpu"))
+    ran = python(backend)
+    assert (ran.stdout, ran.stderr) == ("cpu\n", "")
+    with (tmp_path / "csrc" / "cpu" / "select.cpp").open("a") as source:
+        source.write("\n")
+    ran = python(backend)
+    assert ran.stdout == "torch\n"
+    assert "was compiled from other sources than csrc holds now" in ran.stderr and "reinstall" in ran.stderr
+
+
+def test_devices_without_fp64_are_refused():
+    for op in OPS.values():
+        with pytest.raises(BackendError, match=r"Apple's GPUs .* model\.to\('cpu'\)"):
+            op.call._op_dk(torch._C.DispatchKey.MPS, *next(iter(op.cases(False))).arguments)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the stand-in for a compiler is a POSIX program")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from safekern._sources import digest
 from safekern.errors import BackendError
 from safekern.ops.cases import Case
 
@@ -57,10 +58,19 @@ def define(
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, _without_fp64, "MPS")
     torch.library.register_fake(f"safekern::{name}", fake, lib=_LIBRARY)
     op = getattr(getattr(torch.ops.safekern, name), "default")  # noqa: B009 - mypy cannot see ops' overloads
     OPS[name] = Op(op, reference, cases)
     return op
+
+
+def _without_fp64(*args: Any, **kwargs: Any) -> Any:
+    # Before anything is written: the references would fail in the middle of a step.
+    raise BackendError(
+        "safekern takes roots and deviations in fp64, which Apple's GPUs (mps) do not have: move the model to the CPU, "
+        "model.to('cpu')"
+    )
 
 
 class _UnavailableError(Exception):
@@ -146,6 +156,10 @@ def _load_library(stem: str) -> None:
     paths = sorted(folder.glob(f"{stem}*.so")) + sorted(folder.glob(f"{stem}*.pyd"))
     if not paths:
         raise _UnavailableError(f"this installation has no compiled kernels ({stem})")
+    # Only a checkout has sources, which a `git pull` changes and the library not.
+    stamp, csrc = folder / f"{stem}.sources", folder.parent / "csrc"
+    if stamp.exists() and csrc.is_dir() and stamp.read_text() != digest(csrc, stem.removeprefix("_C_")):
+        raise _BrokenError(f"{paths[0].name} was compiled from other sources than {csrc.name} holds now")
     try:
         torch.ops.load_library(str(paths[0]))
     except OSError as error:
