@@ -132,7 +132,19 @@ def leave_to_set(model: nn.Module, mask: Mask) -> "LeftToSet":
 
 
 class LeftToSet:
-    """What `leave_to_set` returns: the parameters that ``DistributedDataParallel`` is kept away from."""
+    """What `leave_to_set` returns: the parameters that ``DistributedDataParallel`` is kept away from.
+
+    Args:
+        model: whose they are.
+        names: what DDP calls them.
+        params: the parameters.
+
+    Example:
+        >>> left = safekern.integrations.leave_to_set(model, mask)                                  # doctest: +SKIP
+        >>> train(DistributedDataParallel(model), set_optimizer)                                    # doctest: +SKIP
+        >>> left.remove()                                                                           # doctest: +SKIP
+        >>> train(DistributedDataParallel(model), spa_optimizer)                                    # doctest: +SKIP
+    """
 
     def __init__(self, model: nn.Module, names: list[str], params: list[torch.Tensor]) -> None:
         self._model, self._names, self._params = model, names, params

@@ -214,7 +214,7 @@ def load_refusals(option: str, path: Path) -> Pairs:
     refused = sum(map(is_refusal, pairs.responses))
     if 2 * refused < len(pairs):
         print(
-            f"note: {option} {printable(str(path))}: {refused:,} of {len(pairs):,} responses have a usual phrase of a "
+            f"note: {option} {printable(path.name)}: {refused:,} of {len(pairs):,} responses have a usual phrase of a "
             "refusal. They are what the model should say to a harmful prompt: make sure that none does what it asks "
             "for, as 'output' in the original circuit-breakers data does",
             file=sys.stderr,
