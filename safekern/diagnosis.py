@@ -150,6 +150,12 @@ def _devices(device: str | torch.device | None) -> list[str]:
 def _checks_here(device: str, *, quick: bool) -> list[Check]:
     """The checks of the backend that serves a device in this process."""
     kind = torch.device(device).type
+    try:
+        torch.empty(1, device=device)
+    except RuntimeError as error:
+        # No kernel's fault.
+        reason = f"the device cannot be used: {str(error).splitlines()[0]}"
+        return [Check("*", device, ops.BACKENDS[kind].backend, "skipped", 0, reason)]
     checks = []
     for name, op in OPS.items():
         backend = ops.BACKENDS[kind].backend if has_kernel(name, kind) else "torch"

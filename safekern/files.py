@@ -417,12 +417,19 @@ def _load(file: BufferedReader, path: StrPath, name: str, entry: Entry) -> Tenso
 
 def _parse(path: StrPath, text: str | bytes, what: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(text)
+        parsed = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
         _damaged(path, f"its {what} is not JSON")
     return parsed
+
+
+def _finite(text: str) -> float:
+    """Of a number in JSON, which has none that are not finite, though Python reads and writes them."""
+    if not math.isfinite(value := float(text)):
+        raise ValueError(text)
+    return value
 
 
 def _is_counts(values: Any) -> TypeGuard[list[int]]:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ SMOLLM2 = "smollm2"
 _ADAPTER = "adapter_config.json"
 _MERGED = "load it with its base, merge it (safekern.merge_lora keeps a mask's weights) and save the whole model"
 _GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_PART_OF_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 # What the hub accepts, but for what is clearly meant as a path.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -211,6 +212,8 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", "PreT
                 f"reading {path.name} needs the package {package}, which is not installed: pip install 'safekern[demo]'"
             )
 
+    if _PART_OF_GGUF.search(path.name):
+        raise FileFormatError(f"{path}: is one part of several; merge them first (llama-gguf-split --merge)")
     # Imported before standard error is swapped, since its log handler keeps the stream it finds.
     import transformers
 
@@ -222,8 +225,21 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple["PreTrainedModel", "PreT
         if hasattr(transformers, "GgufConfig"):
             # Without it the model counts as quantised, which it refuses to save or train, even where it was unpacked.
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, dtype=dtype, output_loading_info=True, **options
+        )
+    model, found = loaded
+    _refuse_missing(str(path), found)
     return model, tokenizer
+
+
+def _refuse_missing(name: str, found: Mapping[str, Any]) -> None:
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise FileFormatError(
+            f"{name}: the checkpoint lacks {listed(missing)}, which would be random numbers; "
+            "it is damaged, or of another kind of model"
+        )
 
 
 @contextlib.contextmanager
@@ -274,12 +290,7 @@ def _load_pretrained(
             f"{name}: holds a PEFT adapter ({_ADAPTER}), which transformers puts on top of the weights: {_MERGED}; or, "
             f"if the weights beside it are merged already, remove {_ADAPTER}"
         )
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise FileFormatError(
-            f"{name}: the checkpoint lacks {listed(missing)}, which would be random numbers; "
-            "it is damaged, or of another kind of model"
-        )
+    _refuse_missing(name, found)
     scales = sorted(key for key in found["unexpected_keys"] if _SCALES.search(key))
     if scales:
         raise FileFormatError(

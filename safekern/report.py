@@ -102,8 +102,7 @@ class Audit:
         loaded = Mask.load(mask)
         paths = {"mask": [mask], "scores": [scores] if scores else [], "compared with": compare}
         given = [path for several in paths.values() for path in several]
-        # Names without their folders, which are the reader's business only where they tell two files apart.
-        shown = {p: p.name if sum(q.name == p.name for q in given) == 1 else str(p) for p in given}
+        shown = _told_apart(given)
         sources = [_source(role, shown[path], path) for role, several in paths.items() for path in several]
         ranking = Ranking.of(loaded, load_all(scores)) if scores else None
         return cls(loaded, sources, ranking, {shown[path]: _compared(loaded, path) for path in compare})
@@ -287,6 +286,21 @@ def _compared(mask: Mask, path: Path) -> Comparison:
         return Comparison(mask, Mask.load(path))
     except MaskMismatchError as error:
         raise MaskMismatchError(f"{path}: {error}") from error
+
+
+def _told_apart(paths: Sequence[Path]) -> dict[Path, str]:
+    """Names with as few of their folders, which are not the reader's business, as tell them from each other."""
+
+    def tail(path: Path, count: int) -> tuple[str, ...]:
+        return path.parts[-count:]
+
+    shown = {}
+    for path in paths:
+        others = [other for other in paths if other != path]
+        counts = range(1, len(path.parts) + 1)
+        count = next((c for c in counts if all(tail(path, c) != tail(other, c) for other in others)), len(path.parts))
+        shown[path] = str(Path(*tail(path, count)))
+    return shown
 
 
 def _source(role: str, name: str, path: Path) -> SourceFile:

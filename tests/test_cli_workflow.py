@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import socket
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_scores import scores as small_scores
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from safekern import Mask, Scores, models, products, progress, training
+from safekern import Mask, Scores, models, products, progress, resume, training
 from safekern.checkpoint import Patched, fingerprint
 from safekern.cli import main, options, tuning
 from safekern.errors import FileAccessError, FileFormatError, InvalidArgumentError
@@ -227,6 +228,31 @@ class TestSet:
         assert all(path.stat().st_mode & 0o200 for path in [*(folder / "tuned").iterdir(), folder / "tuned"])
         assert not list(folder.glob(".*"))
 
+    def test_a_copy_of_a_read_only_base_that_fails_is_removed(self, folder, monkeypatch, capsys):
+        assert set_command() == 0
+        (folder / "base" / "original" / "more").mkdir(parents=True)
+        copytree, rmtree, writable = shutil.copytree, shutil.rmtree, []
+
+        def copy(source, target, *more, **options):
+            copytree(source, target, *more, **options)
+            if more or options:
+                return
+            for path in sorted([*target.rglob("*"), target], reverse=True):
+                path.chmod(path.stat().st_mode & ~0o222)
+            raise OSError("No space left on device")
+
+        def remove(target, **options):
+            # Whoever runs these tests may be allowed to take files out of any folder.
+            writable.extend(bool(path.stat().st_mode & 0o200) for path in [target, *target.rglob("*")] if path.is_dir())
+            rmtree(target, **options)
+
+        monkeypatch.setattr(shutil, "copytree", copy)
+        monkeypatch.setattr(shutil, "rmtree", remove)
+        assert main(["apply", "--model", "base", "run/delta.safetensors", "--out", "tuned"]) == 1
+        assert "cannot be copied to tuned: No space left" in capsys.readouterr().err
+        assert writable == [True, True, True]
+        assert not list(folder.glob(".*")) and not (folder / "tuned").exists()
+
     def test_apply_leaves_links_that_lead_nowhere(self, folder, capsys):
         assert set_command() == 0
         (folder / "tuned").symlink_to("nowhere")
@@ -436,6 +462,8 @@ class TestSpa:
         monkeypatch.setattr(tuning, "train", lambda *args: pytest.fail("the model was trained"))
         for found in (self.spa(), set_command("--save-model", out="tuned")):
             assert found == 1
+        with pytest.raises(pytest.fail.Exception, match="was trained"):
+            set_command(out="delta")
         said = capsys.readouterr().err
         assert said.count("refuse to save the tuned model, for its generation_config.json") == 2
         assert "instance is invalid" in said
@@ -499,6 +527,26 @@ class TestSpa:
         assert self.spa("--resume", out="parts") == 0
         assert same_bits(tensors(folder / "whole" / "model"), tensors(folder / "parts" / "model"))
         assert not (folder / "parts" / "training.safetensors").exists()
+
+    def test_a_resumed_run_keeps_no_second_copy_of_weights_and_moments(self, folder, monkeypatch):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)
+            assert self.spa("--checkpoint-every", "3") == 130
+        kept, load, tune = [], resume.load, tuning.tune
+
+        def noted(*args):
+            run = load(*args)
+            states = [tensor for state in run.optimizer["state"].values() for tensor in state.values()]
+            kept.extend(weakref.ref(tensor) for tensor in [*run.weights.values(), *states])
+            return run
+
+        def checked(*args, **options):
+            assert kept and not any(ref() is not None for ref in kept)
+            return tune(*args, **options)
+
+        monkeypatch.setattr(resume, "load", noted)
+        monkeypatch.setattr(tuning, "tune", checked)
+        assert self.spa("--resume") == 0
 
 
 class TestModelFolder:

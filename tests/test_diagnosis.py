@@ -210,6 +210,26 @@ def test_doctor_says_what_it_found(monkeypatch, capsys, status, code, verdict):
         assert all(reason in out for reason in reasons.values())
 
 
+def test_doctor_says_which_gpu_cannot_be_used(monkeypatch, capsys):
+    def full(*args, **options):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr("safekern.cli.doctor.selftest", lambda: one_result("passed"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", full)
+    assert main(["doctor"]) == 0
+    assert "cuda:0  unusable: CUDA error: out of memory" in capsys.readouterr().out
+    # Nor are its kernels wrong.
+    monkeypatch.setattr(torch, "empty", full)
+    (check,) = diagnosis._checks_here("cuda", quick=True)
+    assert (check.op, check.status, check.reason) == (
+        "*",
+        "skipped",
+        "the device cannot be used: CUDA error: out of memory",
+    )
+
+
 def test_doctor_writes_json(monkeypatch, capsys):
     monkeypatch.setattr("safekern.cli.doctor.selftest", lambda: one_result("failed"))
     assert main(["doctor", "--json"]) == 1

@@ -263,7 +263,7 @@ class TestDamage:
         craft(path, {"__metadata__": metadata, "x": entry, "y": entry}, bytes(4))
         assert_refused(path, "position")
 
-    @pytest.mark.parametrize("meta", ["", "[]", "{", "nul", "3"])
+    @pytest.mark.parametrize("meta", ["", "[]", "{", "nul", "3", '{"a": NaN}', '{"a": -Infinity}', '{"a": 1e999}'])
     def test_description_that_is_not_a_json_object(self, path, meta, monkeypatch):
         monkeypatch.setattr(files, "dump_json", lambda _: meta)
         files.write(path, "example", 1, {}, {})

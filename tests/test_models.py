@@ -73,14 +73,18 @@ def test_no_reader(monkeypatch, tmp_path, package):
 
 @pytest.fixture
 def gguf_file(tmp_path):
-    """A llama of one layer in fp32, and its matrix of embeddings."""
+    return write_gguf(tmp_path / "tiny.gguf")
+
+
+def write_gguf(path, layers=1):
+    """A llama in fp32 of which the first layer alone is in the file, and its matrix of embeddings."""
     gguf = pytest.importorskip("gguf")
     generator = torch.Generator().manual_seed(0)
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ĊĊ", "<|im_start|>", "<|im_end|>"]
     embeddings = torch.randn(len(tokens), 32, generator=generator)
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
-    writer.add_block_count(1)
+    writer.add_block_count(layers)
     writer.add_context_length(64)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(48)
@@ -104,7 +108,16 @@ def gguf_file(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return tmp_path / "tiny.gguf", embeddings
+    return path, embeddings
+
+
+def test_a_gguf_file_that_lacks_weights_is_refused(tmp_path):
+    path, _ = write_gguf(tmp_path / "half.gguf", layers=2)
+    with pytest.raises(FileFormatError, match=r"half\.gguf: the checkpoint lacks model\.layers\.1\..*random numbers"):
+        load(path)
+    part = path.rename(tmp_path / "half-00001-of-00002.gguf")
+    with pytest.raises(FileFormatError, match=r"is one part of several; merge them first"):
+        load(part)
 
 
 def test_what_reads_gguf_files_is_put_back(gguf_file, tmp_path):

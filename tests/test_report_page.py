@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -186,7 +187,14 @@ def test_files_of_one_name_are_told_apart(tmp_path):
         (tmp_path / folder).mkdir()
         scores().top(0.1).save(tmp_path / folder / "mask.safetensors")
     audit = Audit.load(tmp_path / "a" / "mask.safetensors", compare=[tmp_path / "b" / "mask.safetensors"])
-    assert [file.name for file in audit.files] == [str(tmp_path / f / "mask.safetensors") for f in ("a", "b")]
+    # By no more of their folders than it takes.
+    assert [file.name for file in audit.files] == [str(Path(f, "mask.safetensors")) for f in ("a", "b")]
+    (tmp_path / "a" / "b").mkdir()
+    shutil.copy(tmp_path / "b" / "mask.safetensors", tmp_path / "a" / "b")
+    others = [tmp_path / "a" / "b" / "mask.safetensors", tmp_path / "b" / "mask.safetensors"]
+    shown = [file.name for file in Audit.load(tmp_path / "a" / "mask.safetensors", compare=others).files]
+    assert shown[:2] == [str(Path("a", "mask.safetensors")), str(Path("a", "b", "mask.safetensors"))]
+    assert shown[2].endswith(str(Path("b", "mask.safetensors"))) and len(set(shown)) == 3
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -1,6 +1,8 @@
 """``safekern apply``: turns a base model into a tuned one with a delta, exactly."""
 
 import argparse
+import contextlib
+import fnmatch
 import json
 import os
 import secrets
@@ -36,8 +38,8 @@ A delta is exact, so --dtype must be what it was for `safekern set` (set.json te
 """
 # What folders of models hold beside the safetensors files, by the names that the libraries, and `safekern score`, give.
 _OTHERS = (
-    *("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf", "adapter_*"),
-    *("mask.safetensors", "scores.safetensors"),
+    *("pytorch_model*.bin", "model.bin", "tf_model.h5", "flax_model.msgpack", "consolidated*", "*.gguf", "*.pth"),
+    *("*.onnx", "adapter_*", "mask.safetensors", "scores.safetensors"),
 )
 
 
@@ -98,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
             with options.stage("apply"):
                 apply_delta(model, args.delta)
                 save(model, tokenizer, out)
-    others = sorted(path.name for pattern in _OTHERS if on_disk for path in out.glob(pattern))
+    others = _others(out) if on_disk else []
     if others:
         print(
             f"note: {printable(', '.join(others))} in {printable(str(out))}: perhaps of the base, in another form or "
@@ -109,6 +111,17 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"model": args.model, "delta": str(args.delta), "written": str(out)}, indent=2))
     else:
         print(f"Applied, and every other weight was checked. The tuned model is in {printable(str(out))}")
+
+
+def _others(folder: Path) -> list[str]:
+    """Files in a checkpoint folder that may hold its weights in another form, which a delta does not change."""
+    found = [
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in _OTHERS)
+        or (path.suffix == ".safetensors" and path.parent != folder)
+    ]
+    return sorted(map(str, found))
 
 
 def _names_fit(folder: Path, delta: Path) -> bool:
@@ -140,4 +153,12 @@ def _apply_to_copy(folder: Path, delta: Path, out: Path) -> None:
         apply_delta(temporary, delta)
         temporary.replace(out)
     finally:
-        put_back(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        put_back(lambda: _remove(temporary))
+
+
+def _remove(copy: Path) -> None:
+    # Out of a folder that is read-only, as copies of such are, nothing can be taken.
+    for folder, _, _ in os.walk(copy):
+        with contextlib.suppress(OSError):
+            Path(folder).chmod(stat.S_IRWXU)
+    shutil.rmtree(copy, ignore_errors=True)

@@ -84,8 +84,14 @@ def _devices() -> list[dict[str, str]]:
         }
     ]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
+        try:
+            properties = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+        # One that is full, another process's alone, or too new for the driver.
+        except RuntimeError as error:
+            unknown = dict.fromkeys(("name", "capability", "memory", "parallelism"), "")
+            devices.append({**unknown, "device": f"cuda:{index}", "name": f"unusable: {str(error).splitlines()[0]}"})
+            continue
         devices.append(
             {
                 "device": f"cuda:{index}",

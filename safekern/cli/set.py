@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = options.load_model(args)
     if args.save_model:
         options.note_left_out(model)
-    options.check_savable(model)
+        options.check_savable(model)
     base = options.check_mask(mask, model)
     digests = tuning.check_pairs(model, tokenizer, {"--harmful": harmful, "--benign": benign})
     selected = mask.parameters(model)

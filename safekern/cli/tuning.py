@@ -204,14 +204,17 @@ def train(
     if run is not None:
         weights.write(run.weights)
     optimizer = make_optimizer()
+    done = []
     if run is not None:
         run.restore(optimizer)
+        done = run.losses
+    # It holds all weights and moments once more.
+    del run
 
     def checkpoint(losses: list[float]) -> None:
         if len(losses) % args.checkpoint_every == 0 and len(losses) < args.iterations:
             resume.save(path, weights.read(), optimizer, losses, settings)
 
-    done = [] if run is None else run.losses
     try:
         # Of embeddings above all: the gradient of what training leaves alone may be the largest.
         with (
