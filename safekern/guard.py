@@ -111,6 +111,7 @@ class GuardJudge:
 
     Attributes:
         generator: what the noise is drawn with. ``score`` puts it back for each of several sweeps.
+        maximised: that this is no loss, for `safekern.Scores.in_conflict_with`.
 
     Raises:
         InvalidArgumentError: a tokenizer without chat template, a template that does not show the conversation, answers
@@ -121,6 +122,8 @@ class GuardJudge:
         >>> scores = safekern.score(model, [prompts[:8], prompts[8:16]], judge)  # doctest: +SKIP
         >>> safekern.attack_success_rate(model, tokenizer, prompts, judge=judge.unsafe)  # doctest: +SKIP
     """
+
+    maximised = True
 
     def __init__(
         self,

@@ -180,8 +180,9 @@ def expert(name: str) -> int | None:
 def fused_experts(name: str, shape: Sequence[int]) -> int | None:
     """How many experts a parameter holds as slices along its first dimension, or None for anything else.
 
-    All mixtures of experts in transformers that fuse their experts stack them there: ``(experts, out, in)``, or
-    ``(experts, in, out)`` in GPT-OSS and Llama 4. DBRX does not: it puts the rows of all experts into one matrix.
+    Mixtures of experts in transformers that fuse their experts stack them there: ``(experts, out, in)``, or
+    ``(experts, in, out)`` in GPT-OSS and Llama 4. Of DBRX, which puts the rows of all experts into one matrix, and
+    JetMoE, whose modules have other names, the tensors count as any other.
 
     Args:
         name: A parameter's name.

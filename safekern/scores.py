@@ -253,12 +253,15 @@ class Scores(Mapping[str, Tensor]):
         Of what is scored on refusals and on a task, the top of this are the weights by which learning the task unlearns
         refusing most. Frozen, they kept models safer than as many of the plain top (README, "Does it work?").
 
+        Objectives are losses, but for those that `score` noted as to be maximised, such as
+        `safekern.objectives.GuardJudge`: a step lowers a loss, and it is lowering those that counts.
+
         Args:
             other: scores of the same parameters for the other objective; its names may be wrapped otherwise.
 
         Returns:
-            New scores with this one's gradients where the two have opposite signs, and this one's sigma. Where several
-            processes hold the scores, all have to call this together.
+            New scores with this one's gradients where the two losses have opposite signs, and this one's sigma. Where
+            several processes hold the scores, all have to call this together.
 
         Raises:
             InvalidArgumentError: the scores of either are of absolute gradients, or of several sweeps; or nothing is in
@@ -284,12 +287,14 @@ class Scores(Mapping[str, Tensor]):
             partial(self._opposed, other), lambda kept: sum(int(local(kept[name]).count_nonzero()) for name in kept)
         )
         if not sum(found):
-            raise InvalidArgumentError("no weight has gradients of opposite signs, so nothing is in conflict")
+            raise InvalidArgumentError("no weight has gradients that disagree, so nothing is in conflict")
         meta = {**self.meta, "in_conflict_with": other.meta}
         return Scores(gradients, self.sigma, num_batches=self.num_batches, model_numel=self.model_numel, meta=meta)
 
     def _opposed(self, other: "Scores") -> dict[str, Tensor]:
         theirs = names.resolve(self, other)
+        # Of a loss and what is to be maximised, the gradients agree where a step makes both worse.
+        opposite = 1 if bool(self.meta.get("maximised")) != bool(other.meta.get("maximised")) else -1
         kept = {}
         for name in self:
             if name not in theirs:
@@ -304,7 +309,8 @@ class Scores(Mapping[str, Tensor]):
             if not (here.isfinite().all() and there.isfinite().all()):
                 raise NonFiniteError(f"a gradient of {name} is NaN or infinite: score the model again")
             # Not by the product, which is 0 for two small ones.
-            kept[name] = like(gradient, here.where(here.sign() * there.sign() < 0, torch.zeros((), device=here.device)))
+            nothing = torch.zeros((), device=here.device)
+            kept[name] = like(gradient, here.where(here.sign() * there.sign() == opposite, nothing))
         return kept
 
     def report(self) -> "ScoreReport":

@@ -26,7 +26,7 @@ from safekern.faults import out_of_memory_explained, put_back
 from safekern.indices import index_dtype
 from safekern.progress import Progress
 from safekern.scores import RunningTop, Scores, TopScores, count_of
-from safekern.sharding import Processes, failing_together, is_sharded, like, local, reshard
+from safekern.sharding import Processes, Shard, failing_together, fully_sharded, is_sharded, like, local, reshard
 
 Objective = Callable[[nn.Module, Any], Tensor]
 
@@ -68,11 +68,13 @@ def score(
     Args:
         model: a module whose parameters are on real devices: plain tensors, or DTensors of ``fully_shard`` (FSDP2),
             HSDP or tensor parallelism; also in DistributedDataParallel. Every process then calls ``score`` with its own
-            batches, and gets scores over all of them: under DDP as the mean over all batches, added up at the
-            end; under FSDP2, where processes need the same number of batches, what they do together is one batch.
+            batches (processes that share a model by tensor parallelism with the same ones), and gets scores over all of
+            them: under DDP as the mean over all batches, added up at the end; under FSDP2, where processes need the
+            same number of batches, what they do together is one batch.
         loader: batches: mappings, sequences or tensors, moved to the model's device.
         objective: ``objective(model, batch) -> scalar``. By default ``model(**batch).loss`` for a mapping, else
-            ``model(*batch)``. See :mod:`safekern.objectives`.
+            ``model(*batch)``. See :mod:`safekern.objectives`. It is a loss, or says that it is to be maximised by an
+            attribute ``maximised``; that matters to :meth:`~safekern.scores.Scores.in_conflict_with` alone.
         reduction: ``"mean"`` ranks by the absolute mean gradient over batches (as published), ``"abs"`` by the mean of
             the absolute gradients of the batches.
         select: ``select(name, param) -> bool`` chooses the parameters; by default floating point, at least 2-D, no
@@ -173,6 +175,7 @@ def score(
             if objective is None
             else getattr(objective, "__qualname__", type(objective).__qualname__),
             "reduction": reduction,
+            **({"maximised": True} if getattr(objective, "maximised", False) else {}),
             **({"sigma_per": sigma_per} if sigma_per != "tensor" else {}),
             "versions": {"safekern": __version__, "torch": str(torch.__version__)},
         },
@@ -217,6 +220,8 @@ def _planned(
     if torch.is_inference_mode_enabled():
         raise ScoringError("torch.inference_mode rules gradients out: call score outside of it (torch.no_grad is fine)")
     params = eligible_parameters(model, select)
+    if holders > 1:
+        _check_spread(model, params)
     _check_replaceable_grads(model)
     if memory is not None and holders > 1:
         raise InvalidArgumentError(
@@ -232,6 +237,21 @@ def _planned(
             "only once: pass a list or a DataLoader, or more memory"
         )
     return params, parts, k, model_numel
+
+
+def _check_spread(model: nn.Module, params: Mapping[str, nn.Parameter]) -> None:
+    """What cannot be put together from several processes is found before the long work."""
+    has_fsdp = bool(fully_sharded(model))
+    for name, param in params.items():
+        try:
+            Shard.of(param)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"{name}: {error}") from error
+        if has_fsdp and not is_sharded(param):
+            raise InvalidArgumentError(
+                f"fully_shard (FSDP2) has left out {name}, whose gradient would be that of each process's own batches: "
+                "call fully_shard on the whole model, too, or leave the parameter out with select="
+            )
 
 
 def _check_replaceable_grads(model: nn.Module) -> None:
@@ -566,7 +586,9 @@ class _GradientFold:
 
     def _fold(self, name: str, acc: Tensor | None, flag: Tensor | None, param: Tensor) -> None:
         # For what lies on the CPU, autograd works in the thread that called it; each GPU has a thread of its own.
-        elsewhere = param.device.type == "cpu" and self._backward_of != threading.get_ident()
+        # What FSDP2 offloads to the CPU is reduced in that of its mesh's GPU.
+        computed_on = param.device_mesh.device_type if is_sharded(param) else param.device.type
+        elsewhere = computed_on == "cpu" and self._backward_of != threading.get_ident()
         if self._backward_of is None or elsewhere:
             raise ScoringError(
                 f"a backward pass other than that of score reached {name} while it was scored: the objective must "

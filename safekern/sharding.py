@@ -54,12 +54,14 @@ def reshard(model: nn.Module) -> None:
 
     A forward without a backward, such as an evaluation, leaves whole ones in their place, which get no gradient.
     """
+    for module in fully_sharded(model):
+        module.reshard()
+
+
+def fully_sharded(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` (FSDP2) was called for."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def is_gathered(param: Tensor) -> bool:
@@ -120,6 +122,18 @@ def part(tensor: Tensor, param: Tensor) -> Tensor:
     return whole[tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.local_shape, strict=True))]
 
 
+def _is_packed(param: "DTensor", position: int) -> bool:
+    """Whether a mesh dimension takes every so-manieth piece of a parameter, and not for another one to have one run."""
+    placement: Any = param.placements[position]
+    pieces = getattr(placement, "split_factor", 1)
+    if pieces == 1:
+        return False
+    later = zip(param.device_mesh.shape[position + 1 :], param.placements[position + 1 :], strict=True)
+    # As FSDP2 has it over tensor parallelism (torch.distributed.fsdp, FSDPParam).
+    runs = math.prod([size for size, other in later if other.is_shard(placement.dim)])
+    return bool(pieces != runs)
+
+
 @dataclass(frozen=True)
 class Shard:
     """Where the part of a parameter that this process holds lies in the whole: a box of its elements.
@@ -142,7 +156,7 @@ class Shard:
         """The shard of a parameter. A plain tensor is held whole by every process, and the first speaks for it.
 
         Raises:
-            InvalidArgumentError: a DTensor that holds partial sums.
+            InvalidArgumentError: a DTensor that holds partial sums, or a part that is no box.
         """
         if not is_sharded(param):
             rank = dist.get_rank() if in_process_group() else 0
@@ -154,10 +168,16 @@ class Shard:
             raise InvalidArgumentError(
                 f"a parameter with the placements {param.placements} holds partial sums: redistribute it first"
             )
+        if any(_is_packed(param, position) for position in range(len(param.placements))):
+            raise InvalidArgumentError(
+                f"a parameter of shape {tuple(param.shape)} with the placements {param.placements} is spread by tensor "
+                "parallelism in pieces, as fused gate and up projections are, which safekern does not follow: leave it "
+                "out (select= of score), or shard the model by fully_shard (FSDP2) instead"
+            )
         coordinate = param.device_mesh.get_coordinate()
         if coordinate is None:
             return cls(param.shape, (0,) * param.ndim, (0,) * param.ndim, False)
-        # Sharded twice along one dimension (FSDP2 over tensor parallelism), the box is still one run of rows.
+        # Sharded twice along one dimension (FSDP2 over tensor parallelism), it is still one run of rows.
         local_shape, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
         # A mesh that is a slice of a larger one (FSDP2 beside tensor parallelism) has its like in the other slices.
         first = bool((param.device_mesh.mesh == 0).any()) and all(

@@ -420,24 +420,36 @@ def both_refused(message: str) -> Iterator[None]:
     dist.barrier()
 
 
-def refuse_what_only_takes_part() -> None:
-    """Each process scores a parameter of its own, but a forward takes them all."""
+def refuse_what_fully_shard_left_out() -> None:
     from torch.distributed.fsdp import fully_shard
 
-    alone = dist.get_rank() == 1
-    own = nn.Linear(4, 1)
-    model = nn.Sequential(fully_shard(nn.Linear(4, 4)), own)
+    model = nn.Sequential(fully_shard(nn.Linear(4, 4)), nn.Linear(4, 1))
     mine = [torch.ones(2, 4)] * 3
 
-    def score(loader: list[Tensor]) -> Scores:
-        return safekern.score(model, loader, lambda model, batch: model(batch).mean(), select=lambda n, _: n[0] == "1")
+    def score(**options: Any) -> Scores:
+        return safekern.score(model, mine, lambda model, batch: model(batch).mean(), **options)
 
-    with pytest.raises(safekern.ScoringError, match="1 of 2 processes had no batch 1"):
-        score(mine[:1] if alone else mine)
-    dist.barrier()
-    own.weight.detach()[0, 0] = torch.nan if alone else 1
-    with refused("NonFiniteError", "1.weight holds NaN"):
-        score(mine)
+    with both_refused(r"fully_shard \(FSDP2\) has left out 1\.weight"):
+        score()
+    assert list(score(select=lambda name, param: name == "0.weight")) == ["0.weight"]
+
+
+def refuse_packed_parameters() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    # As transformers spreads fused gate and up projections of experts.
+    packed = _StridedShard(1, split_factor=2)
+    param = distribute_tensor(torch.randn(4, 64, 8), init_device_mesh("cpu", (2,)), [packed])
+    with both_refused("in pieces, as fused gate and up projections are"):
+        Scores({"w": param}, {"w": torch.tensor(1.0)}, num_batches=1, model_numel=param.numel(), meta={}).top(0.1)
+    model = nn.Module()
+    model.register_parameter("w", nn.Parameter(param))
+    with both_refused(r"w: a parameter of shape \(4, 64, 8\) .*select= of score"):
+        safekern.score(model, [()], lambda model, batch: model.w.sum())
+    with both_refused("in pieces"):
+        safekern.SETAdamW(model.named_parameters(), safekern.Mask.from_indices({"w": [0]}, {"w": (4, 64, 8)}))
 
 
 def refuse_to_score(wrap: str) -> None:
@@ -470,7 +482,8 @@ def refuse_to_score(wrap: str) -> None:
     if wrap == "sharded":
         with refused("OSError", ALONE):
             score(Unstartable())
-        refuse_what_only_takes_part()
+        refuse_what_fully_shard_left_out()
+        refuse_packed_parameters()
     else:
         with refused("InvalidArgumentError", "the loader yielded no batch"):
             score(LateAndEmpty())

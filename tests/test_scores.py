@@ -99,6 +99,14 @@ class TestConflict:
         assert conflict.top(0.2)["w"].tolist() == [1, 2]
         assert conflict.top(0.2).meta["in_conflict_with"] == META
 
+    def test_what_is_to_be_maximised_is_no_loss(self):
+        gradients = {"w": [1.0, -2.0, 3.0, 0.0]}
+        safety, task = make(gradients, meta={"maximised": True}), make({"w": [1.0, 1.0, -1.0, 1.0]})
+        # A step against the task's gradient takes the first one down.
+        assert safety.in_conflict_with(task).gradient("w").tolist() == [1.0, 0.0, 0.0, 0.0]
+        assert task.in_conflict_with(safety).gradient("w").tolist() == [1.0, 0.0, 0.0, 0.0]
+        assert safety.in_conflict_with(make({"w": [-1.0] * 4}, meta={"maximised": True})).gradient("w")[0] == 1.0
+
     def test_names_may_be_wrapped(self):
         safety, task = make({"w": [1.0, 1.0]}), make({"_orig_mod.w": [1.0, -1.0]})
         assert safety.in_conflict_with(task).gradient("w").tolist() == [0.0, 1.0]
