@@ -2,9 +2,9 @@
 //
 // A sample gives a low guess of the k-th key, one streaming pass keeps what reaches it, and histograms over those
 // candidates find the exact key. The sample decides only how much is kept: when it guessed badly, or very many are
-// selected, the same histograms run over all the data instead, in bounded memory. Where it guessed well and too many elements have that very key, as
-// zeros have, what is above it is kept instead, and the first of these ties are looked up. Blocks have a fixed size and
-// counters are integers, so the result does not depend on the number of threads.
+// selected, the same histograms run over all the data instead, in bounded memory. Where it guessed well and too many
+// elements have that very key, as zeros have, what is above it is kept instead, and the first of these ties are looked
+// up. Blocks have a fixed size and counters are integers, so the result does not depend on the number of threads.
 #include <atomic>
 #include <mutex>
 #include <optional>
@@ -23,7 +23,7 @@ namespace {
 constexpr int64_t kBlock = 1 << 16;  // a position inside a block fits 16 bits
 constexpr int64_t kLine = 16;        // fp32 elements in a cache line
 constexpr int64_t kMostSampleLines = 1 << 14, kFewestSampleLines = 1 << 8;
-constexpr int64_t kSampleShare = 16;                    // at most one in so many lines
+constexpr int64_t kSampleShare = 16;  // at most one in so many lines
 // Of more than one element in so many, the candidates would take nearly as much memory as the scores.
 constexpr int64_t kCandidateShare = 4;
 constexpr int kHighBins = 1 << 15, kLowBins = 1 << 16;  // a 31-bit key in two digits
