@@ -182,7 +182,7 @@ def cuda_home() -> Path | None:
 
 
 def builds_cuda() -> bool:
-    """Never asks for a GPU: a machine that builds may have none. SAFEKERN_BUILD_CUDA=1 asks for no CUDA in torch."""
+    """Never asks for a GPU: a machine that builds may have none. SAFEKERN_BUILD_CUDA=1 needs no CUDA in torch."""
     if (wanted := os.environ.get("SAFEKERN_BUILD_CUDA")) in ("0", "1"):
         return wanted == "1"
     return torch.version.cuda is not None and cuda_home() is not None

@@ -12,7 +12,7 @@ def digest(csrc: Path, backend: str) -> str:
         backend: its folder in there, ``"cpu"`` or ``"cuda"``.
     """
     found = hashlib.sha256()
-    for path in sorted([*csrc.glob("*.h"), *(csrc / backend).iterdir()]):
+    for path in sorted([*csrc.glob("*.h"), *(csrc / backend).glob("*.[ch]*")]):
         content = path.read_bytes()
         found.update(f"{path.name} {len(content)} ".encode() + content)
     return found.hexdigest()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from safekern import ops
 from safekern.errors import InvalidArgumentError
+from safekern.faults import first_line
 from safekern.ops.cases import INTEGERS, Case
 from safekern.ops.registry import INTERPRETED, OPS, Op, backends, has_kernel
 from safekern.tables import Table
@@ -141,7 +142,7 @@ def _devices(device: str | torch.device | None) -> list[str]:
         if known:
             torch.empty(1, device=asked)
     except (RuntimeError, AssertionError) as error:
-        raise InvalidArgumentError(f"device {device} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise InvalidArgumentError(f"device {device} cannot be used here: {first_line(error)}") from error
     if not known:
         raise InvalidArgumentError(f"device {device}: safekern has backends for {', '.join(ops.BACKENDS)} only")
     return [str(asked)]
@@ -154,7 +155,7 @@ def _checks_here(device: str, *, quick: bool) -> list[Check]:
         torch.empty(1, device=device)
     except RuntimeError as error:
         # No kernel's fault.
-        reason = f"the device cannot be used: {str(error).splitlines()[0]}"
+        reason = f"the device cannot be used: {first_line(error)}"
         return [Check("*", device, ops.BACKENDS[kind].backend, "skipped", 0, reason)]
     checks = []
     for name, op in OPS.items():

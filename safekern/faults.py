@@ -34,6 +34,20 @@ def put_back(undo: Callable[[], object]) -> None:
         raise
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, in one line: libraries add hints of many lines. Its type, if it says nothing.
+
+    Args:
+        error: the error.
+
+    Example:
+        >>> from safekern.faults import first_line
+        >>> first_line(ValueError(" no such file ")), first_line(KeyError())
+        ('no such file', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def out_of_memory_explained(held: Callable[[], Mapping[str, float]], advice: str) -> Iterator[None]:
     """Turns the errors of allocators inside the block into one that says what takes the memory and what to lower.

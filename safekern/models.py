@@ -24,7 +24,7 @@ from safekern.errors import (
     MissingDependencyError,
     SafekernError,
 )
-from safekern.faults import put_back
+from safekern.faults import first_line, put_back
 from safekern.files import StrPath, check_path
 from safekern.names import listed
 
@@ -171,7 +171,7 @@ def save(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder:
         temporary.replace(folder)
     # What safetensors and tokenizers raise for a full disk is no OSError.
     except Exception as error:
-        reason = (isinstance(error, OSError) and error.strerror) or _first_line(error)
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
         raise FileAccessError(f"{folder}: cannot be written: {reason}") from error
     finally:
         put_back(tidy)
@@ -338,9 +338,9 @@ def _explained(name: str) -> Iterator[None]:
     except SafekernError:
         raise
     except ImportError as error:
-        raise MissingDependencyError(f"{name}: a package is missing: {_first_line(error)}") from error
+        raise MissingDependencyError(f"{name}: a package is missing: {first_line(error)}") from error
     except OSError as error:
-        raise FileAccessError(f"{name}: cannot be loaded: {_first_line(error)}") from error
+        raise FileAccessError(f"{name}: cannot be loaded: {first_line(error)}") from error
     except Exception as error:
         # Among them those of safetensors and of the hub, which have no base class in common.
         if "trust_remote_code" in str(error):
@@ -348,11 +348,7 @@ def _explained(name: str) -> Iterator[None]:
                 f"{name}: brings Python code of its own, which is not run unless you say so. Read that code, and if "
                 "you trust it, turn it on with --trust-remote-code (in Python: trust_remote_code=True)"
             ) from error
-        raise FileFormatError(f"{name}: cannot be loaded: {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileFormatError(f"{name}: cannot be loaded: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _weights_folder() -> Path:

@@ -15,6 +15,7 @@ from safekern import ops
 from safekern._version import __version__
 from safekern.bench.measure import processor
 from safekern.diagnosis import selftest
+from safekern.faults import first_line
 from safekern.ops.registry import OPS, has_kernel
 from safekern.tables import Column, Table
 
@@ -90,7 +91,7 @@ def _devices() -> list[dict[str, str]]:
         # One that is full, another process's alone, or too new for the driver.
         except RuntimeError as error:
             unknown = dict.fromkeys(("name", "capability", "memory", "parallelism"), "")
-            devices.append({**unknown, "device": f"cuda:{index}", "name": f"unusable: {str(error).splitlines()[0]}"})
+            devices.append({**unknown, "device": f"cuda:{index}", "name": f"unusable: {first_line(error)}"})
             continue
         devices.append(
             {

@@ -21,6 +21,7 @@ from safekern.checkpoint import fingerprint
 from safekern.eligibility import own_numel
 from safekern.errors import FileAccessError, InvalidArgumentError, MaskMismatchError
 from safekern.evaluation import is_refusal
+from safekern.faults import first_line
 from safekern.mask import Mask
 from safekern.models import left_out, load
 from safekern.names import listed
@@ -253,7 +254,7 @@ def device(name: str | None) -> torch.device:
             raise InvalidArgumentError(f"--device {name}: holds no values to compute with; give another, such as cpu")
     except (RuntimeError, AssertionError) as error:
         raise InvalidArgumentError(
-            f"--device {name or 'cuda'}: not available here ({str(error).splitlines()[0]}); give another, such as cpu"
+            f"--device {name or 'cuda'}: not available here ({first_line(error)}); give another, such as cpu"
         ) from error
     return found
 
